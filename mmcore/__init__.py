@@ -1,0 +1,1 @@
+"""mmcore serves very many machine-learning models from few machines."""

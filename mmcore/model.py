@@ -1,0 +1,71 @@
+"""What a model is to every room: its files, its settings, its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+#: V2 datatype to the numpy dtype a runtime sees (Open Inference Protocol, "Tensor Data Types").
+#: BF16 has no numpy type and is widened to float32, exactly; BYTES is an object array of ``bytes``.
+NUMPY_DTYPES: Final[dict[str, np.dtype]] = {  # type: ignore[type-arg]  # dtypes of every kind
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype(np.uint8),
+    "UINT16": np.dtype(np.uint16),
+    "UINT32": np.dtype(np.uint32),
+    "UINT64": np.dtype(np.uint64),
+    "INT8": np.dtype(np.int8),
+    "INT16": np.dtype(np.int16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "FP16": np.dtype(np.float16),
+    "BF16": np.dtype(np.float32),
+    "FP32": np.dtype(np.float32),
+    "FP64": np.dtype(np.float64),
+    "BYTES": np.dtype(np.object_),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, V2 datatype and shape of one input or output; -1 where a dimension is free.
+
+    The shape is the full one: a batch dimension, where the model has one, is its first element.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What config.pbtxt, model-settings.json and mmcore.yaml say of a model; defaults where they are silent."""
+
+    max_batch_size: int = 0
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    #: Class labels per output name, for the classification extension.
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Free parameters (config.pbtxt ``parameters``, model-settings.json ``parameters.extra``), as text.
+    parameters: dict[str, str] = field(default_factory=dict)
+    #: Where inference runs: ``auto`` (by measured time), ``inline`` or ``thread``.
+    execution: str = "auto"
+    #: Memory the loaded model takes, in bytes, where its owner states it.
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """One version of one model on the local disk, ready to be loaded.
+
+    ``path`` is what the runtime opens: the model file, or the folder where the format is a folder.
+    """
+
+    name: str
+    version: str
+    format: str
+    path: Path
+    settings: ModelSettings = ModelSettings()

@@ -1,0 +1,95 @@
+"""Builds the compiled modules of ``mmcore._ext`` from ``ext/``; everything else is in pyproject.toml.
+
+Switches, all environment variables:
+
+``MMCORE_DEBUG=1``     bounds checks, line tracing and annotated C for every module, -O0
+``MMCORE_SANITIZE=1``  AddressSanitizer and UndefinedBehaviorSanitizer (run with the sanitizer's library preloaded)
+``MMCORE_COVERAGE=1``  gcov counters and Cython line tracing
+``MMCORE_EXT=h2,lru``  build only these modules
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+DEBUG = os.environ.get("MMCORE_DEBUG") == "1"
+SANITIZE = os.environ.get("MMCORE_SANITIZE") == "1"
+COVERAGE = os.environ.get("MMCORE_COVERAGE") == "1"
+ONLY = {name for name in os.environ.get("MMCORE_EXT", "").split(",") if name}
+
+NGHTTP2_MODULES = {"h2"}
+
+
+def pkg_config(*args: str) -> list[str]:
+    """Flags for libnghttp2, or exit with the name of the package to install."""
+    try:
+        found = subprocess.run(["pkg-config", *args, "libnghttp2 >= 1.43"], capture_output=True, text=True, check=False)
+        missing = found.stderr.strip() if found.returncode else ""
+    except FileNotFoundError:
+        missing = "pkg-config is not installed"
+    if missing:
+        sys.exit(
+            "mmcore needs the nghttp2 library, its headers and pkg-config to build.\n"
+            "  Debian, Ubuntu:  apt-get install libnghttp2-dev pkg-config gcc python3-dev\n"
+            "  Fedora:          dnf install libnghttp2-devel pkgconf gcc python3-devel\n"
+            f"pkg-config says: {missing}"
+        )
+    return shlex.split(found.stdout)
+
+
+def extension(source: Path) -> Extension:
+    """One compiled module; its name is the file's."""
+    compile_args = ["-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-Wsign-compare", "-Wno-unused-function"]
+    compile_args += ["-O0", "-g3", "-UNDEBUG"] if DEBUG else ["-O2", "-g1"]
+    link_args: list[str] = []
+    macros: list[tuple[str, str | None]] = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
+    if SANITIZE:
+        flags = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+        compile_args += flags
+        link_args += flags
+    if COVERAGE:
+        compile_args += ["--coverage"]
+        link_args += ["--coverage"]
+    if DEBUG or COVERAGE:
+        macros += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")]
+    if source.stem in NGHTTP2_MODULES:
+        compile_args += pkg_config("--cflags")
+        link_args += pkg_config("--libs")
+    return Extension(
+        f"mmcore._ext.{source.stem}",
+        [str(source)],
+        include_dirs=[numpy.get_include()],
+        define_macros=macros,
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+    )
+
+
+sources = [path for path in sorted(Path("ext").glob("*.pyx")) if not ONLY or path.stem in ONLY]
+setup(
+    ext_modules=cythonize(
+        [extension(path) for path in sources],
+        include_path=["."],
+        build_dir=None if DEBUG or COVERAGE else "build/cython",
+        annotate=DEBUG,
+        language_level=3,
+        compiler_directives={
+            "binding": True,
+            "embedsignature": False,
+            "auto_pickle": False,
+            "cdivision": True,
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "initializedcheck": DEBUG,
+            "nonecheck": DEBUG,
+            "overflowcheck": False,
+            "linetrace": DEBUG or COVERAGE,
+        },
+    ),
+)
