@@ -4,19 +4,22 @@ Switches, all environment variables:
 
 ``MMCORE_DEBUG=1``     bounds checks, line tracing and annotated C for every module, -O0
 ``MMCORE_SANITIZE=1``  AddressSanitizer and UndefinedBehaviorSanitizer (run with the sanitizer's library preloaded)
-``MMCORE_COVERAGE=1``  gcov counters and Cython line tracing
-``MMCORE_EXT=h2,lru``  build only these modules
+``MMCORE_COVERAGE=1``  gcov counters and Cython line tracing (generated C beside its source, where the tracer looks)
+``MMCORE_EXT=h2,lru``  build only these modules; ``none`` builds no module
 """
 
+import hashlib
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import Cython
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("MMCORE_DEBUG") == "1"
 SANITIZE = os.environ.get("MMCORE_SANITIZE") == "1"
@@ -24,6 +27,29 @@ COVERAGE = os.environ.get("MMCORE_COVERAGE") == "1"
 ONLY = {name for name in os.environ.get("MMCORE_EXT", "").split(",") if name}
 
 NGHTTP2_MODULES = {"h2"}
+
+DIRECTIVES = {
+    "binding": True,
+    "embedsignature": False,
+    "auto_pickle": False,
+    "cdivision": True,
+    "boundscheck": DEBUG,
+    "wraparound": False,
+    "initializedcheck": DEBUG,
+    "nonecheck": DEBUG,
+    "overflowcheck": False,
+    "linetrace": DEBUG or COVERAGE,
+}
+
+
+class BuildExtensions(build_ext):
+    """setuptools' build_ext, for one package tree that several kinds of build write into."""
+
+    def copy_extensions_to_source(self) -> None:
+        """Copy always: by its times, a module of another kind of build there would pass for the newer one."""
+        forced, self.force = self.force, True
+        super().copy_extensions_to_source()
+        self.force = forced
 
 
 def pkg_config(*args: str) -> list[str]:
@@ -71,25 +97,28 @@ def extension(source: Path) -> Extension:
     )
 
 
-sources = [path for path in sorted(Path("ext").glob("*.pyx")) if not ONLY or path.stem in ONLY]
+def build_base() -> str:
+    """A build folder of its own for each set of switches, tools and versions of this file.
+
+    Neither Cython nor setuptools rebuilds when only a directive or a flag changed, so a folder shared by two
+    kinds of build would hand one's modules to the other.
+    """
+    tools = (DEBUG, SANITIZE, COVERAGE, sys.version, Cython.__version__, numpy.__version__)
+    digest = hashlib.sha256(Path(__file__).read_bytes() + repr(tools).encode()).hexdigest()[:8]
+    kind = "-".join(name for name, on in (("debug", DEBUG), ("sanitize", SANITIZE), ("coverage", COVERAGE)) if on)
+    return f"build/{kind or 'release'}-{digest}"
+
+
+BUILD_BASE = build_base()
 setup(
+    cmdclass={"build_ext": BuildExtensions},
+    options={"build": {"build_base": BUILD_BASE}},
     ext_modules=cythonize(
-        [extension(path) for path in sources],
+        [extension(path) for path in sorted(Path("ext").glob("*.pyx")) if not ONLY or path.stem in ONLY],
         include_path=["."],
-        build_dir=None if DEBUG or COVERAGE else "build/cython",
+        build_dir=None if COVERAGE else f"{BUILD_BASE}/cython",
         annotate=DEBUG,
         language_level=3,
-        compiler_directives={
-            "binding": True,
-            "embedsignature": False,
-            "auto_pickle": False,
-            "cdivision": True,
-            "boundscheck": DEBUG,
-            "wraparound": False,
-            "initializedcheck": DEBUG,
-            "nonecheck": DEBUG,
-            "overflowcheck": False,
-            "linetrace": DEBUG or COVERAGE,
-        },
+        compiler_directives=DIRECTIVES,
     ),
 )
