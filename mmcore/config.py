@@ -1,0 +1,142 @@
+"""The settings of every room, as frozen groups, and how their text forms are read.
+
+Values come from the command line, the environment and a file; ``mmcore.cli`` reads those once and passes the groups
+down. Nothing here looks at the environment, and nothing else in the package does either.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+#: What loaded models may take when nobody says: this share of the memory limit, the rest is for requests and for us.
+CAPACITY_SHARE: Final = 0.8
+
+_UNITS: Final = {
+    "": 1, "b": 1,
+    "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
+    "ki": 2**10, "kib": 2**10, "mi": 2**20, "mib": 2**20, "gi": 2**30, "gib": 2**30, "ti": 2**40, "tib": 2**40,
+}  # fmt: skip
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_DURATION_UNITS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, slots=True)
+class TransportSettings:
+    """Limits and timings of gRPC connections, for servers and channels alike."""
+
+    #: Longest message taken; a longer one is answered RESOURCE_EXHAUSTED without buffering it.
+    max_message_bytes: int = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """All that one serving instance is told.
+
+    Attributes:
+        models: folder of models to serve and to keep in step with; None serves none.
+        host: address of the TCP listener.
+        grpc_port: its port; 0 picks a free one.
+        uds: path of a Unix socket to listen on as well.
+        capacity_bytes: what loaded models may take together.
+        preload: names of models to load before the instance is ready; ``("all",)`` means every one.
+        server_name: what ServerMetadata calls this server.
+        log_level: name of a level of :mod:`logging`, in lower case.
+        grace_s: how long a draining instance waits for calls in flight.
+        event_loop: ``uvloop`` or ``asyncio``.
+        transport: limits of its connections.
+    """
+
+    models: Path | None = None
+    host: str = "127.0.0.1"
+    grpc_port: int = 8033
+    uds: Path | None = None
+    capacity_bytes: int = 2**30
+    preload: tuple[str, ...] = ()
+    server_name: str = "mmcore"
+    log_level: str = "info"
+    grace_s: float = 90.0
+    event_loop: str = "uvloop"
+    transport: TransportSettings = TransportSettings()
+
+
+def parse_size(text: str) -> int:
+    """``2GiB``, ``500MB``, ``1.5g`` or a plain number of bytes; i marks powers of 1024.
+
+    Raises:
+        ValueError: the text is no size, or nothing is left of it.
+    """
+    match = _SIZE.fullmatch(text)
+    factor = _UNITS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a size; write for example 2GiB, 500MB or a number of bytes")
+    size = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    if size <= 0:
+        raise ValueError(f"{text!r} is not a size above zero")
+    return size
+
+
+def parse_duration(text: str) -> float:
+    """``90``, ``90s``, ``1.5m``, ``250ms`` or ``2h`` in seconds.
+
+    Raises:
+        ValueError: the text is no duration.
+    """
+    match = _SIZE.fullmatch(text)
+    factor = _DURATION_UNITS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a duration; write for example 90s, 2m or a number of seconds")
+    return float(match[1]) * factor
+
+
+def memory_limit(root: Path = Path("/")) -> int:
+    """Bytes this process may use: the smallest of the machine's memory and its control groups' limits.
+
+    Both versions of the control-group hierarchy are read, from the process's own group up to the top, since a limit
+    anywhere above holds as well. ``root`` is where ``proc`` and ``sys`` are looked for.
+    """
+    limits = [_machine_memory(root)]
+    try:
+        membership = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        membership = []
+    for line in membership:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        folder = base / group.lstrip("/")
+        # In a container the path is often the host's and absent here; the walk up still finds the mounted top.
+        for level in (folder, *folder.parents):
+            limit = _limit_in(level / name)
+            if limit is not None:
+                limits.append(limit)
+            if level == base:
+                break
+    return min(limits)
+
+
+def default_capacity() -> int:
+    """The capacity in bytes of an instance that was told none."""
+    return int(memory_limit() * CAPACITY_SHARE)
+
+
+def _machine_memory(root: Path) -> int:
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo names no MemTotal")
+
+
+def _limit_in(file: Path) -> int | None:
+    """The limit a control-group file states; None where there is no file or no limit ('max')."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

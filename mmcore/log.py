@@ -1,0 +1,97 @@
+"""Where log lines go and which of them: standard error, one line each, switched while running.
+
+Modules log through ``logging.getLogger(__name__)``; only this one configures. The switches are those of the KServe v2
+logging extension as Triton documents it: one for each of info, warning and error, and a verbosity for the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from typing import Final
+
+ROOT: Final = "mmcore"
+LEVELS: Final = ("debug", "info", "warning", "error")
+FORMATS: Final = ("default", "ISO8601")
+
+
+@dataclass(slots=True)
+class LogSwitches:
+    """Which lines are written; read for each record, so a change holds from the next line on.
+
+    ``verbose`` above zero lets debug lines through. Errors above ERROR are always written.
+    """
+
+    info: bool = True
+    warning: bool = True
+    error: bool = True
+    verbose: int = 0
+    format: str = "ISO8601"
+
+    def set_level(self, level: str) -> None:
+        """Let lines of ``level`` (one of :data:`LEVELS`) and above through."""
+        rank = LEVELS.index(level)
+        self.verbose = int(rank == 0)
+        self.info = rank <= 1
+        self.warning = rank <= 2
+        self.error = True
+
+    def apply(self) -> None:
+        """Set the lowest level that any switch lets through, so that refused lines cost nothing to their callers."""
+        lowest = logging.CRITICAL
+        for wanted, level in (
+            (self.error, logging.ERROR),
+            (self.warning, logging.WARNING),
+            (self.info, logging.INFO),
+            (self.verbose > 0, logging.DEBUG),
+        ):
+            if wanted:
+                lowest = level
+        logging.getLogger(ROOT).setLevel(lowest)
+
+    def allows(self, record: logging.LogRecord) -> bool:
+        """Whether the record's own switch is on."""
+        level = record.levelno
+        if level < logging.INFO:
+            return self.verbose > 0
+        if level < logging.WARNING:
+            return self.info
+        if level < logging.ERROR:
+            return self.warning
+        return self.error or level > logging.ERROR
+
+
+#: The switches of this process.
+switches: Final = LogSwitches()
+
+
+class LineFormatter(logging.Formatter):
+    """``2026-01-31T12:00:00.123Z INFO server.node: text``; the default form has local time without its zone."""
+
+    converter = time.gmtime
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  # logging's name
+        """The record's time in the form chosen by the switches."""
+        if switches.format == "ISO8601":
+            return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+        return f"{time.strftime('%m-%d %H:%M:%S', time.localtime(record.created))}.{int(record.msecs):03d}"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, a traceback on the lines after it."""
+        record.shortname = record.name.removeprefix(f"{ROOT}.")
+        return super().format(record)
+
+
+def configure(level: str) -> None:
+    """Send this process's log lines of ``level`` and above to standard error; a second call only sets the level."""
+    switches.set_level(level)
+    switches.apply()
+    root = logging.getLogger()
+    if not any(isinstance(handler.formatter, LineFormatter) for handler in root.handlers):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(shortname)s: %(message)s"))
+        handler.addFilter(switches.allows)
+        root.addHandler(handler)
+        logging.captureWarnings(True)
