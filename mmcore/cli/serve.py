@@ -1,0 +1,137 @@
+"""``mmcore serve``: the one place where the options of a serving instance are declared.
+
+Every option is a flag, an environment variable ``MMCORE_<NAME>`` and a key of the ``--config`` file, in that order of
+precedence. Keys of the file are the flags' names without the leading dashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from mmcore import log
+from mmcore.config import ServeSettings, TransportSettings, default_capacity, parse_duration, parse_size
+
+_TRANSPORT: Final = TransportSettings()
+
+
+class Parsed(click.ParamType):
+    """A value read by one of the functions of :mod:`mmcore.config`; its ValueError is the usage error."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        """The parsed value; numbers come from a configuration file."""
+        try:
+            return self._parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE: Final = Parsed("size", parse_size)
+DURATION: Final = Parsed("duration", parse_duration)
+
+
+def option(flag: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A click option with its environment variable, and its default shown."""
+    name = flag.removeprefix("--").replace("-", "_")
+    attributes.setdefault("show_default", True)
+    return click.option(flag, name, envvar=f"MMCORE_{name.upper()}", show_envvar=True, **attributes)
+
+
+def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    """Take the file's values as the defaults of all other options; it is read before them.
+
+    Raises:
+        click.BadParameter: the file is no mapping, not YAML, or names an option that does not exist.
+    """
+    if value is None:
+        return
+    import yaml
+
+    try:
+        content = yaml.safe_load(value.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise click.BadParameter(f"{value}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise click.BadParameter(f"{value}: expected a mapping of options, got {type(content).__name__}")
+    known = {name for other in ctx.command.params if (name := other.name) and name != param.name}
+    defaults = {str(key).replace("-", "_"): entry for key, entry in content.items()}
+    for name in defaults:
+        if name not in known:
+            flags = ", ".join(sorted(one.replace("_", "-") for one in known))
+            raise click.BadParameter(f"{value}: unknown option {name.replace('_', '-')!r}; known are {flags}")
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+@click.command("serve", context_settings={"show_default": True})
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=read_config,
+    is_eager=True,
+    expose_value=False,
+    envvar="MMCORE_CONFIG",
+    show_envvar=True,
+    help="YAML file with any of the options below.",
+)
+@option(
+    "--models",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of models, one folder or file each; kept in step while running.",
+)
+@option("--host", default="127.0.0.1", help="Address to listen on.")
+@option("--grpc-port", type=click.IntRange(0, 65535), default=8033, help="gRPC port; 0 picks a free one.")
+@option("--uds", type=click.Path(path_type=Path), help="Listen for gRPC on this Unix socket as well.")
+@option(
+    "--capacity",
+    type=SIZE,
+    show_default="80 % of the memory limit",
+    help="What loaded models may take together, for example 2GiB or 500MB.",
+)
+@option("--max-message", type=SIZE, default=str(_TRANSPORT.max_message_bytes), help="Longest message taken.")
+@option("--preload", multiple=True, help="Load this model before being ready; repeat it, or say 'all'.")
+@option("--server-name", default="mmcore", help="The server's name in ServerMetadata ('triton' for clients that ask).")
+@option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
+@option("--grace", type=DURATION, default="90s", help="How long calls in flight may finish after SIGTERM.")
+@option("--event-loop", type=click.Choice(["uvloop", "asyncio"]), default="uvloop", help="Event loop to run on.")
+def command(
+    models: Path | None,
+    host: str,
+    grpc_port: int,
+    uds: Path | None,
+    capacity: int | None,
+    max_message: int,
+    preload: tuple[str, ...],
+    server_name: str,
+    log_level: str,
+    grace: float,
+    event_loop: str,
+) -> int:
+    """Serve a folder of models over KServe v2 gRPC.
+
+    One line of JSON on standard output says when the instance is ready and on which addresses. SIGTERM and SIGINT
+    finish the calls in flight before leaving, a second signal leaves at once.
+    """
+    from mmcore.server.node import run
+
+    return run(
+        ServeSettings(
+            models=models,
+            host=host,
+            grpc_port=grpc_port,
+            uds=uds,
+            capacity_bytes=capacity or default_capacity(),
+            preload=preload,
+            server_name=server_name,
+            log_level=log_level,
+            grace_s=grace,
+            event_loop=event_loop,
+            transport=TransportSettings(max_message_bytes=max_message),
+        )
+    )

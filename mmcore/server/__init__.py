@@ -1,0 +1,1 @@
+"""Listeners and services: the KServe v2 service, and the node that builds, starts and drains an instance."""
