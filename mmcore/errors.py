@@ -6,7 +6,7 @@ An error's text goes to the client as it is, so it names what was wrong and neve
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class Status(IntEnum):
@@ -36,7 +36,7 @@ class MmcoreError(Exception):
 
     status: ClassVar[Status]
 
-    def __new__(cls, *args: object, **fields: object) -> MmcoreError:
+    def __new__(cls, *args: object, **fields: object) -> Self:
         """Refuse the root itself: an error without a status cannot be answered."""
         if not hasattr(cls, "status"):
             raise TypeError(f"{cls.__name__} has no status; raise a subclass")
@@ -112,9 +112,7 @@ class RpcError(Exception):
         trailers: the trailing metadata, names lower case, ``-bin`` values as bytes.
     """
 
-    def __init__(
-        self, status: Status, details: str, trailers: tuple[tuple[str, str | bytes], ...] = ()
-    ) -> None:
+    def __init__(self, status: Status, details: str, trailers: tuple[tuple[str, str | bytes], ...] = ()) -> None:
         super().__init__(f"{status.name}: {details}")
         self.status = status
         self.details = details

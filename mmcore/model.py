@@ -10,7 +10,7 @@ import numpy as np
 
 #: V2 datatype to the numpy dtype a runtime sees (Open Inference Protocol, "Tensor Data Types").
 #: BF16 has no numpy type and is widened to float32, exactly; BYTES is an object array of ``bytes``.
-NUMPY_DTYPES: Final[dict[str, np.dtype]] = {  # type: ignore[type-arg]  # dtypes of every kind
+NUMPY_DTYPES: Final[dict[str, np.dtype]] = {
     "BOOL": np.dtype(np.bool_),
     "UINT8": np.dtype(np.uint8),
     "UINT16": np.dtype(np.uint16),

@@ -1,0 +1,223 @@
+# Everything a person or CI runs; README.md says what each verb is for.
+#   make run [ONCE=1]    make test | test-fast    make bench [SUITE=transport]    make lint | format
+#   make build | protos | debug | sanitize | coverage | clean
+# PYTHON chooses the interpreter of a new virtual environment, VENV its folder, PYTEST_ARGS goes to pytest.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+SUITE       ?=
+ONCE        ?=
+PYTEST_ARGS ?=
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS   += --no-print-directory --no-builtin-rules
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := build
+.PHONY: run test test-fast bench lint format build protos debug sanitize coverage clean
+
+PY   := $(abspath $(VENV))/bin/python
+PIP  := $(PY) -m pip --disable-pip-version-check --quiet
+JOBS := $(shell nproc 2>/dev/null || echo 1)
+
+# Stamps stand for work that need not be done again.
+SYSTEM       := build/stamp/system
+BENCH_SYSTEM := build/stamp/bench-system
+RUN_PACKAGES := $(VENV)/.stamp-run
+DEV_PACKAGES := $(VENV)/.stamp-dev
+PROTOS_TOOL  := .venv-protos/.stamp
+EXTENSIONS   := build/stamp/extensions
+EXT_SOURCES  := $(wildcard ext/*.pyx ext/*.h mmcore/_ext/*.pxd) setup.py
+
+# $(call step,TITLE,NAME) runs the shell text STEP_NAME: one line when it starts, the time it took when it ends,
+# the end of its log when it fails.
+define step
+@mkdir -p build/log build/stamp; printf '%-52s' '$(1) ...'; started=$$(date +%s); \
+if bash -eu -o pipefail -c "$$STEP_$(2)" >build/log/$(2).log 2>&1; then printf '%5ss\n' $$(( $$(date +%s) - started )); \
+else printf ' failed; build/log/$(2).log ends:\n'; tail -n 40 build/log/$(2).log; exit 1; fi
+endef
+
+# Debian packages go in when root; otherwise the one command to run is named. No package is asked for that is there.
+define INSTALL_WANTED
+[ -z "$$wanted" ] || if [ "$$(id -u)" = 0 ] && command -v apt-get; then
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends $$wanted
+else
+	echo "System packages are missing. As root:  apt-get install $$wanted"
+	exit 1
+fi
+endef
+
+## Set-up -------------------------------------------------------------------------------------------------------------
+
+define STEP_system
+new_enough() { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
+has_venv() { $(PYTHON) -c 'import ensurepip, venv'; }
+has_headers() { test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"; }
+wanted=
+command -v gcc || wanted="$$wanted gcc libc6-dev"
+command -v pkg-config || wanted="$$wanted pkg-config"
+pkg-config --exists "libnghttp2 >= 1.43" || wanted="$$wanted libnghttp2-dev"
+command -v $(PYTHON) || wanted="$$wanted python3"
+has_venv || wanted="$$wanted python3-venv"
+has_headers || wanted="$$wanted python3-dev"
+$(INSTALL_WANTED)
+new_enough || { echo "$(PYTHON) is older than 3.11. Choose another one:  make PYTHON=python3.12"; exit 1; }
+has_venv || { echo "$(PYTHON) cannot make a virtual environment. Choose another one with PYTHON="; exit 1; }
+has_headers || { echo "$(PYTHON) comes without Python.h. Choose another one with PYTHON="; exit 1; }
+endef
+
+$(SYSTEM):
+	$(call step,System packages,system)
+	@touch $@
+
+STEP_venv = $(PYTHON) -m venv $(VENV)
+$(PY): | $(SYSTEM)
+	$(call step,Virtual environment in $(VENV),venv)
+
+# The build's own requirements are those of pyproject.toml; pip 25.1 is the first that reads dependency groups.
+# The package goes in as a link to this tree and without compiled modules: those have their own rule, which keeps them.
+define STEP_packages_to_run
+$(PIP) install --upgrade 'pip>=25.1'
+$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' >build/requires.txt
+$(PIP) install -r build/requires.txt
+MMCORE_EXT=none $(PIP) install --no-build-isolation -e '.[samples,client]'
+endef
+$(RUN_PACKAGES): pyproject.toml | $(PY)
+	$(call step,Python packages to build and run,packages_to_run)
+	@touch $@
+
+STEP_packages_to_test = $(PIP) install --group test --group lint
+$(DEV_PACKAGES): $(RUN_PACKAGES)
+	$(call step,Python packages to test and lint,packages_to_test)
+	@touch $@
+
+STEP_extensions = $(PY) setup.py build_ext --inplace -j $(JOBS)
+$(EXTENSIONS): $(EXT_SOURCES) $(RUN_PACKAGES)
+	$(call step,Compiled modules,extensions)
+	@touch $@
+
+build: $(EXTENSIONS)
+
+## The program and its tests ------------------------------------------------------------------------------------------
+
+run: $(EXTENSIONS)
+	@exec $(PY) deploy/samples/first_inference.py $(if $(ONCE),--once)
+
+test: $(EXTENSIONS) $(DEV_PACKAGES)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(EXTENSIONS) $(DEV_PACKAGES)
+	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+# The peers to compare with: a C++ gRPC server and h2load. Without them their rows are left out, with a word.
+define STEP_bench_system
+wanted=
+pkg-config --exists grpc++ || wanted="$$wanted libgrpc++-dev"
+command -v g++ || wanted="$$wanted g++"
+command -v grpc_cpp_plugin || wanted="$$wanted protobuf-compiler-grpc"
+command -v protoc || wanted="$$wanted protobuf-compiler"
+command -v h2load || wanted="$$wanted nghttp2-client"
+$(INSTALL_WANTED)
+endef
+$(BENCH_SYSTEM): | $(SYSTEM)
+	-$(call step,System packages of the peers,bench_system)
+	@touch $@
+
+bench: $(EXTENSIONS) $(DEV_PACKAGES) $(BENCH_SYSTEM)
+	@$(PY) -m bench $(SUITE)
+
+## Lint ---------------------------------------------------------------------------------------------------------------
+
+# Generating needs a protobuf older than tritonclient's, so it has an environment of its own.
+define STEP_protos_tool
+$(PYTHON) -m venv .venv-protos
+.venv-protos/bin/python -m pip --disable-pip-version-check --quiet install --upgrade 'pip>=25.1'
+.venv-protos/bin/python -m pip --disable-pip-version-check --quiet install --group protos
+endef
+$(PROTOS_TOOL): pyproject.toml | $(SYSTEM)
+	$(call step,Generator of mmcore/pb,protos_tool)
+	@touch $@
+
+protos: $(PROTOS_TOOL)
+	@.venv-protos/bin/python protos/generate.py
+
+# Every check runs, whatever the others say; the output of those that fail follows their name.
+define STEP_lint
+export PATH="$(dir $(PY)):$$PATH"
+failed=
+check() {
+	name=$$1; shift
+	if output=$$("$$@" 2>&1); then echo "ok      $$name"; else echo "failed  $$name"; echo "$$output"; failed=1; fi
+}
+check "ruff check" $(PY) -m ruff check --quiet .
+check "ruff format" $(PY) -m ruff format --check --quiet --diff .
+check "cython-lint" cython-lint ext mmcore/_ext
+check "mypy" $(PY) -m mypy
+check "import rules" lint-imports --no-cache
+check "generated messages" .venv-protos/bin/python protos/generate.py --check
+check "compiled modules" $(MAKE) build
+check "stubs of compiled modules" $(PY) -m pytest -q -p no:cacheprovider tests/meta/test_stubs.py
+[ -z "$$failed" ]
+endef
+lint: $(DEV_PACKAGES) $(PROTOS_TOOL)
+	@bash -u -c "$$STEP_lint"
+
+format: $(DEV_PACKAGES)
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix --select I .
+
+## Other kinds of build -----------------------------------------------------------------------------------------------
+
+# Each kind has a copy of the tree, so that it never disturbs the modules in use. $(call tree,KIND) refreshes the copy
+# and keeps the times of its files, by which only what changed is built again.
+define tree
+mkdir -p build/tree/$(1)
+for part in setup.py pyproject.toml README.md LICENSE mmcore ext protos deploy bench tests; do
+	if [ -d $$part ]; then mkdir -p build/tree/$(1)/$$part; cp -a --update $$part/. build/tree/$(1)/$$part/; fi
+	if [ -f $$part ]; then cp -a --update $$part build/tree/$(1)/; fi
+done
+cd build/tree/$(1)
+endef
+
+define STEP_debug
+$(call tree,debug)
+MMCORE_DEBUG=1 $(PY) setup.py build_ext --inplace -j $(JOBS)
+endef
+debug: $(DEV_PACKAGES)
+	$(call step,Debug build in build/tree/debug,debug)
+	@cd build/tree/debug && $(PY) -m pytest -m 'not slow' tests/unit $(PYTEST_ARGS)
+
+# The interpreter is not built with the sanitizers, so their libraries must be loaded before anything else; libstdc++
+# as well, or the wrapper round C++ exceptions finds none to wrap. malloc lets them see each Python object.
+define STEP_sanitize
+$(call tree,sanitize)
+MMCORE_SANITIZE=1 $(PY) setup.py build_ext --inplace -j $(JOBS)
+endef
+SANITIZED = ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	LSAN_OPTIONS=suppressions=$(CURDIR)/tests/meta/leaks.supp:print_suppressions=0 PYTHONMALLOC=malloc \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so.6)"
+SANITIZED_TESTS = $(wildcard tests/unit/_ext tests/unit/transport tests/fuzz)
+sanitize: $(DEV_PACKAGES)
+	$(call step,Sanitizer build in build/tree/sanitize,sanitize)
+	@cd build/tree/sanitize && $(SANITIZED) $(PY) -m pytest -m 'not slow' $(SANITIZED_TESTS) $(PYTEST_ARGS)
+
+define STEP_coverage
+$(PIP) install --group coverage
+$(call tree,coverage)
+MMCORE_COVERAGE=1 $(PY) setup.py build_ext --inplace -j $(JOBS)
+endef
+coverage: $(DEV_PACKAGES)
+	$(call step,Coverage build in build/tree/coverage,coverage)
+	@cd build/tree/coverage && $(PY) -m coverage run -m pytest tests/unit $(PYTEST_ARGS); \
+	$(PY) -m coverage report --skip-covered
+
+clean:
+	rm -rf build dist *.egg-info .venv-protos mmcore/_ext/*.so ext/*.c ext/*.html
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks .coverage*
+	find mmcore tests bench deploy protos -name __pycache__ -prune -exec rm -rf {} +
+
+# The shell texts reach their shells through the environment: no quoting in between.
+export STEP_system STEP_venv STEP_packages_to_run STEP_packages_to_test STEP_extensions STEP_bench_system
+export STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_coverage
