@@ -1,0 +1,139 @@
+"""The service ``inference.GRPCInferenceService``: which method answers what.
+
+The methods that only tell or switch something are here; inference, streaming, the repository and statistics have files
+of their own. Messages, names and texts follow the Open Inference Protocol and the extensions in Triton's documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from google.protobuf.message import Message
+
+import mmcore
+from mmcore.errors import Unimplemented
+from mmcore.pb import inference_pb2
+from mmcore.routing import Router
+from mmcore.server import settings
+from mmcore.server.calls import Waiting, immediate, parse
+from mmcore.server.inference import Inference
+from mmcore.server.repository import Repository
+from mmcore.server.shared_memory import SharedMemory
+from mmcore.server.statistics import statistics_of
+from mmcore.server.streaming import StreamInference
+from mmcore.server.tracing import Tracing
+from mmcore.transport import Server, ServerCall
+
+SERVICE: Final = "inference.GRPCInferenceService"
+
+#: What ServerMetadata promises; an extension is named here when all of it is served over gRPC.
+EXTENSIONS: Final = (
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "parameters",
+    "statistics",
+    "system_shared_memory",
+    "trace",
+    "logging",
+)
+
+RequestT = TypeVar("RequestT", bound=Message)
+
+
+class V2Service:
+    """The service of one instance.
+
+    Attributes:
+        ready: what ServerReady answers; the node sets it when models asked for at start are loaded, and takes it back
+            when it drains.
+    """
+
+    def __init__(self, router: Router, repository: Repository, *, server_name: str) -> None:
+        self.ready = False
+        self._name = server_name
+        self._router = router
+        self._repository = repository
+        self._regions = SharedMemory()
+        self._waiting = Waiting()
+        self._tracing = Tracing(router)
+        self._inference = Inference(router, self._regions, self._tracing, self._waiting)
+
+    def register(self, server: Server) -> None:
+        """Add every method to ``server``."""
+        server.add_unary(f"/{SERVICE}/ModelInfer", self._inference.infer)
+        server.add_stream(f"/{SERVICE}/ModelStreamInfer", StreamInference(self._inference).serve)
+
+        def at_once(name: str, request_type: type[RequestT], method: Callable[[RequestT], Message]) -> None:
+            server.add_unary(f"/{SERVICE}/{name}", immediate(request_type, method))
+
+        pb = inference_pb2
+        at_once("ServerLive", pb.ServerLiveRequest, self._server_live)
+        at_once("ServerReady", pb.ServerReadyRequest, self._server_ready)
+        at_once("ServerMetadata", pb.ServerMetadataRequest, self._server_metadata)
+        at_once("ModelReady", pb.ModelReadyRequest, self._repository.model_ready)
+        at_once("ModelStatistics", pb.ModelStatisticsRequest, self._model_statistics)
+        at_once("RepositoryIndex", pb.RepositoryIndexRequest, self._repository.index)
+        at_once("TraceSetting", pb.TraceSettingRequest, self._tracing.update)
+        at_once("LogSettings", pb.LogSettingsRequest, settings.update_log_settings)
+        at_once("SystemSharedMemoryStatus", pb.SystemSharedMemoryStatusRequest, self._region_status)
+        at_once("SystemSharedMemoryRegister", pb.SystemSharedMemoryRegisterRequest, self._register_region)
+        at_once("SystemSharedMemoryUnregister", pb.SystemSharedMemoryUnregisterRequest, self._unregister_region)
+        for name in ("Status", "Register", "Unregister"):
+            server.add_unary(f"/{SERVICE}/CudaSharedMemory{name}", _no_cuda)
+
+        waiting, repository = self._waiting, self._repository
+        for name, handler in (
+            ("ModelMetadata", waiting.handler(pb.ModelMetadataRequest, repository.model_metadata)),
+            ("ModelConfig", waiting.handler(pb.ModelConfigRequest, repository.model_config)),
+            ("RepositoryModelLoad", waiting.handler(pb.RepositoryModelLoadRequest, repository.load)),
+            ("RepositoryModelUnload", waiting.handler(pb.RepositoryModelUnloadRequest, repository.unload)),
+        ):
+            server.add_unary(f"/{SERVICE}/{name}", handler)
+
+    def _server_live(self, request: inference_pb2.ServerLiveRequest) -> inference_pb2.ServerLiveResponse:
+        return inference_pb2.ServerLiveResponse(live=True)
+
+    def _server_ready(self, request: inference_pb2.ServerReadyRequest) -> inference_pb2.ServerReadyResponse:
+        return inference_pb2.ServerReadyResponse(ready=self.ready)
+
+    def _server_metadata(self, request: inference_pb2.ServerMetadataRequest) -> inference_pb2.ServerMetadataResponse:
+        return inference_pb2.ServerMetadataResponse(
+            name=self._name, version=mmcore.__version__, extensions=EXTENSIONS
+        )
+
+    def _model_statistics(
+        self, request: inference_pb2.ModelStatisticsRequest
+    ) -> inference_pb2.ModelStatisticsResponse:
+        return statistics_of(self._router, request.name, request.version)
+
+    def _region_status(
+        self, request: inference_pb2.SystemSharedMemoryStatusRequest
+    ) -> inference_pb2.SystemSharedMemoryStatusResponse:
+        status = inference_pb2.SystemSharedMemoryStatusResponse.RegionStatus
+        return inference_pb2.SystemSharedMemoryStatusResponse(
+            regions={
+                region.name: status(
+                    name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
+                )
+                for region in self._regions.status(request.name)
+            }
+        )
+
+    def _register_region(
+        self, request: inference_pb2.SystemSharedMemoryRegisterRequest
+    ) -> inference_pb2.SystemSharedMemoryRegisterResponse:
+        self._regions.register(request.name, request.key, request.offset, request.byte_size)
+        return inference_pb2.SystemSharedMemoryRegisterResponse()
+
+    def _unregister_region(
+        self, request: inference_pb2.SystemSharedMemoryUnregisterRequest
+    ) -> inference_pb2.SystemSharedMemoryUnregisterResponse:
+        self._regions.unregister(request.name)
+        return inference_pb2.SystemSharedMemoryUnregisterResponse()
+
+
+def _no_cuda(call: ServerCall, body: bytes) -> bytes:
+    raise Unimplemented("this server keeps tensors in host memory; CUDA shared memory is not supported")
