@@ -18,7 +18,6 @@ MAKEFLAGS   += --no-print-directory --no-builtin-rules
 
 PY   := $(abspath $(VENV))/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet
-JOBS := $(shell nproc 2>/dev/null || echo 1)
 
 # Stamps stand for work that need not be done again.
 SYSTEM       := build/stamp/system
@@ -93,7 +92,7 @@ $(DEV_PACKAGES): $(RUN_PACKAGES)
 	$(call step,Python packages to test and lint,packages_to_test)
 	@touch $@
 
-STEP_extensions = $(PY) setup.py build_ext --inplace -j $(JOBS)
+STEP_extensions = $(PY) setup.py build_ext --inplace
 $(EXTENSIONS): $(EXT_SOURCES) $(RUN_PACKAGES)
 	$(call step,Compiled modules,extensions)
 	@touch $@
@@ -183,7 +182,7 @@ endef
 
 define STEP_debug
 $(call tree,debug)
-MMCORE_DEBUG=1 $(PY) setup.py build_ext --inplace -j $(JOBS)
+MMCORE_DEBUG=1 $(PY) setup.py build_ext --inplace
 endef
 debug: $(DEV_PACKAGES)
 	$(call step,Debug build in build/tree/debug,debug)
@@ -193,7 +192,7 @@ debug: $(DEV_PACKAGES)
 # as well, or the wrapper round C++ exceptions finds none to wrap. malloc lets them see each Python object.
 define STEP_sanitize
 $(call tree,sanitize)
-MMCORE_SANITIZE=1 $(PY) setup.py build_ext --inplace -j $(JOBS)
+MMCORE_SANITIZE=1 $(PY) setup.py build_ext --inplace
 endef
 SANITIZED = ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	LSAN_OPTIONS=suppressions=$(CURDIR)/tests/meta/leaks.supp:print_suppressions=0 PYTHONMALLOC=malloc \
@@ -206,7 +205,7 @@ sanitize: $(DEV_PACKAGES)
 define STEP_coverage
 $(PIP) install --group coverage
 $(call tree,coverage)
-MMCORE_COVERAGE=1 $(PY) setup.py build_ext --inplace -j $(JOBS)
+MMCORE_COVERAGE=1 $(PY) setup.py build_ext --inplace
 endef
 coverage: $(DEV_PACKAGES)
 	$(call step,Coverage build in build/tree/coverage,coverage)

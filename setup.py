@@ -112,7 +112,7 @@ def build_base() -> str:
 BUILD_BASE = build_base()
 setup(
     cmdclass={"build_ext": BuildExtensions},
-    options={"build": {"build_base": BUILD_BASE}},
+    options={"build": {"build_base": BUILD_BASE}, "build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         [extension(path) for path in sorted(Path("ext").glob("*.pyx")) if not ONLY or path.stem in ONLY],
         include_path=["."],
