@@ -1,0 +1,30 @@
+from typing import NamedTuple, final
+
+class Duration(NamedTuple):
+    count: int
+    ns: int
+
+class BatchStatistics(NamedTuple):
+    batch_size: int
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+
+class Statistics(NamedTuple):
+    success: Duration
+    fail: Duration
+    queue: Duration
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+    inference_count: int
+    execution_count: int
+    last_inference_ms: int
+    batches: tuple[BatchStatistics, ...]
+
+def now_ns() -> int: ...
+@final
+class ModelStatistics:
+    def record(self, batch: int, queue_ns: int, input_ns: int, infer_ns: int, output_ns: int) -> None: ...
+    def fail(self, total_ns: int) -> None: ...
+    def snapshot(self) -> Statistics: ...
