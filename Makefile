@@ -26,6 +26,7 @@ RUN_PACKAGES := $(VENV)/.stamp-run
 DEV_PACKAGES := $(VENV)/.stamp-dev
 PROTOS_TOOL  := .venv-protos/.stamp
 EXTENSIONS   := build/stamp/extensions
+SAMPLES      := build/stamp/samples
 EXT_SOURCES  := $(wildcard ext/*.pyx ext/*.h mmcore/_ext/*.pxd) setup.py
 
 # $(call step,TITLE,NAME) runs the shell text STEP_NAME: one line when it starts, the time it took when it ends,
@@ -101,8 +102,13 @@ build: $(EXTENSIONS)
 
 ## The program and its tests ------------------------------------------------------------------------------------------
 
-run: $(EXTENSIONS)
-	@exec $(PY) deploy/samples/first_inference.py $(if $(ONCE),--once)
+STEP_samples = $(PY) deploy/samples/train.py build/samples
+$(SAMPLES): deploy/samples/train.py $(RUN_PACKAGES)
+	$(call step,Sample models in build/samples,samples)
+	@touch $@
+
+run: $(EXTENSIONS) $(SAMPLES)
+	@exec $(PY) deploy/samples/first_inference.py build/samples $(if $(ONCE),--once)
 
 test: $(EXTENSIONS) $(DEV_PACKAGES)
 	@$(PY) -m pytest $(PYTEST_ARGS)
@@ -218,5 +224,5 @@ clean:
 	find mmcore tests bench deploy protos -name __pycache__ -prune -exec rm -rf {} +
 
 # The shell texts reach their shells through the environment: no quoting in between.
-export STEP_system STEP_venv STEP_packages_to_run STEP_packages_to_test STEP_extensions STEP_bench_system
+export STEP_system STEP_venv STEP_packages_to_run STEP_packages_to_test STEP_extensions STEP_samples STEP_bench_system
 export STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_coverage
