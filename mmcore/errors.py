@@ -73,6 +73,10 @@ class LoadFailed(MmcoreError):
     status = Status.FAILED_PRECONDITION
 
 
+class InvalidModel(LoadFailed):
+    """A model's files or settings say what cannot be; the text names the file and the field."""
+
+
 class Unavailable(MmcoreError):
     """This instance or the other side cannot answer now."""
 
