@@ -117,17 +117,18 @@ class StreamInference:
         started: asyncio.Queue[StreamAnswer | None] = asyncio.Queue(IN_FLIGHT_LIMIT)
         unsent: set[StreamAnswer] = set()
         errors_end_it = ("triton_grpc_error", "true") in call.metadata
-        sender = asyncio.create_task(_send(call, started, unsent, errors_end_it), name="ModelStreamInfer answers")
         try:
-            async for body in call:
-                answer = StreamAnswer(call, body)
-                unsent.add(answer)
-                self._start(answer, body)
-                await _put(started, answer, sender)
-            await _put(started, None, sender)
-            await sender
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_send(call, started, unsent, errors_end_it), name="ModelStreamInfer answers")
+                async for body in call:
+                    answer = StreamAnswer(call, body)
+                    unsent.add(answer)
+                    self._start(answer, body)
+                    await started.put(answer)
+                await started.put(None)
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
         finally:
-            sender.cancel()
             for answer in unsent:
                 answer.abandon()
 
@@ -152,20 +153,6 @@ async def _send(
             text = inference_pb2.ModelStreamInferResponse.FromString(message).error_message
             raise RpcError(status, text)
         await call.send(message)
-
-
-async def _put(
-    started: asyncio.Queue[StreamAnswer | None], answer: StreamAnswer | None, sender: asyncio.Task[None]
-) -> None:
-    if not started.full():
-        started.put_nowait(answer)
-        return
-    put = asyncio.ensure_future(started.put(answer))
-    done, _ = await asyncio.wait({put, sender}, return_when=asyncio.FIRST_COMPLETED)
-    if put not in done:
-        put.cancel()
-        # The sender ends early only by an error, which this raises.
-        await sender
 
 
 def _varint(value: int) -> bytes:
