@@ -1,0 +1,89 @@
+"""From a model's files to a model that answers: which format is read by what.
+
+A framework is imported when the first model of its format is loaded and not before: importing one costs up to a
+second and 70 MB.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from mmcore.errors import LoadFailed, MmcoreError
+from mmcore.model import ModelSource
+from mmcore.runtimes.failures import describe
+from mmcore.runtimes.interface import LoadedModel
+from mmcore.runtimes.load_warnings import logged_for
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    module: str
+    #: The extra of this package that installs the framework; None where nothing is needed.
+    extra: str | None = None
+
+
+_FORMATS: Final[dict[str, _Format]] = {
+    "onnx": _Format("mmcore.runtimes.onnx", "onnx"),
+    "python": _Format("mmcore.runtimes.python"),
+    "sklearn": _Format("mmcore.runtimes.sklearn", "sklearn"),
+    "xgboost": _Format("mmcore.runtimes.xgboost", "xgboost"),
+}
+
+#: The values of ``ModelSource.format`` that can be loaded.
+FORMATS: Final[tuple[str, ...]] = tuple(_FORMATS)
+
+_import_lock = threading.Lock()
+
+
+def load_model(source: ModelSource) -> LoadedModel:
+    """Load one version of one model; blocks for as long as the framework takes, so call it in a loader thread.
+
+    Raises:
+        LoadFailed: the format, the file, the framework or the model's settings are at fault; the text says which and,
+            where something can be installed or changed, what.
+    """
+    load = _loader(source)
+    if not source.path.exists():
+        raise LoadFailed(f"model {source.name!r}: {source.path.name!r} does not exist")
+    try:
+        with logged_for(source.name):
+            return load(source)
+    except MmcoreError as error:
+        raise LoadFailed(f"model {source.name!r}: {error}") from error
+    except MemoryError as error:
+        raise LoadFailed(f"model {source.name!r}: out of memory while loading {source.path.name!r}") from error
+    except ModuleNotFoundError as error:
+        raise LoadFailed(
+            f"model {source.name!r}: {source.path.name!r} needs the Python module {error.name!r},"
+            " which is not installed"
+        ) from error
+    except Exception as error:  # whatever a framework raises on a bad file
+        log.info("loading model %r failed", source.name, exc_info=error)
+        raise LoadFailed(f"model {source.name!r}: cannot load {source.path.name!r}: {describe(error)}") from error
+
+
+def _loader(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
+    served = _FORMATS.get(source.format)
+    if served is None:
+        raise LoadFailed(
+            f"model {source.name!r}: the format {source.format!r} is not served; these are: {', '.join(FORMATS)}"
+        )
+    try:
+        # Frameworks are imported one at a time: they import one another (xgboost takes sklearn in), and two threads
+        # in a cycle of imports see half-made modules.
+        with _import_lock:
+            module = importlib.import_module(served.module)
+    except ImportError as error:
+        raise LoadFailed(
+            f"model {source.name!r}: the format {source.format!r} needs a framework that cannot be imported ({error});"
+            f" install it with: pip install 'mmcore[{served.extra}]'"
+        ) from error
+    load: Callable[[ModelSource], LoadedModel] = module.load
+    return load
