@@ -1,0 +1,61 @@
+"""``python -m bench [SUITE …] [--quick]``: run suites, print their tables, write build/bench/SUITE.json."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import Final
+
+from rich.console import Console
+
+from bench import confirm, micro, transport, v2
+from bench.builds import FOLDER, NotMeasured
+from bench.comparison import Effort
+from bench.machine import cores
+from bench.processes import PeerFailed
+from bench.rows import Row, show, write
+
+SUITES: Final[dict[str, Callable[[Console, Effort], list[Row]]]] = {
+    "transport": transport.run,
+    "v2": v2.run,
+    "micro": micro.run,
+    "confirm": confirm.run,
+}
+THOROUGH: Final = Effort(rounds=5, warmup_s=0.2, duration_s=1.2)
+QUICK: Final = Effort(rounds=3, warmup_s=0.1, duration_s=0.2)
+
+
+def main() -> int:
+    """Run the suites named, or all; 1 when one of them failed, after the others have run."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"one of {', '.join(SUITES)}; all when absent")
+    parser.add_argument("--quick", action="store_true", help="short windows: does it work, and roughly how fast")
+    arguments = parser.parse_args()
+    for name in arguments.suites:
+        if name not in SUITES:
+            parser.error(f"unknown suite {name!r}; known are {', '.join(SUITES)}")
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    if len(set(cores())) == 1:
+        console.print("only one core: the generator takes it from the server, so read cpu and capacity alone")
+    failed = 0
+    for name in arguments.suites or SUITES:
+        failed |= _run(console, name, QUICK if arguments.quick else THOROUGH)
+    return failed
+
+
+def _run(console: Console, name: str, effort: Effort) -> int:
+    began = time.monotonic()
+    try:
+        rows = SUITES[name](console, effort)
+    except (PeerFailed, NotMeasured) as failure:
+        console.print(f"bench {name} failed: {failure}", style="red", markup=False)
+        return 1
+    show(console, name, rows)
+    console.print(f"{write(FOLDER, name, rows)}, {time.monotonic() - began:.0f} s\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What the generator is asked to do and what it answers: one JSON line each way."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from bench.load.schedule import Arrivals
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One measured window against one server.
+
+    ``closed``: every one of connections × streams callers sends its next request when the last is answered.
+    ``open``: requests leave at ``rate_per_s`` whatever the answers do, and latency counts from the intended time.
+    """
+
+    target: str
+    path: str
+    body: bytes
+    expected: bytes
+    mode: Literal["closed", "open"] = "closed"
+    connections: int = 1
+    streams: int = 1
+    rate_per_s: float = 0.0
+    arrivals: Arrivals = "poisson"
+    warmup_s: float = 0.2
+    duration_s: float = 1.0
+    #: Processes whose CPU time is read at the window's two ends.
+    server_pids: tuple[int, ...] = ()
+
+    def to_json(self) -> str:
+        """One line; the two bodies as base64."""
+        fields = asdict(self)
+        for name in ("body", "expected"):
+            fields[name] = base64.b64encode(fields[name]).decode("ascii")
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, line: str) -> Job:
+        """The inverse of ``to_json``; TypeError names a field that is missing or unknown."""
+        fields = json.loads(line)
+        for name in ("body", "expected"):
+            fields[name] = base64.b64decode(fields[name])
+        fields["server_pids"] = tuple(fields["server_pids"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one window gave. ``error`` tells the first wrong answer or failure; the figures then mean nothing."""
+
+    requests: int = 0
+    seconds: float = 0.0
+    per_s: float = 0.0
+    #: ``p50``, ``p90``, ``p99``, ``p999``, ``max`` in µs.
+    latency_us: dict[str, float] = field(default_factory=dict)
+    #: CPU time of the server's processes per request, in µs.
+    server_cpu_us: float = 0.0
+    #: Share of one core that the server and the generator took.
+    server_busy: float = 0.0
+    load_busy: float = 0.0
+    error: str = ""
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Outcome:
+        """The inverse of ``to_json``."""
+        return cls(**json.loads(line))
