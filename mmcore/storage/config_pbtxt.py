@@ -1,0 +1,175 @@
+"""Triton's ``config.pbtxt``: what of it mmcore acts upon, and a refusal of what would change the answers if ignored.
+
+Fields are those of model_config.proto. Scheduling hints that do not change an answer (instance groups, optimisation,
+dynamic batching, warm-up, rate limits) are accepted and left to mmcore's own judgement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from google.protobuf import json_format, text_format
+
+from mmcore.errors import InvalidModel
+from mmcore.model import TensorSpec
+from mmcore.pb import model_config_pb2
+from mmcore.storage.containment import inside
+from mmcore.storage.stated import Stated, VersionPolicy
+
+CONFIG_PBTXT: Final = "config.pbtxt"
+#: What an error names when the configuration came with a load request.
+CONFIG_OVERRIDE: Final = "config"
+
+_LABELS_LIMIT_BYTES: Final = 16 * 2**20
+
+#: Format by platform (older configurations) and by backend; None: whatever the folder holds.
+_PLATFORMS: Final[dict[str, str | None]] = {
+    "onnxruntime_onnx": "onnx",
+    "tensorflow_graphdef": "tensorflow",
+    "tensorflow_savedmodel": "tensorflow",
+    "tensorrt_plan": "tensorrt",
+    "pytorch_libtorch": "torchscript",
+    "openvino": "openvino",
+    "sklearn": "sklearn",
+    "xgboost": "xgboost",
+    "lightgbm": "lightgbm",
+    "python": "python",
+}
+_BACKENDS: Final[dict[str, str | None]] = {
+    "onnxruntime": "onnx",
+    "tensorflow": "tensorflow",
+    "tensorrt": "tensorrt",
+    "pytorch": "torchscript",
+    "openvino": "openvino",
+    "fil": None,
+    "sklearn": "sklearn",
+    "xgboost": "xgboost",
+    "lightgbm": "lightgbm",
+    "mmcore_python": "python",
+}
+_DATATYPES: Final = {
+    number: "BYTES" if name == "TYPE_STRING" else name.removeprefix("TYPE_")
+    for name, number in model_config_pb2.DataType.items()
+    if name != "TYPE_INVALID"
+}
+
+
+def read_config_pbtxt(text: str, folder: Path) -> Stated:
+    """What a ``config.pbtxt`` states; label files are read from ``folder``.
+
+    The name in it is not looked at: Triton demands that it equals the folder's.
+
+    Raises:
+        InvalidModel: it is not a text-format ModelConfig, or states what cannot be served.
+    """
+    try:
+        config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    except (text_format.ParseError, UnicodeError) as error:
+        raise InvalidModel(f"{CONFIG_PBTXT}: {error}") from error
+    return _stated(config, folder, CONFIG_PBTXT)
+
+
+def read_config_json(text: str, folder: Path) -> Stated:
+    """What the ``config`` parameter of a load request states: a ModelConfig as JSON (Triton, model repository).
+
+    Raises:
+        InvalidModel: it is not a ModelConfig in JSON, or states what cannot be served.
+    """
+    try:
+        config = json_format.Parse(text, model_config_pb2.ModelConfig(), max_recursion_depth=20)
+    except (json_format.ParseError, UnicodeError, RecursionError) as error:
+        raise InvalidModel(f"{CONFIG_OVERRIDE}: {error}") from error
+    return _stated(config, folder, CONFIG_OVERRIDE)
+
+
+def _stated(config: model_config_pb2.ModelConfig, folder: Path, file: str) -> Stated:
+    if config.WhichOneof("scheduling_choice") in ("sequence_batching", "ensemble_scheduling"):
+        raise InvalidModel(f"{file}: {config.WhichOneof('scheduling_choice')}: is not supported")
+    if config.model_transaction_policy.decoupled:
+        raise InvalidModel(f"{file}: model_transaction_policy.decoupled: is not supported")
+    if config.max_batch_size < 0:
+        raise InvalidModel(f"{file}: max_batch_size: must not be negative, got {config.max_batch_size}")
+    filename = config.default_model_filename or None
+    if filename is not None:
+        inside(folder, filename, f"{file}: default_model_filename")
+    batched = config.max_batch_size > 0
+    return Stated(
+        format=_format(config, file),
+        file=filename,
+        max_batch_size=config.max_batch_size,
+        inputs=_tensors(config.input, f"{file}: input", batched=batched),
+        outputs=_tensors(config.output, f"{file}: output", batched=batched),
+        labels={
+            output.name: _labels(folder, output.label_filename, f"{file}: output '{output.name}': label_filename")
+            for output in config.output
+            if output.label_filename
+        },
+        parameters={key: value.string_value for key, value in config.parameters.items()},
+        policy=_policy(config.version_policy, file),
+    )
+
+
+def _format(config: model_config_pb2.ModelConfig, file: str) -> str | None:
+    if config.backend == "python":
+        raise InvalidModel(
+            f"{file}: backend: 'python' is Triton's own contract (class TritonPythonModel); mmcore's Python models are "
+            f"backend 'mmcore_python'"
+        )
+    if config.platform == "ensemble":
+        raise InvalidModel(f"{file}: platform: ensembles are not supported")
+    for field, stated, known in (("backend", config.backend, _BACKENDS), ("platform", config.platform, _PLATFORMS)):
+        if stated:
+            if stated not in known:
+                raise InvalidModel(f"{file}: {field}: '{stated}' is not built in; known are {', '.join(known)}")
+            return known[stated]
+    return None
+
+
+def _tensors(
+    stated: Sequence[model_config_pb2.ModelInput] | Sequence[model_config_pb2.ModelOutput], where: str, *, batched: bool
+) -> tuple[TensorSpec, ...]:
+    """The tensors with their full shapes: a batch dimension, left out in the file, is put first."""
+    specs: list[TensorSpec] = []
+    for tensor in stated:
+        named = f"{where} '{tensor.name}'"
+        if not tensor.name:
+            raise InvalidModel(f"{where}[{len(specs)}]: name: is missing")
+        if any(spec.name == tensor.name for spec in specs):
+            raise InvalidModel(f"{named}: is there twice")
+        if tensor.data_type not in _DATATYPES:
+            raise InvalidModel(f"{named}: data_type: is missing")
+        if any(dim < -1 for dim in tensor.dims):
+            raise InvalidModel(f"{named}: dims: must be -1 or above, got {list(tensor.dims)}")
+        if tensor.HasField("reshape"):
+            raise InvalidModel(f"{named}: reshape: is not supported")
+        if getattr(tensor, "allow_ragged_batch", False):
+            raise InvalidModel(f"{named}: allow_ragged_batch: is not supported")
+        shape = (-1, *tensor.dims) if batched else tuple(tensor.dims)
+        specs.append(TensorSpec(tensor.name, _DATATYPES[tensor.data_type], shape))
+    return tuple(specs)
+
+
+def _labels(folder: Path, filename: str, where: str) -> tuple[str, ...]:
+    """The class labels in a file of the model's folder, one a line."""
+    file = inside(folder, filename, where)
+    try:
+        if file.stat().st_size > _LABELS_LIMIT_BYTES:
+            raise InvalidModel(f"{where}: '{filename}' is longer than {_LABELS_LIMIT_BYTES} bytes")
+        return tuple(file.read_text("utf-8").splitlines())
+    except OSError as error:
+        raise InvalidModel(f"{where}: '{filename}' cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidModel(f"{where}: '{filename}' is not UTF-8 text") from error
+
+
+def _policy(policy: model_config_pb2.ModelVersionPolicy, file: str) -> VersionPolicy | None:
+    choice = policy.WhichOneof("policy_choice")
+    if choice == "latest":
+        return VersionPolicy(latest=max(1, policy.latest.num_versions))
+    if choice == "specific":
+        if not policy.specific.versions:
+            raise InvalidModel(f"{file}: version_policy.specific: names no version")
+        return VersionPolicy(specific=frozenset(str(version) for version in policy.specific.versions))
+    return VersionPolicy() if choice == "all" else None

@@ -1,0 +1,162 @@
+"""A model folder's own settings: ``config.pbtxt``, ``model-settings.json`` and ``mmcore.yaml``, the last one winning.
+
+It reads and checks what they state; which files are the model is ``layout``'s to find.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from mmcore.config import parse_size
+from mmcore.errors import InvalidModel
+from mmcore.storage.config_pbtxt import CONFIG_PBTXT, read_config_pbtxt
+from mmcore.storage.containment import inside
+from mmcore.storage.stated import Reader, Stated, known_format
+
+MODEL_SETTINGS: Final = "model-settings.json"
+MMCORE_YAML: Final = "mmcore.yaml"
+SETTINGS_FILES: Final = frozenset({CONFIG_PBTXT, MODEL_SETTINGS, MMCORE_YAML})
+
+#: Settings are small; what is larger is no settings file.
+LIMIT_BYTES: Final = 4 * 2**20
+EXECUTIONS: Final = ("auto", "inline", "thread")
+
+#: MLServer's runtime classes, by the package they come from.
+_IMPLEMENTATIONS: Final = {
+    "mlserver_sklearn": "sklearn",
+    "mlserver_xgboost": "xgboost",
+    "mlserver_lightgbm": "lightgbm",
+    "mlserver_onnx": "onnx",
+    "mlserver_catboost": "catboost",
+    "mlserver_mlflow": "mlflow",
+    "mlserver_mllib": "mllib",
+    "mlserver_huggingface": "huggingface",
+}
+_YAML_FIELDS: Final = (
+    *("name", "format", "version", "file", "max_batch_size", "inputs", "outputs"),
+    *("execution", "size_bytes", "parameters"),
+)
+
+
+def read_settings(folder: Path) -> Stated:
+    """What the settings files in ``folder`` state together; nothing when there are none.
+
+    Raises:
+        InvalidModel: a file cannot be read as what its name says, or a field is wrong; the text names both.
+    """
+    stated = Stated()
+    for name, read in (
+        (CONFIG_PBTXT, read_config_pbtxt),
+        (MODEL_SETTINGS, _read_model_settings),
+        (MMCORE_YAML, _read_mmcore_yaml),
+    ):
+        file = inside(folder, name, name)
+        if file.is_file():
+            stated = read(_text(file), folder).over(stated)
+    return stated
+
+
+def _text(file: Path) -> str:
+    try:
+        if file.stat().st_size > LIMIT_BYTES:
+            raise InvalidModel(f"{file.name}: is longer than {LIMIT_BYTES} bytes")
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidModel(f"{file.name}: is not UTF-8 text") from error
+    except OSError as error:
+        raise InvalidModel(f"{file.name}: cannot be read: {error.strerror}") from error
+
+
+def _read_model_settings(text: str, folder: Path) -> Stated:
+    """MLServer's ``model-settings.json`` (its documentation, "Model Settings")."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidModel(f"{MODEL_SETTINGS}: is not JSON: {error}") from error
+    reader = Reader(values, MODEL_SETTINGS)
+    parameters = reader.mapping("parameters")
+    uri = parameters.text("uri")
+    if uri is not None:
+        if "://" in uri:
+            raise InvalidModel(f"{parameters.where('uri')}: '{uri}' is remote; only the model's folder is read")
+        inside(folder, uri, parameters.where("uri"))
+    return Stated(
+        name=reader.text("name"),
+        format=_implemented(reader, reader.text("implementation")),
+        version=parameters.text("version"),
+        file=uri,
+        inputs=reader.tensors("inputs"),
+        outputs=reader.tensors("outputs"),
+        parameters=parameters.texts("extra"),
+    )
+
+
+def _implemented(reader: Reader, implementation: str | None) -> str | None:
+    if implementation is None:
+        return None
+    known = _IMPLEMENTATIONS.get(implementation.partition(".")[0].replace("-", "_"))
+    if known is None:
+        raise InvalidModel(
+            f"{reader.where('implementation')}: '{implementation}' is a runtime class of its own; "
+            f"write it as a model.py instead. Known are {', '.join(_IMPLEMENTATIONS)}"
+        )
+    return known
+
+
+def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InvalidModel(f"{MMCORE_YAML}: is not YAML: {' '.join(str(error).split())}") from error
+    reader = Reader({} if values is None else values, MMCORE_YAML)
+    reader.only(_YAML_FIELDS)
+    file, stated_format, execution = reader.text("file"), reader.text("format"), reader.text("execution")
+    if file is not None:
+        inside(folder, file, reader.where("file"))
+    if execution is not None and execution not in EXECUTIONS:
+        raise InvalidModel(f"{reader.where('execution')}: expected one of {', '.join(EXECUTIONS)}, got '{execution}'")
+    version = reader.values.get("version")
+    if type(version) is int:
+        reader.values["version"] = str(version)
+    return Stated(
+        name=reader.text("name"),
+        format=known_format(stated_format) if stated_format else None,
+        version=reader.text("version"),
+        file=file,
+        max_batch_size=reader.count("max_batch_size"),
+        inputs=reader.tensors("inputs"),
+        outputs=reader.tensors("outputs"),
+        labels=_labels(reader),
+        parameters=reader.texts("parameters"),
+        execution=execution,
+        size_bytes=_size(reader),
+    )
+
+
+def _labels(reader: Reader) -> dict[str, tuple[str, ...]]:
+    """The class labels written with the outputs, as lists."""
+    labels: dict[str, tuple[str, ...]] = {}
+    for output in reader.readers("outputs"):
+        stated = output.values.get("labels")
+        if stated is None:
+            continue
+        if not isinstance(stated, list) or not all(isinstance(one, str | int) for one in stated):
+            raise InvalidModel(f"{output.where('labels')}: expected a list of texts")
+        labels[output.tensor().name] = tuple(str(one) for one in stated)
+    return labels
+
+
+def _size(reader: Reader) -> int | None:
+    stated = reader.values.get("size_bytes")
+    if stated is None:
+        return None
+    if isinstance(stated, str | int) and not isinstance(stated, bool):
+        try:
+            return parse_size(str(stated))
+        except ValueError as error:
+            raise InvalidModel(f"{reader.where('size_bytes')}: {error}") from error
+    raise InvalidModel(f"{reader.where('size_bytes')}: expected a size such as 64MiB, got {stated!r}")
