@@ -1,0 +1,18 @@
+"""What is imported, and when: frameworks wait until a model needs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = {"joblib", "onnxruntime", "pandas", "scipy", "sklearn", "xgboost"}
+NEVER = {"grpc", "tritonclient", "tests", "bench"}
+
+
+@pytest.mark.parametrize("module", ["mmcore.cli.main", "mmcore.server.node", "mmcore.runtimes", "mmcore.storage"])
+def test_no_framework_is_imported_before_a_model_needs_it(module: str) -> None:
+    code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not set(loaded) & (FRAMEWORKS | NEVER)
