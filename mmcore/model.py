@@ -32,7 +32,8 @@ NUMPY_DTYPES: Final[dict[str, np.dtype]] = {
 class TensorSpec:
     """Name, V2 datatype and shape of one input or output; -1 where a dimension is free.
 
-    The shape is the full one: a batch dimension, where the model has one, is its first element.
+    The shape is the full one: a batch dimension, where the model has one, is its first element. An empty shape says
+    nothing: any shape will do (an ONNX graph that states none, a class that answers what it gets).
     """
 
     name: str

@@ -33,6 +33,8 @@ def _merge(kind: str, found: TensorSpec, declared: TensorSpec) -> TensorSpec:
         raise LoadFailed(
             f"the settings declare {kind} {found.name!r} as {declared.datatype}, the model as {found.datatype}"
         )
+    if () in (found.shape, declared.shape):
+        return TensorSpec(found.name, found.datatype, found.shape or declared.shape)
     agree = len(found.shape) == len(declared.shape) and all(
         here == there or -1 in (here, there) for here, there in zip(found.shape, declared.shape, strict=True)
     )
@@ -57,9 +59,11 @@ def single_input(found: TensorSpec, declared: tuple[TensorSpec, ...]) -> TensorS
         return found
     if len(declared) > 1:
         raise LoadFailed(f"the settings declare {len(declared)} inputs; this format takes one matrix of features")
-    (spec,) = declared
     check_datatypes(declared)
-    width = found.shape[-1]
+    (spec,) = declared
+    if not spec.shape:
+        return TensorSpec(spec.name, spec.datatype, found.shape)
+    width = found.shape[1]
     if spec.datatype != "BYTES" and (
         len(spec.shape) != 2 or (spec.shape[1] != width and -1 not in (spec.shape[1], width))
     ):

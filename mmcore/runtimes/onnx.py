@@ -142,7 +142,7 @@ def load(source: ModelSource) -> OnnxModel:
     inputs = merge_declared("input", _input_specs(session), settings.inputs)
     outputs = merge_declared("output", _output_specs(session), settings.outputs)
     asked = tuple(spec.name for spec in settings.outputs) or tuple(spec.name for spec in outputs)
-    size = estimated_size(source, factor=_SIZE_FACTOR, base=_SIZE_BASE)
+    size = estimated_size(source, source.path, factor=_SIZE_FACTOR, base=_SIZE_BASE)
     return OnnxModel(source.name, session, inputs, outputs, default_outputs=asked, size_bytes=size)
 
 

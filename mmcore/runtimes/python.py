@@ -120,7 +120,7 @@ class PythonModel:
 
 
 def load(source: ModelSource) -> PythonModel:
-    """Import ``model.py`` from the folder ``source.path`` and make an instance of its class.
+    """Import ``source.path``, a ``model.py`` or the folder of one, and make an instance of its class.
 
     Raises:
         LoadFailed: no such file or class, no tensors declared, or its code raised.
@@ -136,7 +136,7 @@ def load(source: ModelSource) -> PythonModel:
             instance.load(file.parent, dict(settings.parameters))
         inputs = settings.inputs or _declared(file.name, instance, "inputs")
         outputs = settings.outputs or _declared(file.name, instance, "outputs")
-        size = estimated_size(source, factor=_SIZE_FACTOR, base=_SIZE_BASE)
+        size = estimated_size(source, file.parent, factor=_SIZE_FACTOR, base=_SIZE_BASE)
         return PythonModel(source.name, module, instance, inputs, outputs, size_bytes=size)
     except BaseException:
         forget(module)

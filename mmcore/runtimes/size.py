@@ -11,14 +11,14 @@ from pathlib import Path
 from mmcore.model import ModelSource
 
 
-def estimated_size(source: ModelSource, *, factor: float, base: int) -> int:
-    """Bytes a loaded model takes: what its owner states, else ``factor`` × the bytes on disk + ``base``.
+def estimated_size(source: ModelSource, path: Path, *, factor: float, base: int) -> int:
+    """Bytes a loaded model takes: what its owner states, else ``factor`` × the bytes on disk at ``path`` + ``base``.
 
     ``factor`` and ``base`` belong to the format (how far its file expands; what an empty model costs).
     """
     if source.settings.size_bytes is not None:
         return source.settings.size_bytes
-    return int(factor * disk_size(source.path)) + base
+    return int(factor * disk_size(path)) + base
 
 
 def disk_size(path: Path) -> int:

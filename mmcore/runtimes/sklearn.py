@@ -127,7 +127,7 @@ def load(source: ModelSource) -> SklearnModel:
         outputs,
         default_output=default_output,
         takes_text=not takes_numbers,
-        size_bytes=estimated_size(source, factor=_SIZE_FACTOR, base=_SIZE_BASE),
+        size_bytes=estimated_size(source, source.path, factor=_SIZE_FACTOR, base=_SIZE_BASE),
     )
 
 

@@ -175,7 +175,7 @@ def load(source: ModelSource) -> XgboostModel:
         single_input(TensorSpec(_INPUT, "FP32", (-1, booster.width)), source.settings.inputs),
         outputs,
         default_output=default_output,
-        size_bytes=estimated_size(source, factor=_SIZE_FACTOR, base=_SIZE_BASE),
+        size_bytes=estimated_size(source, source.path, factor=_SIZE_FACTOR, base=_SIZE_BASE),
     )
 
 

@@ -1,0 +1,199 @@
+"""Trains the sample models and writes them where a server can be pointed at them.
+
+    python deploy/samples/train.py [DIR]          # build/samples by default
+
+Everything is small and seeded, and learned from data that scikit-learn brings along: nothing is downloaded. A second
+run does nothing unless this script, the classes beside it or a framework's version has changed. Each model's folder
+appears whole or not at all, so that a server may be watching DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+HERE: Final = Path(__file__).resolve().parent
+DEFAULT: Final = HERE.parents[1] / "build" / "samples"
+STAMP: Final = ".made-by"
+SEED: Final = 7
+FRAMEWORKS: Final = ("scikit-learn", "joblib", "onnx", "xgboost-cpu")
+
+#: ONNX versions that every onnxruntime since 1.20 reads.
+OPSET: Final = 17
+IR_VERSION: Final = 8
+
+
+def main() -> int:
+    """Make what is missing; the exit code is 0, or 1 where a framework is not installed."""
+    parser = argparse.ArgumentParser(description="Train the sample models.")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=DEFAULT, help="where to write them (default: %(default)s)"
+    )
+    parser.add_argument("--force", action="store_true", help="make them again")
+    options = parser.parse_args()
+    folder: Path = options.folder
+
+    recipe = recipe_digest()
+    stamp = folder / STAMP
+    if not options.force and made(folder, stamp, recipe):
+        print(f"The sample models in {folder} are up to date")
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    for name, (make, what) in MODELS.items():
+        began = time.monotonic()
+        try:
+            install(folder, name, make)
+        except ImportError as error:
+            print(f"{name}: {error}; install what the samples need with: pip install '.[samples]'", file=sys.stderr)
+            return 1
+        print(f"  {name:<20} {what} ({time.monotonic() - began:.1f} s)", flush=True)
+    stamp.write_text(recipe)
+    print(f"{len(MODELS)} sample models are in {folder}")
+    return 0
+
+
+def recipe_digest() -> str:
+    """A digest of all that decides what is written: this folder's sources and the frameworks' versions."""
+    digest = hashlib.sha256()
+    for source in (Path(__file__), *files(HERE / "python")):
+        digest.update(source.read_bytes())
+    for framework in FRAMEWORKS:
+        try:
+            digest.update(f"{framework} {version(framework)}\n".encode())
+        except ImportError:
+            digest.update(f"{framework} missing\n".encode())
+    return digest.hexdigest()
+
+
+def made(folder: Path, stamp: Path, recipe: str) -> bool:
+    """Whether an earlier run has finished with the same recipe and all its models are still there."""
+    return stamp.is_file() and stamp.read_text() == recipe and all((folder / name).is_dir() for name in MODELS)
+
+
+def install(folder: Path, name: str, make: Callable[[Path], None]) -> None:
+    """Make one model's folder aside, then put it in its place at once."""
+    aside = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        aside.mkdir()
+        make(aside)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        aside.rename(folder / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def iris() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Fisher's irises: four lengths in cm, three species."""
+    from sklearn.datasets import load_iris
+
+    data = load_iris()
+    return data.data.astype(np.float32), data.target.astype(np.int64)
+
+
+def iris_sklearn(folder: Path) -> None:
+    """A classifier: ``predict`` INT64 [n, 1], ``predict_proba`` FP64 [n, 3], ``decision_function`` FP64 [n, 3]."""
+    import joblib
+    from sklearn.linear_model import LogisticRegression
+
+    flowers, species = iris()
+    classifier = LogisticRegression(max_iter=1000, random_state=SEED).fit(flowers.astype(np.float64), species)
+    joblib.dump(classifier, folder / "model.joblib")
+
+
+def diabetes_sklearn(folder: Path) -> None:
+    """A regressor behind a scaler, in one pipeline: ``predict`` FP64 [n, 1] from ten measurements."""
+    import joblib
+    from sklearn.datasets import load_diabetes
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    patients, progression = load_diabetes(return_X_y=True, scaled=False)
+    joblib.dump(
+        make_pipeline(StandardScaler(), Ridge(random_state=SEED)).fit(patients, progression), folder / "model.joblib"
+    )
+
+
+def iris_xgboost(folder: Path) -> None:
+    """A booster of 3 × 10 trees: ``predict`` FP32 [n, 3], the probability of each species."""
+    import xgboost
+
+    flowers, species = iris()
+    options: dict[str, Any] = {
+        "objective": "multi:softprob", "num_class": 3, "max_depth": 3, "eta": 0.3, "seed": SEED, "nthread": 1,
+    }  # fmt: skip
+    booster = xgboost.train(options, xgboost.DMatrix(flowers, label=species), num_boost_round=10)
+    booster.save_model(folder / "model.json")
+
+
+def mlp_onnx(folder: Path) -> None:
+    """A network of one hidden layer: ``input`` FP32 [batch, 4] to ``probabilities`` FP32 [batch, 3]."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    from sklearn.neural_network import MLPClassifier
+
+    flowers, species = iris()
+    network = MLPClassifier((16,), solver="lbfgs", alpha=0.1, max_iter=500, random_state=SEED).fit(flowers, species)
+    weights = [
+        numpy_helper.from_array(np.asarray(values, dtype=np.float32), name)
+        for name, values in zip(("w1", "w2", "b1", "b2"), (*network.coefs_, *network.intercepts_), strict=True)
+    ]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["input", "w1", "b1"], ["hidden"]),
+            helper.make_node("Relu", ["hidden"], ["activated"]),
+            helper.make_node("Gemm", ["activated", "w2", "b2"], ["scores"]),
+            helper.make_node("Softmax", ["scores"], ["probabilities"], axis=1),
+        ],
+        "iris-mlp",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 3])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    onnx.checker.check_model(model)
+    onnx.save(model, folder / "model.onnx")
+
+
+def python_class(name: str) -> Callable[[Path], None]:
+    """A maker that copies the class (and its config.pbtxt) kept beside this script."""
+
+    def copy(folder: Path) -> None:
+        for source in files(HERE / "python" / name):
+            target = folder / source.relative_to(HERE / "python" / name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+    return copy
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """A sample's sources; what Python has compiled of them stays behind."""
+    return (path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".pbtxt"))
+
+
+MODELS: Final[dict[str, tuple[Callable[[Path], None], str]]] = {
+    "iris-sklearn": (iris_sklearn, "scikit-learn classifier, joblib"),
+    "diabetes-sklearn": (diabetes_sklearn, "scikit-learn pipeline with a regressor, joblib"),
+    "iris-xgboost": (iris_xgboost, "XGBoost booster, JSON"),
+    "mlp-onnx": (mlp_onnx, "ONNX network"),
+    "identity": (python_class("identity"), "Python class: FP32 of any shape, answered as it is"),
+    "simple": (python_class("simple"), "Python class: sum and difference of two INT32 tensors"),
+    "simple_string": (python_class("simple_string"), "Python class: the same over numbers written as text"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
