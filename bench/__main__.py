@@ -6,25 +6,26 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from rich.console import Console
 
 from bench import confirm, micro, transport, v2
 from bench.builds import FOLDER, NotMeasured
-from bench.comparison import Effort
+from bench.comparison import Plan
 from bench.machine import cores
 from bench.processes import PeerFailed
 from bench.rows import Row, show, write
 
-SUITES: Final[dict[str, Callable[[Console, Effort], list[Row]]]] = {
+SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
     "transport": transport.run,
     "v2": v2.run,
     "micro": micro.run,
     "confirm": confirm.run,
 }
-THOROUGH: Final = Effort(rounds=5, warmup_s=0.2, duration_s=1.2)
-QUICK: Final = Effort(rounds=3, warmup_s=0.1, duration_s=0.2)
+THOROUGH: Final = Plan(rounds=5, warmup_s=0.2, duration_s=1.2)
+QUICK: Final = Plan(rounds=3, warmup_s=0.1, duration_s=0.2)
 
 
 def main() -> int:
@@ -32,6 +33,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"one of {', '.join(SUITES)}; all when absent")
     parser.add_argument("--quick", action="store_true", help="short windows: does it work, and roughly how fast")
+    parser.add_argument("--case", action="append", default=[], help="only this case (may be repeated)")
+    parser.add_argument("--peer", action="append", default=[], help="only this peer (may be repeated)")
+    parser.add_argument("--rounds", type=int, help="rounds that the medians are taken of")
     arguments = parser.parse_args()
     for name in arguments.suites:
         if name not in SUITES:
@@ -39,16 +43,21 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 150)
     if len(set(cores())) == 1:
         console.print("only one core: the generator takes it from the server, so read cpu and capacity alone")
+    plan = replace(
+        QUICK if arguments.quick else THOROUGH, cases=frozenset(arguments.case), peers=frozenset(arguments.peer)
+    )
+    if arguments.rounds:
+        plan = replace(plan, rounds=arguments.rounds)
     failed = 0
     for name in arguments.suites or SUITES:
-        failed |= _run(console, name, QUICK if arguments.quick else THOROUGH)
+        failed |= _run(console, name, plan)
     return failed
 
 
-def _run(console: Console, name: str, effort: Effort) -> int:
+def _run(console: Console, name: str, plan: Plan) -> int:
     began = time.monotonic()
     try:
-        rows = SUITES[name](console, effort)
+        rows = SUITES[name](console, plan)
     except (PeerFailed, NotMeasured) as failure:
         console.print(f"bench {name} failed: {failure}", style="red", markup=False)
         return 1

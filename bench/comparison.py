@@ -24,12 +24,25 @@ METRICS: Final[dict[str, Callable[[Outcome], float]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
-    """How long a suite measures: the rounds of the medians, and the seconds of each window."""
+class Plan:
+    """How long a suite measures (the rounds of the medians, the seconds of each window), and what of it.
+
+    ``cases`` and ``peers`` name the ones wanted; empty: all.
+    """
 
     rounds: int
     warmup_s: float
     duration_s: float
+    cases: frozenset[str] = frozenset()
+    peers: frozenset[str] = frozenset()
+
+    def wants_case(self, name: str) -> bool:
+        """Whether this case is to be measured."""
+        return not self.cases or name in self.cases
+
+    def wants_peer(self, name: str) -> bool:
+        """Whether this peer is to be measured."""
+        return not self.peers or name in self.peers
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +78,7 @@ def measure(
     cases: Sequence[Case],
     servers: Mapping[str, Process],
     generator: Generator,
-    effort: Effort,
+    plan: Plan,
     *,
     between: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, str], Summary]:
@@ -75,11 +88,11 @@ def measure(
         PeerFailed: a server failed or answered wrongly; names the case and the server.
     """
     outcomes: dict[tuple[str, str], list[Outcome]] = {}
-    for _ in range(effort.rounds):
+    for _ in range(plan.rounds):
         for case in cases:
             for name, server in servers.items():
                 if name in case.exchanges:
-                    outcome = _window(case, name, server, generator, effort)
+                    outcome = _window(case, name, server, generator, plan)
                     outcomes.setdefault((case.name, name), []).append(outcome)
         between()
     metrics = {case.name: case.metrics for case in cases}
@@ -102,7 +115,7 @@ def rows(cases: Sequence[Case], peers: Sequence[str], summaries: Mapping[tuple[s
     return found
 
 
-def _window(case: Case, name: str, server: Process, generator: Generator, effort: Effort) -> Outcome:
+def _window(case: Case, name: str, server: Process, generator: Generator, plan: Plan) -> Outcome:
     exchange = case.exchanges[name]
     job = Job(
         target=server.target,
@@ -113,8 +126,8 @@ def _window(case: Case, name: str, server: Process, generator: Generator, effort
         connections=case.connections,
         streams=case.streams,
         rate_per_s=case.rate_per_s,
-        warmup_s=effort.warmup_s,
-        duration_s=effort.duration_s,
+        warmup_s=plan.warmup_s,
+        duration_s=plan.duration_s,
         server_pids=server.pids,
     )
     try:

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from bench import builds
-from bench.comparison import OURS, Effort
+from bench.comparison import OURS, Plan
 from bench.machine import cores, pinned
 from bench.messages import small_request
 from bench.peers.paths import MODEL_INFER
@@ -30,18 +30,18 @@ _COUNTS: Final = re.compile(r"requests: (\d+) total.* (\d+) succeeded")
 _STATUS: Final = re.compile(r"status codes: (\d+) 2xx")
 
 
-def run(console: Console, effort: Effort) -> list[Row]:
+def run(console: Console, plan: Plan) -> list[Row]:
     """h2load's rows; whether tritonclient agrees is printed.
 
     Raises:
         PeerFailed: a call failed, or tritonclient read an answer that the framework does not give.
     """
-    found = _h2load_rows(console, effort)
+    found = _h2load_rows(console, plan)
     _ask_tritonclient(console)
     return found
 
 
-def _h2load_rows(console: Console, effort: Effort) -> list[Row]:
+def _h2load_rows(console: Console, plan: Plan) -> list[Row]:
     if shutil.which("h2load") is None:
         console.print("h2load: not measured: install nghttp2-client")
         return []
@@ -52,9 +52,9 @@ def _h2load_rows(console: Console, effort: Effort) -> list[Row]:
         stored.flush()
         ours = running.enter_context(python_server(OURS, "bench.peers.mmcore_echo", core=server_core))
         raw_c = running.enter_context(Process("raw-c", [str(builds.raw_c())], core=server_core))
-        requests = max(2_000, int(H2LOAD_REQUESTS * effort.duration_s))
+        requests = max(2_000, int(H2LOAD_REQUESTS * plan.duration_s))
         per_s: dict[str, list[float]] = {OURS: [], "raw-c": []}
-        for _ in range(effort.rounds):
+        for _ in range(plan.rounds):
             for server in (ours, raw_c):
                 with pinned(load_core):
                     per_s[server.name].append(_h2load(server, stored.name, requests))

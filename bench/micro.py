@@ -16,7 +16,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from bench.builds import FOLDER
-from bench.comparison import Effort
+from bench.comparison import Plan
 from bench.machine import cores, pinned
 from bench.processes import ROOT, PeerFailed
 from bench.rows import Row, compare
@@ -24,7 +24,7 @@ from bench.rows import Row, compare
 _OURS: Final = re.compile(r"(^|[^a-z])(ours|mmcore)([^a-z]|$)")
 
 
-def run(console: Console, effort: Effort) -> list[Row]:
+def run(console: Console, plan: Plan) -> list[Row]:
     """Run the suites pinned to one core.
 
     Raises:
@@ -33,8 +33,8 @@ def run(console: Console, effort: Effort) -> list[Row]:
     raw = FOLDER / "micro.raw.json"
     raw.parent.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "pytest", "bench/micro", "-q", "-p", "no:cacheprovider", "--benchmark-only",
-            "--benchmark-disable-gc", f"--benchmark-json={raw}", f"--benchmark-min-rounds={effort.rounds}",
-            f"--benchmark-max-time={effort.duration_s:g}"]  # fmt: skip
+            "--benchmark-disable-gc", f"--benchmark-json={raw}", f"--benchmark-min-rounds={plan.rounds}",
+            f"--benchmark-max-time={plan.duration_s:g}"]  # fmt: skip
     with pinned(cores()[0]):
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode:

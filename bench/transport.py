@@ -9,7 +9,7 @@ from typing import Final
 from rich.console import Console
 
 from bench import builds
-from bench.comparison import OURS, Case, Effort, Exchange, measure, rows
+from bench.comparison import OURS, Case, Plan, Exchange, measure, rows
 from bench.machine import cores
 from bench.messages import large_request, small_request
 from bench.processes import Generator, Process, python_server
@@ -20,7 +20,7 @@ PEERS: Final = ("raw-c", "grpc-cpp", "grpc-aio", "grpc-sync")
 STEADY_PER_S: Final = 1000.0
 
 
-def run(console: Console, effort: Effort) -> list[Row]:
+def run(console: Console, plan: Plan) -> list[Row]:
     """Start every server that can be built, measure the cases, end the servers."""
     server_core, load_core = cores()
     starts: dict[str, Callable[[], Process]] = {
@@ -33,13 +33,15 @@ def run(console: Console, effort: Effort) -> list[Row]:
     with ExitStack() as running:
         servers: dict[str, Process] = {}
         for name, start in starts.items():
+            if name != OURS and not plan.wants_peer(name):
+                continue
             try:
                 servers[name] = running.enter_context(start())
             except builds.NotMeasured as missing:
                 console.print(f"{name}: not measured: {missing}")
         generator = running.enter_context(Generator(load_core))
-        cases = _cases(tuple(servers))
-        return rows(cases, PEERS, measure(cases, servers, generator, effort))
+        cases = [case for case in _cases(tuple(servers)) if plan.wants_case(case.name)]
+        return rows(cases, PEERS, measure(cases, servers, generator, plan))
 
 
 def _cases(servers: tuple[str, ...]) -> list[Case]:

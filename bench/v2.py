@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 from rich.console import Console
 
-from bench.comparison import OURS, Case, Effort, Exchange, Summary, measure, rows
+from bench.comparison import OURS, Case, Plan, Exchange, Summary, measure, rows
 from bench.machine import cores
 from bench.messages import infer_request
 from bench.peers.paths import MODEL_INFER
@@ -42,18 +42,18 @@ class Running:
     generator: Generator
 
 
-def run(console: Console, effort: Effort) -> list[Row]:
+def run(console: Console, plan: Plan) -> list[Row]:
     """Train the samples where they are missing, start everything, measure."""
-    models = samples(console)
+    models = [sample for sample in samples(console) if plan.wants_case(sample.case)]
     with started(models) as running:
         cases = [_case(sample, running) for sample in models]
         loops: dict[str, list[dict[str, float]]] = {name: [] for name in running.frameworks}
 
         def call_frameworks() -> None:
             for name, loop in running.frameworks.items():
-                loops[name].append(json.loads(loop.ask(str(effort.duration_s / 2), effort.duration_s + 60)))
+                loops[name].append(json.loads(loop.ask(str(plan.duration_s / 2), plan.duration_s + 60)))
 
-        summaries = measure(cases, running.servers, running.generator, effort, between=call_frameworks)
+        summaries = measure(cases, running.servers, running.generator, plan, between=call_frameworks)
     return rows(cases, ("grpc-aio",), summaries) + _framework_rows(summaries, loops)
 
 
