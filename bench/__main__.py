@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from rich.console import Console
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--case", action="append", default=[], help="only this case (may be repeated)")
     parser.add_argument("--peer", action="append", default=[], help="only this peer (may be repeated)")
     parser.add_argument("--rounds", type=int, help="rounds that the medians are taken of")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the JSON files (default: build/bench)")
     arguments = parser.parse_args()
     for name in arguments.suites:
         if name not in SUITES:
@@ -50,11 +52,11 @@ def main() -> int:
         plan = replace(plan, rounds=arguments.rounds)
     failed = 0
     for name in arguments.suites or SUITES:
-        failed |= _run(console, name, plan)
+        failed |= _run(console, name, plan, arguments.out)
     return failed
 
 
-def _run(console: Console, name: str, plan: Plan) -> int:
+def _run(console: Console, name: str, plan: Plan, out: Path) -> int:
     began = time.monotonic()
     try:
         rows = SUITES[name](console, plan)
@@ -62,7 +64,7 @@ def _run(console: Console, name: str, plan: Plan) -> int:
         console.print(f"bench {name} failed: {failure}", style="red", markup=False)
         return 1
     show(console, name, rows)
-    console.print(f"{write(FOLDER, name, rows)}, {time.monotonic() - began:.0f} s\n")
+    console.print(f"{write(out, name, rows)}, {time.monotonic() - began:.0f} s\n")
     return 0
 
 

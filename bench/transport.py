@@ -9,7 +9,7 @@ from typing import Final
 from rich.console import Console
 
 from bench import builds
-from bench.comparison import OURS, Case, Plan, Exchange, measure, rows
+from bench.comparison import OURS, Case, Exchange, Plan, measure, rows
 from bench.machine import cores
 from bench.messages import large_request, small_request
 from bench.processes import Generator, Process, python_server

@@ -17,13 +17,13 @@ import grpc
 import numpy as np
 from rich.console import Console
 
-from bench.comparison import OURS, Case, Plan, Exchange, Summary, measure, rows
+from bench.comparison import OURS, Case, Exchange, Plan, Summary, measure, rows
 from bench.machine import cores
 from bench.messages import infer_request
 from bench.peers.paths import MODEL_INFER
 from bench.processes import Generator, PeerFailed, Process, python_server
 from bench.rows import Row, compare
-from bench.samples import Sample, samples
+from bench.samples import FOLDER, Sample, samples
 from mmcore.pb import inference_pb2
 
 CONNECTIONS: Final = 4
@@ -31,6 +31,11 @@ STREAMS: Final = 16
 #: design.md: a request may cost the framework's own call times this, plus that many µs.
 BUDGET_FACTOR: Final = 1.3
 BUDGET_US: Final = 10.0
+#: The real command, on a free port, models loaded before it is ready.
+SERVE: Final = (
+    sys.executable, "-m", "mmcore.cli.main", "serve", "--models", str(FOLDER), "--grpc-port", "0",
+    "--preload", "all", "--log-level", "warning",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ def started(models: list[Sample]) -> Iterator[Running]:
     """``mmcore serve`` on the samples, the grpc.aio server, the frameworks' loops and the generator."""
     server_core, load_core = cores()
     with ExitStack() as running, tempfile.TemporaryDirectory() as folder:
-        ours = Process(OURS, serve_command(models[0].path.parent), core=server_core)
+        ours = Process(OURS, SERVE, core=server_core)
         arguments = [f"{sample.model}={sample.case}:{sample.file}" for sample in models]
         servers = {
             OURS: running.enter_context(ours),
@@ -80,12 +85,6 @@ def started(models: list[Sample]) -> Iterator[Running]:
             )  # fmt: skip
             loops[sample.case] = running.enter_context(loop)
         yield Running(servers, loops, running.enter_context(Generator(load_core)))
-
-
-def serve_command(folder: Path) -> list[str]:
-    """The real command, on a free port, models loaded before it is ready."""
-    return [sys.executable, "-m", "mmcore.cli.main", "serve", "--models", str(folder), "--grpc-port", "0",
-            "--preload", "all", "--log-level", "warning"]  # fmt: skip
 
 
 def right_outputs(loop: Process) -> dict[str, tuple[str, bytes]]:
@@ -120,6 +119,7 @@ def _checked_answer(what: str, target: str, body: bytes, right: Mapping[str, tup
             answer, again = infer(body, timeout=60), infer(body, timeout=60)
         except grpc.RpcError as failure:
             raise PeerFailed(f"{what}: {failure.code().name}: {failure.details()}") from failure
+    assert isinstance(answer, bytes)
     response = inference_pb2.ModelInferResponse.FromString(answer)
     raw = response.raw_output_contents
     found = {output.name: (output.datatype, raw[at]) for at, output in enumerate(response.outputs)}

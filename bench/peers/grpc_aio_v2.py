@@ -34,13 +34,12 @@ class Inference:
         self, request: inference_pb2.ModelInferRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.ModelInferResponse:
         """Parse, run, answer."""
-        model = self._models.get(request.model_name)
-        if model is None:
+        if request.model_name not in self._models:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown model {request.model_name!r}")
         tensor = request.inputs[0]
         array = np.frombuffer(request.raw_input_contents[0], DTYPES[tensor.datatype]).reshape(tensor.shape)
         response = inference_pb2.ModelInferResponse(model_name=request.model_name, id=request.id)
-        for name, datatype, output in model(array):
+        for name, datatype, output in self._models[request.model_name](array):
             response.outputs.add(name=name, datatype=datatype, shape=output.shape)
             response.raw_output_contents.append(output.tobytes())
         return response

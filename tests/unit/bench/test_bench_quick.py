@@ -1,0 +1,67 @@
+"""One tiny case of the transport suite from end to end: processes, generator, verification, rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.slow
+def test_the_transport_suite_writes_rows_of_ours_beside_a_peer(tmp_path: Path) -> None:
+    argv = [
+        sys.executable,
+        "-m",
+        "bench",
+        "transport",
+        "--quick",
+        "--rounds",
+        "1",
+        "--case",
+        "small",
+        "--case",
+        "steady",
+    ]
+    done = subprocess.run(
+        [*argv, "--peer", "grpc-sync", "--out", str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "COLUMNS": "160"}, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "grpc-sync" in done.stdout
+    rows = json.loads((tmp_path / "transport.json").read_text())
+    assert {(row["case"], row["metric"]) for row in rows} == {
+        ("small", "throughput"), ("small", "p99"), ("small", "cpu"), ("small", "capacity"),
+        ("steady", "p50"), ("steady", "p99"), ("steady", "cpu"),
+    }  # fmt: skip
+    for row in rows:
+        assert row["peer"] == "grpc-sync"
+        assert row["ours"] > 0
+        assert row["peer_value"] > 0
+        assert row["ratio"] > 0
+        assert isinstance(row["unit"], str)
+
+
+@pytest.mark.slow
+async def test_raw_c_echoes_for_other_people_s_clients(tmp_path: Path) -> None:
+    import grpc
+
+    from bench import builds
+    from bench.peers.paths import MODEL_INFER, SERVICE
+    from bench.processes import Process
+
+    with Process("raw-c", [str(builds.raw_c())], core=min(os.sched_getaffinity(0))) as server:
+        async with grpc.aio.insecure_channel(server.target) as channel:
+            infer = channel.unary_unary(MODEL_INFER)
+            for size in (0, 1, 507, 508, 4096, 5000, 70_000, 602_150):
+                message = os.urandom(size)
+                assert await infer(message, timeout=20) == message
+            unknown = channel.unary_unary(f"/{SERVICE}/Nothing")
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await unknown(b"", timeout=20)
+            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
