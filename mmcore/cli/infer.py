@@ -97,7 +97,7 @@ def read_input(text: str, known: Mapping[str, str]) -> Tensor:
     try:
         if datatype == "BYTES":
             flat = [one if isinstance(one, bytes) else str(one).encode() for one in array.ravel().tolist()]
-            typed = np.array(flat + [None], dtype=object)[:-1].reshape(array.shape)
+            typed = np.array([*flat, None], dtype=object)[:-1].reshape(array.shape)
         else:
             typed = np.asarray(array, dtype=dtype)
     except (TypeError, ValueError) as error:
@@ -154,6 +154,8 @@ def _print_table(response: InferResponse) -> None:
     for one in response.outputs:
         values = _values(one.array())
         more = f" … and {len(values) - _SHOWN_VALUES} more" if len(values) > _SHOWN_VALUES else ""
-        shown = ", ".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values[:_SHOWN_VALUES])
+        shown = ", ".join(
+            f"{value:.6g}" if isinstance(value, float) else str(value) for value in values[:_SHOWN_VALUES]
+        )
         table.add_row(one.name, one.datatype, "×".join(map(str, one.shape)) or "scalar", shown + more)
     Console(highlight=False, markup=False).print(table)

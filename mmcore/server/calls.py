@@ -68,9 +68,7 @@ def parse(request_type: type[RequestT], body: bytes) -> RequestT:
         raise InvalidRequest(f"malformed {request_type.DESCRIPTOR.full_name}: {error}") from None
 
 
-def immediate(
-    request_type: type[RequestT], method: Callable[[RequestT], Message]
-) -> Callable[[Answer, bytes], bytes]:
+def immediate(request_type: type[RequestT], method: Callable[[RequestT], Message]) -> Callable[[Answer, bytes], bytes]:
     """A unary handler around a method that answers at once."""
 
     def handle(call: Answer, body: bytes) -> bytes:

@@ -57,9 +57,7 @@ def model_config(
     return config
 
 
-def model_metadata(
-    name: str, versions: Sequence[str], model: LoadedModel
-) -> inference_pb2.ModelMetadataResponse:
+def model_metadata(name: str, versions: Sequence[str], model: LoadedModel) -> inference_pb2.ModelMetadataResponse:
     """The metadata of one loaded version; ``versions`` are all that can be asked for."""
     return inference_pb2.ModelMetadataResponse(
         name=name,

@@ -43,8 +43,8 @@ class Region:
             more = os.pread(self.descriptor, byte_size - len(data), self.offset + offset + len(data))
             if not more:
                 raise InvalidRequest(
-                    f"shared memory region '{self.name}' holds {len(data)} of the {byte_size} bytes at offset {offset}: "
-                    f"its object '{self.key}' was truncated"
+                    f"shared memory region '{self.name}' holds {len(data)} of the {byte_size} bytes at offset "
+                    f"{offset}: its object '{self.key}' was truncated"
                 )
             data += more
         return data

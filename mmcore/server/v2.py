@@ -16,7 +16,7 @@ from mmcore.errors import Unimplemented
 from mmcore.pb import inference_pb2
 from mmcore.routing import Router
 from mmcore.server import settings
-from mmcore.server.calls import Waiting, immediate, parse
+from mmcore.server.calls import Waiting, immediate
 from mmcore.server.inference import Inference
 from mmcore.server.repository import Repository
 from mmcore.server.shared_memory import SharedMemory
@@ -100,13 +100,9 @@ class V2Service:
         return inference_pb2.ServerReadyResponse(ready=self.ready)
 
     def _server_metadata(self, request: inference_pb2.ServerMetadataRequest) -> inference_pb2.ServerMetadataResponse:
-        return inference_pb2.ServerMetadataResponse(
-            name=self._name, version=mmcore.__version__, extensions=EXTENSIONS
-        )
+        return inference_pb2.ServerMetadataResponse(name=self._name, version=mmcore.__version__, extensions=EXTENSIONS)
 
-    def _model_statistics(
-        self, request: inference_pb2.ModelStatisticsRequest
-    ) -> inference_pb2.ModelStatisticsResponse:
+    def _model_statistics(self, request: inference_pb2.ModelStatisticsRequest) -> inference_pb2.ModelStatisticsResponse:
         return statistics_of(self._router, request.name, request.version)
 
     def _region_status(
@@ -115,9 +111,7 @@ class V2Service:
         status = inference_pb2.SystemSharedMemoryStatusResponse.RegionStatus
         return inference_pb2.SystemSharedMemoryStatusResponse(
             regions={
-                region.name: status(
-                    name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
-                )
+                region.name: status(name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size)
                 for region in self._regions.status(request.name)
             }
         )

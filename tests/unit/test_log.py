@@ -51,6 +51,8 @@ def test_configuring_twice_writes_every_line_once(capsys: pytest.CaptureFixture[
 
 def test_times_are_universal_time_to_the_millisecond(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info")
-    record = logging.makeLogRecord({"name": "mmcore.x", "levelname": "INFO", "msg": "text", "created": 0.5, "msecs": 500})
+    record = logging.makeLogRecord(
+        {"name": "mmcore.x", "levelname": "INFO", "msg": "text", "created": 0.5, "msecs": 500}
+    )
     formatter = log.LineFormatter("%(asctime)s %(levelname)s %(shortname)s: %(message)s")
     assert formatter.format(record) == "1970-01-01T00:00:00.500Z INFO x: text"

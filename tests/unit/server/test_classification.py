@@ -22,7 +22,9 @@ def test_the_largest_come_first_with_index_and_label() -> None:
 
 
 def test_labels_may_be_missing_for_some_or_all() -> None:
-    assert texts(np.array([[1.0, 2.0, 3.0]], np.float32), 3, ("a", "")) == [[b"3.000000:2", b"2.000000:1", b"1.000000:0:a"]]
+    assert texts(np.array([[1.0, 2.0, 3.0]], np.float32), 3, ("a", "")) == [
+        [b"3.000000:2", b"2.000000:1", b"1.000000:0:a"]
+    ]
 
 
 def test_more_than_there_are_classes_gives_all() -> None:

@@ -106,10 +106,10 @@ def test_names_are_unique_and_can_be_given_back(memory: SharedMemory) -> None:
 
 
 def test_regions_given_back_leave_no_descriptor_open(memory: SharedMemory) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
         memory.register("one", "/object", 0, 8)
         memory.unregister("one")
         with pytest.raises(InvalidRequest):
             memory.register("one", "/object", 0, 65)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
