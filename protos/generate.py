@@ -93,7 +93,8 @@ def generate() -> dict[str, bytes]:
         stub = generated[f"{name}_pb2.pyi"].decode()
         # protoc writes imports between its modules as top-level ones.
         stub = re.sub(r"^import (\w+_pb2) as", r"from mmcore.pb import \1 as", stub, flags=re.MULTILINE)
-        stub = stub.replace(", _Mapping]", ", _Mapping[str, object]]")  # mypy --strict wants the arguments
+        stub = stub.replace(", _Mapping]", ", _Mapping[str, object]]")  # mypy --strict wants all types
+        stub = stub.replace("**kwargs)", "**kwargs: object)")
         generated[f"{name}_pb2.pyi"] = stub.encode()
         generated[f"{name}_pb2.py"] = MODULE.format(name=name).encode()
     generated["__init__.py"] = PACKAGE.encode()
