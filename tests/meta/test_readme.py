@@ -110,3 +110,8 @@ def test_configuration_table_lists_the_options_of_serve_and_their_defaults() -> 
     table = re.findall(r"^\| `(--[a-z-]+)[^`]*` \| `(MMCORE_[A-Z_]+)` \| `?(.*?)`? \|", README, re.MULTILINE)
     options = [option for option in serve.params if isinstance(option, click.Option)]
     assert table == [(option.opts[0], option.envvar, default_shown(option)) for option in options]
+
+
+def test_list_of_compiled_modules_is_complete() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "ext/README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "ext").glob("*.pyx"))
