@@ -137,7 +137,7 @@ class Generator(Process):
         Raises:
             PeerFailed: an answer was wrong, the server failed, or the generator ended.
         """
-        outcome = Outcome.from_json(self.ask(job.to_json(), job.warmup_s + job.duration_s + 120))
+        outcome = Outcome.from_json(self.ask(job.to_json(), job.warmup_s + job.duration_s + 60))
         if outcome.error:
             raise PeerFailed(outcome.error)
         return outcome

@@ -17,7 +17,7 @@ from bench.machine import cpu_ns
 from mmcore.transport import Channel
 
 #: How long a server may take for connecting, and for the answers still due when a window ends.
-PATIENCE_S: Final = 30.0
+PATIENCE_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@
 #define INLINE_BYTES 512
 #define PREFIX_BYTES 5   /* gRPC: compressed flag, 4-byte big-endian length */
 #define MESSAGE_LIMIT (64u * 1024 * 1024)
-#define WINDOW_BYTES (64 * 1024 * 1024)
+#define CONNECTION_WINDOW_BYTES (64 * 1024 * 1024)  /* windows and frames as mmcore's TransportSettings have them */
+#define STREAM_WINDOW_BYTES (4 * 1024 * 1024)
 #define FRAME_BYTES (1024 * 1024)
 
 static const char PATH[] = "/inference.GRPCInferenceService/ModelInfer";
@@ -347,12 +348,12 @@ static void connection_new(int fd) {
         die("malloc");
     memset(c, 0, offsetof(struct connection, parts));
     c->fd = fd;
-    nghttp2_settings_entry settings[] = {{NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, 1 << 20},
-                                         {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, WINDOW_BYTES},
+    nghttp2_settings_entry settings[] = {{NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, 1024},
+                                         {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, STREAM_WINDOW_BYTES},
                                          {NGHTTP2_SETTINGS_MAX_FRAME_SIZE, FRAME_BYTES}};
     if (nghttp2_session_server_new2(&c->session, callbacks, c, option) ||
         nghttp2_submit_settings(c->session, 0, settings, 3) ||
-        nghttp2_session_set_local_window_size(c->session, 0, 0, WINDOW_BYTES))
+        nghttp2_session_set_local_window_size(c->session, 0, 0, CONNECTION_WINDOW_BYTES))
         die("nghttp2");
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
     if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event))
