@@ -116,7 +116,7 @@ class OnnxModel:
             if name not in self._datatypes:
                 known = ", ".join(repr(output) for output in self._datatypes)
                 return InvalidRequest(f"model {self.name!r} has no output {name!r}; it has {known}")
-        text = _ERROR_PREFIX.sub("", str(error))
+        text = _ERROR_PREFIX.sub("", str(error)).strip()
         if isinstance(error, InvalidArgument):
             return InvalidRequest(f"model {self.name!r}: {text}")
         return self._failures.failed(error, text)

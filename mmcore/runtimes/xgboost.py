@@ -189,6 +189,9 @@ def _read(path: Path, nthread: str) -> xgboost.Booster:
             f"{path.name!r} is neither JSON nor UBJSON; XGBoost's older binary format has to be converted"
             " (load it with XGBoost 2 or older, and save_model to a name that ends in .ubj)"
         )
+    # The library takes a UBJSON file without its last bytes for a whole one.
+    if not content.rstrip().endswith(b"}"):
+        raise LoadFailed(f"{path.name!r} is cut short: its outermost object has no end")
     try:
         booster = xgboost.Booster({"nthread": int(nthread)})
         booster.load_model(bytearray(content))

@@ -137,7 +137,7 @@ def test_failures_in_a_row_are_logged_once(tmp_path: Path, caplog: pytest.LogCap
 def test_a_model_can_blame_the_caller(tmp_path: Path) -> None:
     text = "from mmcore.errors import InvalidRequest\n" + HEAD
     model = load(tmp_path, text + "    def predict(self, inputs):\n        raise InvalidRequest('Y < 0')\n")
-    with pytest.raises(InvalidRequest, match="^Y < 0$"):
+    with pytest.raises(InvalidRequest, match=r"^Y < 0$"):
         model.infer({"X": ROWS}, ())
 
 
@@ -165,7 +165,10 @@ def test_an_unknown_output_is_the_callers_mistake(tmp_path: Path) -> None:
             "class Model:\n    inputs = [('X', 'FLOAT', [1])]\n    def predict(self, inputs): ...\n",
             r"tensor 'X' has the unknown datatype 'FLOAT'",
         ),
-        (HEAD + "    def predict(self, inputs): ...\n    def load(self, path, parameters): 1 / 0\n", r"ZeroDivisionError"),
+        (
+            HEAD + "    def predict(self, inputs): ...\n    def load(self, path, parameters): 1 / 0\n",
+            r"ZeroDivisionError",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_reason_and_leaves_nothing_behind(
@@ -208,7 +211,9 @@ def test_a_helper_imported_by_its_bare_name_gets_a_hint(tmp_path: Path) -> None:
 def test_a_rewritten_file_of_equal_size_and_time_is_read_anew(tmp_path: Path) -> None:
     answers = []
     for number in (1, 2):
-        model = load(tmp_path, HEAD + f"    def predict(self, inputs):\n        return {{'Y': inputs['X'] * {number}}}\n")
+        model = load(
+            tmp_path, HEAD + f"    def predict(self, inputs):\n        return {{'Y': inputs['X'] * {number}}}\n"
+        )
         answers.append(model.infer({"X": np.ones((1, 2), np.float32)}, ())[0][2].tolist())
         model.close()
     assert answers == [[[1, 1]], [[2, 2]]]
@@ -216,7 +221,11 @@ def test_a_rewritten_file_of_equal_size_and_time_is_read_anew(tmp_path: Path) ->
 
 def test_closing_calls_the_model_and_forgets_its_modules(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "part.py").write_text("")
-    text = "from . import part\n" + HEAD + "    def predict(self, inputs): ...\n    def close(self): raise OSError('stuck')\n"
+    text = (
+        "from . import part\n"
+        + HEAD
+        + "    def predict(self, inputs): ...\n    def close(self): raise OSError('stuck')\n"
+    )
     before = set(sys.modules)
     load(tmp_path, text, name="leaving").close()
     assert set(sys.modules) == before
