@@ -21,7 +21,7 @@ cdef class Registration:
         name: what requests call it.
         versions: all that can be asked for, ascending; the last is the default. Equal tuples are shared.
         origin: gives a version's source when it is to be loaded; shared by the models of one folder.
-        problem: why it cannot be loaded as its files are now, or None.
+        problems: why files were not taken, by version (the empty one for the whole model), or None.
         withdrawn: unloaded on demand, and not to be loaded by a request.
         here: the copy that answers when no version is named, or None.
     """
@@ -29,7 +29,7 @@ cdef class Registration:
     cdef readonly str name
     cdef public tuple versions
     cdef public object origin
-    cdef public str problem
+    cdef public dict problems
     cdef public bint withdrawn
     cdef readonly Entry here
     cdef dict copies

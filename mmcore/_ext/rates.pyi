@@ -1,7 +1,7 @@
 from typing import NamedTuple, final
 
 class Duration(NamedTuple):
-    count: int
+    count: int  # type: ignore[assignment]  # hides the tuple's method, which nobody calls on it
     ns: int
 
 class BatchStatistics(NamedTuple):

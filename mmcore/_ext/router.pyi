@@ -7,7 +7,7 @@ from mmcore._ext.lru import Entry, Lru
 class Registration:
     versions: tuple[str, ...]
     origin: Any
-    problem: str | None
+    problems: dict[str, str] | None
     withdrawn: bool
     def __init__(self, name: str, versions: tuple[str, ...], origin: object) -> None: ...
     @property

@@ -137,6 +137,16 @@ class ModelFolder:
         """The folder or file of a model."""
         return self.root / self._entry_of.get(name, name)
 
+    def has(self, name: str) -> bool:
+        """Whether a model of that name is in the folder."""
+        return self._owner(name) is not None
+
+    def look_again(self, name: str) -> list[Change]:
+        """A change that tells of a model's files as they were taken. Blocking, a few files are read."""
+        entry = self._owner(name)
+        with self._lock:
+            return self._take(entry, self._taken[entry]) if entry is not None else []
+
     def _is_quiet(self, entry: str, digest: bytes, now: float, quiet_s: float) -> bool:
         """Whether an earlier scan, long enough ago, saw the same; remembers what this one saw."""
         before = self._pending.get(entry)

@@ -1,0 +1,97 @@
+"""What is known of one copy's speed and what waits for it; decides whether its next inference runs on the loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from mmcore.batching.execution import Job
+
+#: A hand-off to a thread and back costs about 100 µs of both processors and two switches; below a few times that the
+#: loop is better off doing the work, above it requests of other models wait too long behind it.
+INLINE_BELOW_NS: Final = 300_000
+#: What runs on the loop leaves it only when it has become clearly slower.
+THREAD_ABOVE_NS: Final = 450_000
+#: Calls that stay in threads after they were too slow on the loop; four times as many each time it happens.
+FIRST_STAY: Final = 16
+LONGEST_STAY: Final = 4096
+
+#: What a new figure counts for. In threads the time holds waits for the interpreter and for cores, so there a lower
+#: figure counts at once and a higher one slowly.
+_WEIGHT: Final = 1 / 8
+_WEIGHT_IN_THREAD: Final = 1 / 32
+
+
+class Pace:
+    """How long inferences of about one size take; negative ``cost_ns`` before the first."""
+
+    __slots__ = ("_inline", "_next_stay", "_stay", "cost_ns")
+
+    def __init__(self, cost_ns: float = -1.0) -> None:
+        self.cost_ns = cost_ns
+        self._inline = False
+        self._stay = 0
+        self._next_stay = FIRST_STAY
+
+    def runs_inline(self) -> bool:
+        """Whether the next one should run on the loop."""
+        if self._inline:
+            return True
+        return self._stay == 0 and 0 <= self.cost_ns < INLINE_BELOW_NS
+
+    def ran_inline(self, elapsed_ns: int) -> None:
+        """Learn from an inference on the loop."""
+        self._inline = True
+        self.cost_ns += (elapsed_ns - self.cost_ns) * _WEIGHT if self.cost_ns >= 0 else elapsed_ns - self.cost_ns
+        if self.cost_ns > THREAD_ABOVE_NS:
+            self._inline = False
+            self._stay = self._next_stay
+            self._next_stay = min(self._next_stay * 4, LONGEST_STAY)
+
+    def ran_in_thread(self, elapsed_ns: int) -> None:
+        """Learn from an inference in a thread."""
+        if self._stay > 0:
+            self._stay -= 1
+        if self.cost_ns < 0 or elapsed_ns < self.cost_ns:
+            self.cost_ns = float(elapsed_ns)
+        else:
+            self.cost_ns += (elapsed_ns - self.cost_ns) * _WEIGHT_IN_THREAD
+
+
+class Lane:
+    """One copy's lane.
+
+    Attributes:
+        execution: ``auto``, ``inline`` or ``thread``, as its settings say.
+        jobs: inferences that wait for a thread.
+        waiting: those and the ones at work.
+        running: those at work.
+        scheduled: whether the threads know that there are jobs.
+    """
+
+    __slots__ = ("_paces", "execution", "jobs", "running", "scheduled", "waiting")
+
+    def __init__(self, execution: str) -> None:
+        self.execution = execution
+        self.jobs: deque[Job] = deque()
+        self.waiting = 0
+        self.running = 0
+        self.scheduled = False
+        #: By the number of binary digits of the number of rows: twice the rows may well take twice the time.
+        self._paces: dict[int, Pace] = {}
+
+    def pace(self, rows: int) -> Pace:
+        """The pace of inferences of about so many rows."""
+        size = rows.bit_length()
+        pace = self._paces.get(size)
+        if pace is None:
+            smaller = max((known for known in self._paces if known < size), default=None)
+            # Until it is measured, more rows are taken to need more time in proportion.
+            cost_ns = -1.0 if smaller is None else self._paces[smaller].cost_ns * 2.0 ** (size - smaller)
+            pace = self._paces[size] = Pace(cost_ns)
+        return pace
+
+    def runs_inline(self, pace: Pace) -> bool:
+        """Whether an inference of that pace should run on the loop."""
+        return pace.runs_inline() if self.execution == "auto" else self.execution == "inline"

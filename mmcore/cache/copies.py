@@ -1,0 +1,83 @@
+"""One model version held in memory by this instance: its states, its leases and what requests need of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, Final
+
+from mmcore._ext.lru import Entry
+from mmcore._ext.rates import ModelStatistics
+from mmcore._ext.v2codec import Signature
+from mmcore.model import ModelSource
+from mmcore.runtimes import LoadedModel
+
+
+class CopyState(StrEnum):
+    """Where a version is between its files and memory."""
+
+    QUEUED = "QUEUED"
+    LOADING = "LOADING"
+    LOADED = "LOADED"
+    UNLOADING = "UNLOADING"
+    FAILED = "FAILED"
+
+
+class Copy(Entry):
+    """A loaded model version.
+
+    Attributes:
+        name, version: what it answers for.
+        source: the files and settings it was loaded from.
+        model: what answers; not to be called without a lease once the loop has been left.
+        signature: checks a request and binds its tensors.
+        statistics: its counters, from zero with each load.
+        state: LOADED, or UNLOADING when it takes no new requests.
+        lane: what the execution knows of it.
+
+    The weight is its size in bytes and the key is (name, version).
+    """
+
+    __slots__ = (
+        *("_on_idle", "lane", "model", "name", "resident", "signature", "source", "state", "statistics"),
+        "version",
+    )
+
+    def __init__(
+        self,
+        source: ModelSource,
+        model: LoadedModel,
+        signature: Signature,
+        *,
+        weight: int,
+        on_idle: Callable[[Copy], None],
+    ) -> None:
+        super().__init__((source.name, source.version), weight)
+        self.name: Final = source.name
+        self.version: Final = source.version
+        self.source: Final = source
+        self.model = model
+        self.signature = signature
+        self.statistics: Final = ModelStatistics()
+        self.state = CopyState.LOADED
+        self.lane: Any = None
+        #: Pinned by the cache for its first moments, so that the request that asked for it finds it.
+        self.resident = False
+        self._on_idle = on_idle
+
+    @property
+    def in_flight(self) -> int:
+        """The leases that are out."""
+        return self.pins - self.resident
+
+    def acquire(self) -> None:
+        """Take a lease: the copy is neither evicted nor closed before it is returned by :meth:`release`."""
+        self.pin()
+
+    def release(self) -> None:
+        """Return a lease; on the loop's thread. ValueError when none is out."""
+        if self.unpin() == 0:
+            self._on_idle(self)
+
+    def __repr__(self) -> str:
+        return f"<Copy {self.name}/{self.version} {self.state} of {self.weight} bytes, {self.in_flight} in flight>"
