@@ -163,8 +163,8 @@ def load(source: ModelSource) -> XgboostModel:
     Raises:
         LoadFailed: another library's model, a truncated or corrupt file, or a format this XGBoost has dropped.
     """
-    # The library's own warnings (a model of an old version) come as UserWarning; they are logged while loading.
-    warnings.filterwarnings("always", module=r"xgboost\.")
+    # What the library warns of (a model of an old version) is raised inside a C callback: it must not be an error.
+    warnings.filterwarnings("always", message=r"\[\d\d:\d\d:\d\d\] WARNING", category=UserWarning)
     booster = _Booster(_read(source.path, source.settings.parameters.get("nthread", "1")))
     methods = _methods(booster)
     found = tuple(TensorSpec(name, datatype, (-1, columns)) for name, (datatype, columns, _) in methods.items())
