@@ -70,8 +70,6 @@ switches: Final = LogSwitches()
 class LineFormatter(logging.Formatter):
     """``2026-01-31T12:00:00.123Z INFO server.node: text``; the default form has local time without its zone."""
 
-    converter = time.gmtime
-
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  # logging's name
         """The record's time in the form chosen by the switches."""
         if switches.format == "ISO8601":

@@ -18,7 +18,7 @@ from mmcore.config import ServeSettings, TransportSettings, default_capacity, pa
 _TRANSPORT: Final = TransportSettings()
 
 
-class Parsed(click.ParamType):
+class Parsed(click.ParamType[object]):
     """A value read by one of the functions of :mod:`mmcore.config`; its ValueError is the usage error."""
 
     def __init__(self, name: str, parse: Callable[[str], object]) -> None:

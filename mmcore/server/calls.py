@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from mmcore.errors import DeadlineExceeded, InvalidRequest, MmcoreError, RpcError, Status
+from mmcore.errors import InvalidRequest, MmcoreError, RpcError, Status
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Answer(Protocol):
     def cancelled(self) -> bool:
         """Whether nobody waits for the answer any more."""
 
-    on_cancel: Callable[[], None] | None
+    on_cancel: Callable[[], object] | None
 
     def reply(self, message: Body) -> None:
         """Answer with OK."""
@@ -80,8 +79,9 @@ def immediate(request_type: type[RequestT], method: Callable[[RequestT], Message
 class Waiting:
     """The requests whose answer needs something to happen first, each a task that ends with its caller.
 
-    A task is cancelled when the caller goes away and ended with DEADLINE_EXCEEDED when its deadline passes; work that
-    several requests share is awaited by them behind a shield, so that one leaving never ends it for the others.
+    The transport answers DEADLINE_EXCEEDED when a caller's deadline passes, and calls ``on_cancel`` then and when the
+    caller goes away; the task is cancelled by it. Work that several requests share is not harmed by that: each waits
+    with a future of its own.
     """
 
     def __init__(self) -> None:
@@ -102,22 +102,17 @@ class Waiting:
 
     def start(self, call: Answer, work: Coroutine[Any, Any, Body | None], what: str) -> None:
         """Run ``work`` and answer what it returns; None means that it has seen to the answer itself."""
-        task = asyncio.get_running_loop().create_task(self._run(call, work, what), name=what)
+        task = asyncio.get_running_loop().create_task(_run(call, work, what), name=what)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        call.on_cancel = task.cancel  # type: ignore[assignment]  # cancel's answer is of no interest
+        call.on_cancel = task.cancel
 
-    async def _run(self, call: Answer, work: Coroutine[Any, Any, Body | None], what: str) -> None:
-        try:
-            async with asyncio.timeout(None) as limit:
-                if call.deadline is not None:
-                    # uvloop's clock is read once per loop iteration; a relative time avoids comparing two clocks.
-                    limit.reschedule(asyncio.get_running_loop().time() + call.deadline - time.monotonic())
-                message = await work
-            call.on_cancel = None
-            if message is not None:
-                call.reply(message)
-        except Exception as error:
-            if isinstance(error, TimeoutError) and limit.expired():
-                error = DeadlineExceeded(f"deadline passed during {what}")
-            refuse(call, error, what)
+
+async def _run(call: Answer, work: Coroutine[Any, Any, Body | None], what: str) -> None:
+    try:
+        message = await work
+    except Exception as error:
+        refuse(call, error, what)
+    else:
+        if message is not None:
+            call.reply(message)

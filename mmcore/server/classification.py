@@ -43,6 +43,6 @@ def classify(
 
 
 def _entry(value: np.generic, index: int, labels: Sequence[str]) -> bytes:
-    text = f"{float(value):f}" if value.dtype.kind == "f" else str(int(value))  # type: ignore[arg-type]  # kind checked
+    text = f"{float(value):f}" if value.dtype.kind == "f" else str(int(value))
     label = f":{labels[index]}" if index < len(labels) and labels[index] else ""
     return f"{text}:{index}{label}".encode()

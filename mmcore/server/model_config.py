@@ -26,9 +26,7 @@ CONFIG_DATATYPES: Final = {
 _BACKENDS: Final = {"onnxruntime_onnx": "onnxruntime"}
 
 
-def model_config(
-    name: str, version: str, model: LoadedModel, settings: ModelSettings, filename: str
-) -> model_config_pb2.ModelConfig:
+def model_config(name: str, model: LoadedModel, settings: ModelSettings, filename: str) -> model_config_pb2.ModelConfig:
     """The configuration of one loaded version; ``filename`` is the model file's name in its folder."""
     batched = settings.max_batch_size > 0
     config = model_config_pb2.ModelConfig(
@@ -38,7 +36,7 @@ def model_config(
         max_batch_size=settings.max_batch_size,
         default_model_filename=filename,
     )
-    # What is served is every version found, unless an absent version is loaded by name.
+    # Every version that the repository has can be asked for.
     config.version_policy.all.SetInParent()
     config.model_transaction_policy.decoupled = False
     for spec in model.inputs:

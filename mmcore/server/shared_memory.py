@@ -37,7 +37,7 @@ class Region:
         Raises:
             InvalidRequest: the range leaves the region, or the object has been truncated since.
         """
-        self._check(offset, byte_size)
+        self.check(offset, byte_size)
         data = os.pread(self.descriptor, byte_size, self.offset + offset)
         while len(data) < byte_size:
             more = os.pread(self.descriptor, byte_size - len(data), self.offset + offset + len(data))
@@ -56,7 +56,7 @@ class Region:
             InvalidRequest: the range leaves the region, or the object has been truncated since.
         """
         view = memoryview(data).cast("B")
-        self._check(offset, len(view))
+        self.check(offset, len(view))
         # pwrite would quietly grow an object that its owner has truncated.
         if os.fstat(self.descriptor).st_size < self.offset + offset + len(view):
             raise InvalidRequest(f"shared memory region '{self.name}': its object '{self.key}' was truncated")
@@ -64,7 +64,8 @@ class Region:
         while written < len(view):
             written += os.pwrite(self.descriptor, view[written:], self.offset + offset + written)
 
-    def _check(self, offset: int, byte_size: int) -> None:
+    def check(self, offset: int, byte_size: int) -> None:
+        """Raise InvalidRequest for a range that leaves the region."""
         if offset < 0 or byte_size < 0 or offset + byte_size > self.byte_size:
             raise InvalidRequest(
                 f"{byte_size} bytes at offset {offset} leave shared memory region '{self.name}' "

@@ -33,9 +33,8 @@ def statistics_of(router: Router, name: str, version: str) -> inference_pb2.Mode
     # Without a version the loaded ones answer; where there is none, the one that a request would load.
     wanted = [version] if version else sorted(loaded, key=int) or [known[-1]]
     for one in wanted:
-        copy = loaded.get(one)
-        if copy is not None:
-            response.model_stats.append(_of_copy(copy))
+        if one in loaded:
+            response.model_stats.append(_of_copy(loaded[one]))
         else:
             response.model_stats.add(name=name, version=one).inference_stats.SetInParent()
     return response

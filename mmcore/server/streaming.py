@@ -42,7 +42,7 @@ class StreamAnswer:
     __slots__ = ("_body", "_call", "_message", "_status", "_waiter", "on_cancel")
 
     def __init__(self, call: StreamCall, body: bytes) -> None:
-        self.on_cancel: Callable[[], None] | None = None
+        self.on_cancel: Callable[[], object] | None = None
         self._call = call
         self._body = body
         self._message: Body | None = None

@@ -51,11 +51,11 @@ class V2Service:
             when it drains.
     """
 
-    def __init__(self, router: Router, repository: Repository, *, server_name: str) -> None:
+    def __init__(self, router: Router, *, server_name: str) -> None:
         self.ready = False
         self._name = server_name
         self._router = router
-        self._repository = repository
+        self._repository = Repository(router)
         self._regions = SharedMemory()
         self._waiting = Waiting()
         self._tracing = Tracing(router)
