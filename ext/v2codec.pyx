@@ -25,7 +25,7 @@ from mmcore._ext.tensor cimport (
     shape_text,
 )
 
-from mmcore._ext.v2encode import encode_infer_request, encode_infer_response
+from mmcore._ext.v2encode import Param, encode_infer_request, encode_infer_response
 from mmcore.errors import InvalidRequest
 
 cdef extern from "Python.h":

@@ -25,6 +25,8 @@ cdef extern from "Python.h":
 
 cnp.import_array()
 
+Param = bool | int | float | str    # what an InferParameter holds; an int above 2**63 - 1 is a uint64
+
 # Fields, as in ext/v2codec.pyx.
 cdef enum:
     MODEL_NAME = 1
@@ -371,4 +373,4 @@ def encode_infer_request(str model_name not None, inputs not None, *, str model_
 
 
 cdef bytes requested_output(str name, parameters):
-    return length_field(TENSOR_NAME, name.encode("utf-8")) + encode_parameters(REQUESTED_PARAMETERS, parameters)
+    return (length_field(TENSOR_NAME, name.encode("utf-8")) if name else b"") + encode_parameters(REQUESTED_PARAMETERS, parameters)
