@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
-from tritonclient.utils import triton_to_np_dtype
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 #: Sepal length and width, petal length and width, in cm: one flower of each of the three species.
 FLOWERS = np.array([[5.1, 3.5, 1.4, 0.2], [6.4, 3.2, 4.5, 1.5], [7.1, 3.0, 5.9, 2.1]], dtype=np.float32)
@@ -41,7 +41,11 @@ def main() -> int:
 
     with serving(options.models) as (server, ready):
         say(f"Serving {ready['models']} models from {options.models} at {ready['grpc']}")
-        outputs, took_s = infer(ready["grpc"], options.model)
+        try:
+            outputs, took_s = infer(ready["grpc"], options.model)
+        except InferenceServerException as error:
+            say(f"The first inference failed: {error}")
+            return 1
         say(f"First inference, with tritonclient: {options.model} on {len(FLOWERS)} flowers, {took_s * 1000:.1f} ms")
         for name, array in outputs.items():
             say(f"  {name} = {array.tolist()}")
