@@ -260,10 +260,10 @@ cdef int read_tensor(Layout* layout, const uint8_t* base, Cursor cursor) except 
     cdef uint32_t field, wire
     cdef Cursor inner
     cdef bint in_shared_memory = False
+    if layout.tensor_count == MAX_TENSORS:
+        layout.wrong = "more than 16384 tensors"
+        return 0
     if layout.tensor_count == layout.tensor_room:
-        if layout.tensor_count >= MAX_TENSORS:
-            layout.wrong = "more than 16384 tensors"
-            return 0
         grow(<void**>&layout.tensors, layout.inline_tensors, &layout.tensor_room, sizeof(TensorPlace))
     place = &layout.tensors[layout.tensor_count]
     memset(place, 0, sizeof(TensorPlace))
@@ -370,10 +370,10 @@ cdef int read_message(Layout* layout, const uint8_t* base, Py_ssize_t size, bint
             if not scan_requested(layout, inner):
                 return 0
         else:
+            if layout.raw_count == MAX_TENSORS:
+                layout.wrong = "more than 16384 raw contents"
+                return 0
             if layout.raw_count == layout.raw_room:
-                if layout.raw_count >= MAX_TENSORS:
-                    layout.wrong = "more than 16384 raw contents"
-                    return 0
                 grow(<void**>&layout.raws, layout.inline_raws, &layout.raw_room, sizeof(Span))
             layout.raws[layout.raw_count] = span_of(base, &inner)
             layout.raw_count += 1
