@@ -40,7 +40,7 @@ _CLASS: Final = "Model"
 
 #: The folder's files (weights, vocabularies) as they are, and a module's code.
 _SIZE_FACTOR: Final = 1.0
-_SIZE_BASE: Final = 64 * 1024
+_SIZE_BASE: Final = 16 * 1024
 
 
 class PythonModel:

@@ -34,9 +34,10 @@ _METHODS: Final = ("predict", "predict_proba", "decision_function", "transform")
 #: The name that a request's tensor is bound under, and that clients of the archived stack send.
 _INPUT: Final = "predict"
 
-#: Pickles hold arrays as they are in memory, often compressed; an estimator adds dictionaries around them.
-_SIZE_FACTOR: Final = 1.5
-_SIZE_BASE: Final = 32 * 1024
+#: Pickles hold arrays as they are in memory; joblib compresses them on demand, a forest to a fifth.
+_SIZE_FACTOR: Final = 1.1
+_SIZE_FACTOR_COMPRESSED: Final = 5.0
+_SIZE_BASE: Final = 8 * 1024
 
 
 class SklearnModel:
@@ -127,8 +128,14 @@ def load(source: ModelSource) -> SklearnModel:
         outputs,
         default_output=default_output,
         takes_text=not takes_numbers,
-        size_bytes=estimated_size(source, source.path, factor=_SIZE_FACTOR, base=_SIZE_BASE),
+        size_bytes=estimated_size(source, source.path, factor=_size_factor(source.path), base=_SIZE_BASE),
     )
+
+
+def _size_factor(path: Path) -> float:
+    with path.open("rb") as file:
+        plain = file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
+    return _SIZE_FACTOR if plain else _SIZE_FACTOR_COMPRESSED
 
 
 def _prepare_warnings() -> None:

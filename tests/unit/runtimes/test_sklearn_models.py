@@ -247,3 +247,12 @@ def test_a_batch_of_no_rows_does_not_end_the_server(tmp_path: Path) -> None:
     model = load(tmp_path, LogisticRegression().fit(ROWS, LABELS))
     with pytest.raises(InferenceFailed, match="minimum of 1 is required"):
         model.infer({"predict": ASKED[:0]}, ())
+
+
+def test_a_compressed_file_counts_for_what_it_expands_to(tmp_path: Path) -> None:
+    forest = RandomForestClassifier(30, random_state=0).fit(ROWS, random.integers(0, 2, size=60))
+    sizes = []
+    for name, compress in (("plain.joblib", 0), ("packed.joblib", 3)):
+        joblib.dump(forest, tmp_path / name, compress=compress)
+        sizes.append(load_model(ModelSource("m", "1", "sklearn", tmp_path / name)).size_bytes)
+    assert 0.5 < sizes[0] / sizes[1] < 2
