@@ -203,7 +203,7 @@ endef
 SANITIZED = ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	LSAN_OPTIONS=suppressions=$(CURDIR)/tests/meta/leaks.supp:print_suppressions=0 PYTHONMALLOC=malloc \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so.6)"
-SANITIZED_TESTS = $(wildcard tests/unit/_ext tests/unit/transport tests/fuzz)
+SANITIZED_TESTS = $(wildcard tests/unit/ext tests/unit/transport tests/fuzz)
 sanitize: $(DEV_PACKAGES)
 	$(call step,Sanitizer build in build/tree/sanitize,sanitize)
 	@cd build/tree/sanitize && $(SANITIZED) $(PY) -m pytest -m 'not slow' $(SANITIZED_TESTS) $(PYTEST_ARGS)
