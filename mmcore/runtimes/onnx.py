@@ -19,7 +19,7 @@ from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import ModelSource, TensorSpec
 from mmcore.runtimes.declared import merge_declared
 from mmcore.runtimes.failures import FailureReport, describe
-from mmcore.runtimes.interface import Array, OutputTensor, bytes_to_text, text_to_bytes
+from mmcore.runtimes.interface import Array, LoadedModel, OutputTensor, bytes_to_text, text_to_bytes
 from mmcore.runtimes.size import estimated_size
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,9 @@ _DATATYPES: Final[dict[str, str]] = {
 #: matrix products are held a second time, packed for the kernels.
 _SIZE_FACTOR: Final = 2.3
 _SIZE_BASE: Final = 104 * 1024
+
+#: The parameter by which Triton's backend gives one model threads of its own, for one that is large and rarely asked.
+_THREADS_PARAMETER: Final = "intra_op_thread_count"
 
 #: ``[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : `` before every text of the framework.
 _ERROR_PREFIX: Final = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
@@ -123,15 +126,16 @@ class OnnxModel:
         return self._failures.failed(error, text)
 
 
-def load(source: ModelSource) -> OnnxModel:
+def load(source: ModelSource) -> LoadedModel:
     """Open a session on ``source.path``, an ``.onnx`` file (external data beside it is found by the framework).
 
     Raises:
         LoadFailed: no ONNX model, an operator or opset this ONNX Runtime does not know, an input of a type that V2
             cannot carry, or settings that contradict the graph.
     """
+    options = _options(source.settings.parameters.get(_THREADS_PARAMETER, "1"))
     try:
-        session = onnxruntime.InferenceSession(str(source.path), _options(), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(source.path), options, providers=["CPUExecutionProvider"])
     except MemoryError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
@@ -147,9 +151,12 @@ def load(source: ModelSource) -> OnnxModel:
     return OnnxModel(source.name, session, inputs, outputs, default_outputs=asked, size_bytes=size)
 
 
-def _options() -> onnxruntime.SessionOptions:
+def _options(threads: str) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    try:
+        options.intra_op_num_threads = int(threads)
+    except ValueError as error:
+        raise LoadFailed(f"the parameter {_THREADS_PARAMETER} is {threads!r}, which is no number") from error
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; its warnings name graph nodes, which no operator of a server can act on
     options.add_session_config_entry("session.use_env_allocators", "1")

@@ -29,7 +29,7 @@ from mmcore.errors import InferenceFailed, InvalidRequest, LoadFailed, MmcoreErr
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
 from mmcore.runtimes.declared import check_datatypes
 from mmcore.runtimes.failures import FailureReport, describe
-from mmcore.runtimes.interface import Array, OutputTensor, text_to_bytes
+from mmcore.runtimes.interface import Array, LoadedModel, OutputTensor, text_to_bytes
 from mmcore.runtimes.python_import import forget, import_model_file
 from mmcore.runtimes.size import estimated_size
 
@@ -119,7 +119,7 @@ class PythonModel:
             ) from error
 
 
-def load(source: ModelSource) -> PythonModel:
+def load(source: ModelSource) -> LoadedModel:
     """Import ``source.path``, a ``model.py`` or the folder of one, and make an instance of its class.
 
     Raises:

@@ -7,8 +7,12 @@ the prediction before the first one.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from mmcore.model import ModelSource
+
+#: What exporters append to an ONNX file's name for its external data (``model.onnx.data``, ``model.onnx_data``).
+_WEIGHTS_SUFFIXES: Final = (".data", "_data")
 
 
 def estimated_size(source: ModelSource, path: Path, *, factor: float, base: int) -> int:
@@ -22,9 +26,8 @@ def estimated_size(source: ModelSource, path: Path, *, factor: float, base: int)
 
 
 def disk_size(path: Path) -> int:
-    """Bytes of a file, of its companions (``model.onnx.data``, ``model.onnx_data``), or of a folder's regular files."""
+    """Bytes of a file and of the weights kept beside it, or of a folder's regular files."""
     if path.is_dir():
         return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file() and not entry.is_symlink())
-    return sum(
-        entry.stat().st_size for entry in path.parent.iterdir() if entry.name.startswith(path.name) and entry.is_file()
-    )
+    companions = (path.with_name(f"{path.name}{suffix}") for suffix in _WEIGHTS_SUFFIXES)
+    return path.stat().st_size + sum(file.stat().st_size for file in companions if file.is_file())

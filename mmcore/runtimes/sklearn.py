@@ -23,7 +23,7 @@ from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
 from mmcore.runtimes.declared import method_outputs, single_input
 from mmcore.runtimes.failures import FailureReport, describe
-from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, OutputTensor, bytes_to_text, wire_array
+from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor, bytes_to_text, wire_array
 from mmcore.runtimes.size import estimated_size
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class SklearnModel:
         return text.ravel() if text.ndim == 2 and text.shape[1] == 1 else text
 
 
-def load(source: ModelSource) -> SklearnModel:
+def load(source: ModelSource) -> LoadedModel:
     """Read ``source.path`` (skops by its suffix; joblib and pickle are told from content); find out what it answers.
 
     Each method is called once with a row of zeros, which is also its warm-up.

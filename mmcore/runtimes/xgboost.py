@@ -26,7 +26,7 @@ from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
 from mmcore.runtimes.declared import method_outputs, single_input
 from mmcore.runtimes.failures import FailureReport
-from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, OutputTensor
+from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor
 from mmcore.runtimes.size import estimated_size
 
 _INPUT: Final = "predict"
@@ -157,7 +157,7 @@ class _Booster:
         return values.reshape(rows, -1) if rows else values.reshape(0, self.columns)
 
 
-def load(source: ModelSource) -> XgboostModel:
+def load(source: ModelSource) -> LoadedModel:
     """Read a model of any of XGBoost's own formats from ``source.path``.
 
     Raises:

@@ -171,6 +171,23 @@ def test_sessions_bring_no_threads_of_their_own(tmp_path: Path) -> None:
     assert threads() == before
 
 
+def test_a_large_model_can_be_given_threads(tmp_path: Path) -> None:
+    path = add_sub(tmp_path / "model.onnx")
+    model = load(path, ModelSettings(parameters={"intra_op_thread_count": "2"}))
+    arrays = {"A": np.ones((1, 4), np.float32), "B": np.ones((1, 4), np.float32)}
+    assert model.infer(arrays, ("SUM",))[0][2].tolist() == [[2, 2, 2, 2]]
+    with pytest.raises(LoadFailed, match="the parameter intra_op_thread_count is 'many', which is no number"):
+        load(path, ModelSettings(parameters={"intra_op_thread_count": "many"}))
+
+
+def test_weights_beside_the_file_count(tmp_path: Path) -> None:
+    path = add_sub(tmp_path / "model.onnx")
+    before = load(path).size_bytes
+    (tmp_path / "model.onnx.data").write_bytes(bytes(1_000_000))
+    (tmp_path / "another.onnx").write_bytes(bytes(1_000_000))
+    assert 1_000_000 < load(path).size_bytes - before < 3_000_000
+
+
 def test_one_model_answers_in_several_threads_at_once(tmp_path: Path) -> None:
     model = load(add_sub(tmp_path / "model.onnx"))
     wrong: list[float] = []
