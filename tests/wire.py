@@ -125,11 +125,13 @@ responses = shuffled(
 Mutation = tuple[float, str, int]
 mutations = st.lists(
     st.tuples(
-        st.floats(0, 1, exclude_max=True), st.sampled_from(("set", "flip", "delete", "insert", "cut")), st.integers(0, 255)
+        st.floats(0, 1, exclude_max=True),
+        st.sampled_from(("set", "flip", "delete", "insert", "cut")),
+        st.integers(0, 255),
     ),
     min_size=1,
     max_size=3,
-)  # fmt: skip
+)
 
 
 def mutated(body: bytes, changes: list[Mutation]) -> bytes:

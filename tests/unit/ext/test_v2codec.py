@@ -389,9 +389,7 @@ def test_large_outputs_of_made_contents_come_as_bytes() -> None:
 
 
 def test_a_typed_answer_with_a_raw_only_datatype_is_raw() -> None:
-    body = encode_infer_response(
-        "m", "", "", [("a", "FP16", np.ones(2, np.float16)), ("b", "FP32", ONE)], raw=False
-    )
+    body = encode_infer_response("m", "", "", [("a", "FP16", np.ones(2, np.float16)), ("b", "FP32", ONE)], raw=False)
     message = inference_pb2.ModelInferResponse.FromString(body)
     assert len(message.raw_output_contents) == 2
     assert not message.outputs[1].HasField("contents")

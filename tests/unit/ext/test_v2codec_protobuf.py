@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ FIELDS = {
     "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
     "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
 }  # fmt: skip
-many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+many = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 def told(parameters: Any) -> list[tuple[str, str]]:
@@ -67,12 +70,16 @@ def test_any_valid_request_is_read_as_protobuf_reads_it(body: bytes) -> None:
 @many
 @given(wire.responses)
 def test_any_valid_response_is_read_as_protobuf_reads_it(body: bytes) -> None:
-    assert response_told(decode_infer_response(body)) == response_told(inference_pb2.ModelInferResponse.FromString(body))
+    assert response_told(decode_infer_response(body)) == response_told(
+        inference_pb2.ModelInferResponse.FromString(body)
+    )
 
 
 @many
 @given(wire.requests, wire.mutations)
-def test_a_broken_request_is_refused_exactly_when_protobuf_refuses_it(body: bytes, changes: list[wire.Mutation]) -> None:
+def test_a_broken_request_is_refused_exactly_when_protobuf_refuses_it(
+    body: bytes, changes: list[wire.Mutation]
+) -> None:
     body = wire.mutated(body, changes)
     try:
         expected = inference_pb2.ModelInferRequest.FromString(body)
@@ -182,7 +189,9 @@ def raw_of(datatype: str, array: NDArray[Any]) -> bytes:
     return array.tobytes()
 
 
-def in_protobuf(message: Any, tensors: Any, raws: Any, named: list[tuple[str, str, NDArray[Any]]], *, raw: bool) -> bytes:
+def in_protobuf(
+    message: Any, tensors: Any, raws: Any, named: list[tuple[str, str, NDArray[Any]]], *, raw: bool
+) -> bytes:
     """The message with these tensors, as the runtime writes it."""
     for name, datatype, array in named:
         tensor = tensors.add(name=name, datatype=datatype, shape=array.shape)
@@ -254,17 +263,17 @@ def test_typed_contents_come_packed_unpacked_and_in_pieces(data: st.DataObject |
     array = np.array([-1, 5, 7], np.int8) if data is None else data.draw(arrays(datatype)).ravel()
     whole = inference_pb2.InferTensorContents()
     getattr(whole, FIELDS[datatype]).extend(array.tolist())
-    cuts = range(array.size) if data is None else data.draw(st.lists(st.integers(0, array.size), max_size=3).map(sorted))
+    cuts = (
+        range(array.size) if data is None else data.draw(st.lists(st.integers(0, array.size), max_size=3).map(sorted))
+    )
     bounds = [0, *cuts, array.size]
     pieces = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         piece = inference_pb2.InferTensorContents()
         getattr(piece, FIELDS[datatype]).extend(array[start:end].tolist())
         pieces.append(wire.message(5, unpacked(piece) if data is None or data.draw(st.booleans()) else
                                    piece.SerializeToString()))  # fmt: skip
-    body = wire.message(
-        5, wire.text(1, "x"), *pieces, wire.text(2, datatype), wire.field(3, wire.VARINT, array.size)
-    )
+    body = wire.message(5, wire.text(1, "x"), *pieces, wire.text(2, datatype), wire.field(3, wire.VARINT, array.size))
     expected = inference_pb2.ModelInferRequest.FromString(body)
     assert expected.inputs[0].contents == whole or array.dtype.kind == "f"  # NaN differs from itself
     check_tensors(decode_infer_request(body).inputs, [("x", datatype, array)])
