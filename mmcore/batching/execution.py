@@ -241,11 +241,12 @@ class Execution:
                 error = self._failure(job.copy, error)
             # The traceback refers to the job, and the two would keep the request alive.
             job.error = None
-            job.copy.release()
             try:
                 job.done(job.outputs, error, job.queue_ns, job.infer_ns)
             except Exception:
                 log.exception("answering a request of model %s", job.copy.name)
+            finally:
+                job.copy.release()
 
     def _failure(self, copy: Copy, error: BaseException) -> MmcoreError:
         """What the caller is told of an exception that a model raised."""

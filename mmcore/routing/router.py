@@ -62,7 +62,7 @@ class Router:
         cache, execution: what it is built on.
 
     ``capacity_bytes`` is what loaded models may take together. ``folder`` is watched from :meth:`start` to
-    :meth:`stop`. ``load`` and ``bind`` make the model and the signature of a source.
+    :meth:`close`. ``load`` and ``bind`` make the model and the signature of a source.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Router:
                 self._folder.watch(self.apply), name="watch the folder of models"
             )
 
-    async def stop(self) -> None:
+    async def close(self) -> None:
         """Stop following the folder, finish what runs, and unload every copy."""
         if self._watching is not None:
             self._watching.cancel()

@@ -6,6 +6,7 @@ dynamic batching, warm-up, rate limits) are accepted and left to mmcore's own ju
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -78,8 +79,11 @@ def read_config_json(text: str, folder: Path) -> Stated:
         InvalidModel: it is not a ModelConfig in JSON, or states what cannot be served.
     """
     try:
-        config = json_format.Parse(text, model_config_pb2.ModelConfig(), max_recursion_depth=20)
-    except (json_format.ParseError, UnicodeError, RecursionError) as error:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise InvalidModel(f"{CONFIG_OVERRIDE}: is not a JSON object")
+        config = json_format.ParseDict(values, model_config_pb2.ModelConfig(), max_recursion_depth=20)
+    except (json_format.ParseError, ValueError, RecursionError) as error:
         raise InvalidModel(f"{CONFIG_OVERRIDE}: {error}") from error
     return _stated(config, folder, CONFIG_OVERRIDE)
 

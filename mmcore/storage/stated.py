@@ -91,7 +91,7 @@ class Reader:
 
     def __init__(self, values: object, file: str, at: str = "") -> None:
         if not isinstance(values, dict):
-            where = f"{file}: {at}" if at else file
+            where = f"{file}: {at.rstrip('.')}" if at else file
             raise InvalidModel(f"{where}: expected a mapping, got {_kind(values)}")
         self.values: dict[str, Any] = values
         self._file = file
