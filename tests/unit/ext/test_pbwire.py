@@ -125,7 +125,7 @@ def test_malformed_messages_are_told() -> None:
 
 @pytest.mark.parametrize("path", [(), (0,), (2**29,), (1,) * 9, (-1,)])
 def test_paths_that_cannot_be_are_refused(path: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="path|field numbers"):
+    with pytest.raises(ValueError, match=r"path|field numbers"):
         find_field(b"", path)
 
 

@@ -110,7 +110,11 @@ def test_any_bytes_are_parsed_or_refused(data: bytes, shape: list[int]) -> None:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(sorted(NUMPY_DTYPES)), st.binary(max_size=24), st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 3), max_size=3))  # fmt: skip
+@given(
+    st.sampled_from(sorted(NUMPY_DTYPES)),
+    st.binary(max_size=24),
+    st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 3), max_size=3),
+)
 def test_any_shape_is_parsed_or_refused(datatype: str, data: bytes, shape: list[int]) -> None:
     try:
         array = array_from_raw(datatype, shape, data)
@@ -132,7 +136,7 @@ def test_shapes_that_no_memory_holds_are_refused() -> None:
 def test_wrong_sizes_and_datatypes_are_told() -> None:
     with refused("expected 8 bytes for FP32 [2], got 7"):
         array_from_raw("FP32", [2], b"1234567")
-    with pytest.raises(InvalidRequest, match="expected a datatype of BOOL, .*, BYTES, got 'fp32'"):
+    with pytest.raises(InvalidRequest, match=r"expected a datatype of BOOL, .*, BYTES, got 'fp32'"):
         array_from_raw("fp32", [2], b"12345678")
     with pytest.raises(TypeError, match="FP32 is made from float32, got int32"):
         array_to_raw("FP32", np.zeros(2, np.int32))
