@@ -34,12 +34,13 @@ class Copy(Entry):
         statistics: its counters, from zero with each load.
         state: LOADED, or UNLOADING when it takes no new requests.
         lane: what the execution knows of it.
+        prepared: what the compiled request path needs of it.
 
     The weight is its size in bytes and the key is (name, version).
     """
 
     __slots__ = (
-        *("_on_idle", "lane", "model", "name", "resident", "signature", "source", "state", "statistics"),
+        *("_on_idle", "lane", "model", "name", "prepared", "resident", "signature", "source", "state", "statistics"),
         "version",
     )
 
@@ -61,6 +62,7 @@ class Copy(Entry):
         self.statistics: Final = ModelStatistics()
         self.state = CopyState.LOADED
         self.lane: Any = None
+        self.prepared: Any = None
         #: Pinned by the cache for its first moments, so that the request that asked for it finds it.
         self.resident = False
         self._on_idle = on_idle

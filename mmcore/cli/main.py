@@ -63,8 +63,7 @@ def run(args: list[str]) -> int:
         error.show()
         return 2
     except click.ClickException as error:
-        error.show()
-        return 1
+        return _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted")
     except RpcError as error:

@@ -1,8 +1,8 @@
 """ModelInfer: from a request's bytes to its answer's.
 
-The common request (all tensors in the message, its copy loaded, the model fast enough for the loop) is answered in one
-call without a task, a future or a log line. What has to wait, for a load or for a thread, goes the longer way from
-the point where it must.
+The common request (all tensors in the message, its copy loaded, the model fast enough for the loop) is answered by
+``ext/infer.pyx`` in one call without a task, a future or a log line. What has to wait, for a load or for a thread, or
+has parameters, comes here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
+from mmcore._ext.infer import CommonPath, Prepared
 from mmcore._ext.rates import now_ns
-from mmcore._ext.v2codec import InferRequest, decode_infer_request, encode_infer_response
+from mmcore._ext.v2codec import InferRequest, encode_infer_response
 from mmcore.batching.execution import rows_of
 from mmcore.cache import Copy
 from mmcore.errors import InvalidRequest
@@ -29,44 +30,82 @@ _NAME_HEADERS: Final = ("mm-vmodel-id", "mm-model-id", "mm-vmodel-id-bin", "mm-m
 
 
 class Inference:
-    """Answers inference requests, whatever they come through."""
+    """Answers inference requests, whatever they come through.
 
-    __slots__ = ("_lookup", "_regions", "_router", "_run", "_tracing", "_waiting")
+    Attributes:
+        infer: ``(call, body)`` to the encoded answer, or None when it comes later through ``call``; it raises the
+            MmcoreError that refuses the request. The compiled path, which hands on what is not common.
+    """
 
     def __init__(self, router: Router, regions: SharedMemory, tracing: Tracing, waiting: Waiting) -> None:
         self._router = router
         self._regions = regions
         self._tracing = tracing
         self._waiting = waiting
-        self._lookup: Callable[[str, str], Copy | None] = router.lookup
-        self._run = router.infer
+        self._path = CommonPath(router.lookup, self._uncommon, self._run, self._slow)
+        self.infer: Callable[[Answer, bytes], Body | None] = self._path.infer
+        tracing.on_change = self._follow_tracing
 
-    def infer(self, call: Answer, body: bytes) -> Body | None:
-        """The encoded answer, or None when it comes later through ``call``.
+    def _follow_tracing(self, active: bool) -> None:
+        self._path.tracing = active
 
-        Raises:
-            MmcoreError: whatever refuses the request, as the status it is to be answered with.
-        """
-        started = now_ns()
-        request = decode_infer_request(body)
-        copy = self._lookup(request.model_name, request.model_version)
+    def _uncommon(self, call: Answer, request: InferRequest, copy: Copy | None, started: int) -> Body | None:
+        """A request whose copy is not here, or that has parameters."""
         if copy is None:
             self._waiting.start(call, self._load_and_infer(call, request, started), "ModelInfer")
             return None
-        return self._infer(call, request, copy, started, 0)
+        return self._bind_and_run(call, request, copy, started, 0)
 
-    def _infer(self, call: Answer, request: InferRequest, copy: Copy, started: int, queue_ns: int) -> Body | None:
-        """Answer with a loaded copy, which the request has waited ``queue_ns`` for since it came at ``started``."""
+    async def _load_and_infer(self, call: Answer, request: InferRequest, started: int) -> Body | None:
+        """The way of a request whose model is not here, or that names it in the metadata."""
+        name = request.model_name or _named_by(call.metadata)
+        copy = self._router.lookup(name, request.model_version)
+        if copy is None:
+            copy = await self._router.load(name, request.model_version)
+        return self._bind_and_run(call, request, copy, started, now_ns() - started)
+
+    def _bind_and_run(
+        self, call: Answer, request: InferRequest, copy: Copy, started: int, queue_ns: int
+    ) -> Body | None:
+        if copy.prepared is None:
+            copy.prepared = Prepared(copy)
         try:
             inputs = copy.signature.bind(request) if request.plain else bind_tensors(request, copy, self._regions)
-            under_way = UnderWay(self, call, request, copy, inputs, started, now_ns(), queue_ns)
-            outputs = self._run(copy, inputs, request.output_names, under_way.done, call)
-            if outputs is None:
-                return None
-            return self.answer(under_way, outputs, now_ns() - under_way.bound)
         except Exception:
             copy.statistics.fail(now_ns() - started)
             raise
+        return self._run(call, request, copy, inputs, started, now_ns(), queue_ns)
+
+    def _run(
+        self,
+        call: Answer,
+        request: InferRequest,
+        copy: Copy,
+        inputs: Mapping[str, NDArray[Any]],
+        started: int,
+        bound: int,
+        queue_ns: int = 0,
+    ) -> Body | None:
+        """Run a bound request where its model's speed says, and learn from it.
+
+        It came at ``started`` and has waited ``queue_ns`` of the time until ``bound`` for its copy.
+        """
+        under_way = UnderWay(self, call, request, copy, inputs, started, bound, queue_ns)
+        rows = rows_of(inputs)
+        try:
+            outputs = self._router.infer(copy, inputs, request.output_names, under_way.done, call)
+            if outputs is None:
+                copy.prepared.allow(rows, False)
+                return None
+            copy.prepared.allow(rows, copy.lane.runs_inline(copy.lane.pace(rows)))
+            return self.answer(under_way, outputs, now_ns() - bound)
+        except Exception:
+            copy.statistics.fail(now_ns() - started)
+            raise
+
+    def _slow(self, copy: Copy, rows: int, elapsed_ns: int) -> None:
+        """An inference in the compiled path took longer than one should there."""
+        copy.lane.pace(rows).ran_inline(elapsed_ns)
 
     def answer(self, done: UnderWay, outputs: Sequence[OutputTensor], infer_ns: int) -> Body:
         """Encode the outputs and count the request."""
@@ -79,16 +118,11 @@ class Inference:
             message = answer_with_parameters(request, copy, outputs, self._regions)
         encoded = now_ns()
         input_ns = done.bound - done.started - done.queue_ns
-        copy.statistics.record(rows_of(done.inputs), done.queue_ns, input_ns, infer_ns, encoded - ended)
+        rows = rows_of(done.inputs) if copy.prepared.batched else 1
+        copy.statistics.record(rows, done.queue_ns, input_ns, infer_ns, encoded - ended)
         if self._tracing.active:
             self._trace(done, infer_ns, ended, encoded)
         return message
-
-    async def _load_and_infer(self, call: Answer, request: InferRequest, started: int) -> Body | None:
-        """The way of a request whose model is not here, or that names it in the metadata."""
-        name = request.model_name or _named_by(call.metadata)
-        copy = self._lookup(name, request.model_version) or await self._router.load(name, request.model_version)
-        return self._infer(call, request, copy, started, now_ns() - started)
 
     def _trace(self, done: UnderWay, infer_ns: int, ended: int, encoded: int) -> None:
         # Names and order are those of Triton's trace extension.

@@ -88,7 +88,7 @@ class Node:
         """Take nothing new, finish what is under way within the grace, and let go of everything."""
         self._set_serving(serving=False)
         await self._server.drain(self._settings.grace_s)
-        await self._router.stop()
+        await self._router.close()
 
     def _set_serving(self, *, serving: bool) -> None:
         self._service.ready = serving

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 from mmcore._ext.v2codec import decode_infer_request
 from mmcore.errors import InvalidRequest, RpcError, Status
@@ -27,13 +27,6 @@ _INFER_RESPONSE_TAG: Final = b"\x12"
 _FINAL_RESPONSE: Final = inference_pb2.ModelInferResponse(
     parameters={"triton_final_response": inference_pb2.InferParameter(bool_param=True)}
 ).SerializeToString()
-
-
-class Infer(Protocol):
-    """What answers one request: at once, or later through the answer it was given."""
-
-    def infer(self, call: Answer, body: bytes) -> Body | None:
-        """The answer, or None when it will come through ``call``."""
 
 
 class StreamAnswer:
@@ -104,8 +97,8 @@ class StreamAnswer:
 class StreamInference:
     """The handler of ModelStreamInfer."""
 
-    def __init__(self, inference: Infer) -> None:
-        self._inference = inference
+    def __init__(self, infer: Callable[[Answer, bytes], Body | None]) -> None:
+        self._infer = infer
 
     async def serve(self, call: StreamCall) -> None:
         """Answer the requests of one stream until the client ends it.
@@ -134,7 +127,7 @@ class StreamInference:
 
     def _start(self, answer: StreamAnswer, body: bytes) -> None:
         try:
-            message = self._inference.infer(answer, body)
+            message = self._infer(answer, body)
         except Exception as error:
             refuse(answer, error, "ModelStreamInfer")
         else:

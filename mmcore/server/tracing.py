@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,11 +48,13 @@ class Tracing:
     """The settings of the server and of single models, and what becomes of a traced request.
 
     Attributes:
-        active: whether any model is traced at all; the one thing the hot path looks at.
+        active: whether any model is traced at all.
+        on_change: told ``active`` after each change of the settings.
     """
 
     def __init__(self, router: Router) -> None:
         self.active = False
+        self.on_change: Callable[[bool], None] = lambda active: None
         self._router = router
         self._server: dict[str, tuple[str, ...]] = {}
         self._models: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -84,6 +86,7 @@ class Tracing:
                 "TIMESTAMPS" in settings["trace_level"]
                 for settings in (self._in_force(""), *(self._in_force(model) for model in self._models))
             )
+            self.on_change(self.active)
         response = inference_pb2.TraceSettingResponse()
         for key, values in self._in_force(name).items():
             response.settings[key].value.extend(values)

@@ -64,7 +64,7 @@ class V2Service:
     def register(self, server: Server) -> None:
         """Add every method to ``server``."""
         server.add_unary(f"/{SERVICE}/ModelInfer", self._inference.infer)
-        server.add_stream(f"/{SERVICE}/ModelStreamInfer", StreamInference(self._inference).serve)
+        server.add_stream(f"/{SERVICE}/ModelStreamInfer", StreamInference(self._inference.infer).serve)
 
         def at_once(name: str, request_type: type[RequestT], method: Callable[[RequestT], Message]) -> None:
             server.add_unary(f"/{SERVICE}/{name}", immediate(request_type, method))
