@@ -1,7 +1,7 @@
 """SUITE=micro: runs the pytest-benchmark suites of bench/micro and pairs what they timed.
 
-Tests that time the same work share a ``benchmark.group``, which is the case. Within it the entry whose test or
-parameter is called ``ours`` or ``mmcore`` is ours, every other one a peer by the name of its parameter (or test).
+Tests that time the same work share a ``benchmark.group``, which is the case. Within it the entry whose parameter
+``side`` is ``mmcore`` (or ``ours``, or whose test is called so) is ours; every other one is a peer by that parameter.
 A group without such a pair gives a row for each test, without a peer.
 """
 
@@ -21,7 +21,7 @@ from bench.machine import cores, pinned
 from bench.processes import ROOT, PeerFailed
 from bench.rows import Row, compare
 
-_OURS: Final = re.compile(r"(^|[^a-z])(ours|mmcore)([^a-z]|$)")
+_OURS: Final = frozenset({"ours", "mmcore"})
 
 
 def run(console: Console, plan: Plan) -> list[Row]:
@@ -64,6 +64,7 @@ def pair(benchmarks: list[dict[str, Any]]) -> list[Row]:
 
 def _side(entry: dict[str, Any]) -> str:
     """The peer's name, empty for ours."""
-    parameter = entry.get("param")
-    name = str(parameter) if parameter else str(entry["name"]).removeprefix("test_")
-    return "" if _OURS.search(name) or _OURS.search(str(entry["name"]).replace("_", " ")) else name
+    parameters: dict[str, Any] = entry.get("params") or {}
+    test = str(entry["name"])
+    name = str(parameters.get("side") or entry.get("param") or test.removeprefix("test_"))
+    return "" if name in _OURS or any(word in _OURS for word in re.split("[^a-z]+", test)) else name

@@ -98,6 +98,7 @@ def unframed(data: bytes) -> NDArray[Any]:
 @pytest.mark.parametrize("side", ["mmcore", "protobuf"])
 @pytest.mark.parametrize("case", CASES)
 def test_decode_bind_encode(benchmark: BenchmarkFixture, case: str, side: str) -> None:
+    """One request through one side's handler."""
     benchmark.group = f"codec {case}"
     body = request(case)
     handle = {"mmcore": mmcore, "protobuf": protobuf}[side](case)

@@ -37,22 +37,28 @@ def test_the_table_puts_peers_side_by_side_and_marks_the_generator_s_limit() -> 
     assert "generator" in text
 
 
-def entry(group: str | None, name: str, param: str | None, median_s: float) -> dict[str, object]:
-    return {"group": group, "name": name, "param": param, "stats": {"median": median_s}}
+def entry(group: str | None, name: str, params: dict[str, str], median_s: float) -> dict[str, object]:
+    param = "-".join(params.values()) or None
+    return {"group": group, "name": name, "param": param, "params": params or None, "stats": {"median": median_s}}
 
 
 def test_micro_benchmarks_of_one_group_are_paired_with_ours() -> None:
     rows = pair(
         [
-            entry("decode small", "test_decode[ours]", "ours", 1e-6),
-            entry("decode small", "test_decode[protobuf]", "protobuf", 5e-6),
+            entry("decode small", "test_decode[small-mmcore]", {"case": "small", "side": "mmcore"}, 1e-6),
+            entry("decode small", "test_decode[small-protobuf]", {"case": "small", "side": "protobuf"}, 5e-6),
+            entry("lookup", "test_lookup_ours", {}, 1e-7),
+            entry("lookup", "test_lookup_dict", {}, 5e-8),
         ]
     )
-    assert [(row.case, row.peer, row.ratio) for row in rows] == [("decode small", "protobuf", pytest.approx(5))]
+    assert [(row.case, row.peer, row.ratio) for row in rows] == [
+        ("decode small", "protobuf", pytest.approx(5)),
+        ("lookup", "lookup_dict", pytest.approx(0.5)),
+    ]
 
 
 def test_micro_benchmarks_without_a_pair_stand_alone() -> None:
-    rows = pair([entry(None, "test_touch[1000]", "1000", 1e-7), entry("lookup", "test_lookup", None, 2e-7)])
+    rows = pair([entry(None, "test_touch[1000]", {"size": "1000"}, 1e-7), entry("lookup", "test_lookup", {}, 2e-7)])
     assert [(row.case, row.peer, row.peer_value, row.ratio) for row in rows] == [
         ("test_touch[1000]", "", None, None),
         ("lookup", "", None, None),
