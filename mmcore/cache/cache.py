@@ -117,6 +117,7 @@ class Cache:
         self._loads: dict[tuple[str, str], _Load] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._unloading: set[Copy] = set()
+        self._closing: set[asyncio.Future[None]] = set()
         self._reserved_bytes = 0
         self._unloading_bytes = 0
         # One load makes room at a time and in order: a large one is not starved by small ones.
@@ -242,15 +243,15 @@ class Cache:
                 self._wake()
         weight = max(0, model.size_bytes)
         try:
-            self._check_wanted(load)
+            self._check_dropped(load)
             self._check_size(source, weight)
         except Overloaded as error:
             # Learnt only by loading it, so it is remembered like any other cause.
             self.failures.remember(load.name, load.version, error)
-            self._close_model(model, weight)
+            self._discard(model, weight)
             raise
         except MmcoreError:
-            self._close_model(model, weight)
+            self._discard(model, weight)
             raise
         copy = Copy(source, model, bound, weight=weight, on_idle=self._idle)
         self._publish(copy)
@@ -266,9 +267,12 @@ class Cache:
             model.close()
             raise
 
-    def _check_wanted(self, load: _Load) -> None:
+    def _check_dropped(self, load: _Load) -> None:
         if load.dropped is not None:
             raise type(load.dropped)(str(load.dropped))
+
+    def _check_wanted(self, load: _Load) -> None:
+        self._check_dropped(load)
         if load.waiters and all(waiter.done() for waiter in load.waiters):
             raise Cancelled("nobody waits for this load any more")
 
@@ -364,25 +368,28 @@ class Cache:
             self._wake()
 
     def _close_copy(self, copy: Copy) -> None:
-        closing = asyncio.get_running_loop().run_in_executor(self._threads, _close, copy.model, copy.name)
+        model = copy.model
         del copy.model
+        self._close(model, copy.weight, copy)
+
+    def _discard(self, model: LoadedModel, weight: int) -> None:
+        """Close a model that was never published."""
+        self._unloading_bytes += weight
+        self._close(model, weight, None)
+
+    def _close(self, model: LoadedModel, weight: int, copy: Copy | None) -> None:
+        """Close a model in a loader thread; its space, counted as being unloaded, is free when that is done."""
+        closing = asyncio.get_running_loop().run_in_executor(self._threads, _close, model)
+        self._closing.add(closing)
 
         def closed(_: object) -> None:
-            self._unloading.discard(copy)
-            self._unloading_bytes -= copy.weight
+            self._closing.discard(closing)
+            self._unloading_bytes -= weight
+            if copy is not None:
+                self._unloading.discard(copy)
             self._wake()
 
         closing.add_done_callback(closed)
-
-    def _close_model(self, model: LoadedModel, weight: int) -> None:
-        """Close a model that was never published."""
-        self._unloading_bytes += weight
-
-        def closed(_: object) -> None:
-            self._unloading_bytes -= weight
-            self._wake()
-
-        asyncio.get_running_loop().run_in_executor(self._threads, _close, model, "").add_done_callback(closed)
 
     async def close(self) -> None:
         """Give up queued loads, wait for those that run, and unload every copy that nobody uses."""
@@ -396,7 +403,11 @@ class Cache:
             assert isinstance(copy, Copy)
             self.unload(copy)
             self._end_residency(copy)
-        self._threads.shutdown(wait=False)
+        while self._closing:
+            await asyncio.wait(list(self._closing))
+        if not self._unloading:
+            # A copy whose lease never comes back is closed in a thread yet, if it does after all.
+            self._threads.shutdown(wait=False)
 
     async def _in_thread(self, work: Callable[..., ResultT], *args: object) -> ResultT:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
@@ -408,9 +419,9 @@ def _prepare(load: _Load) -> tuple[ModelSource, int]:
     return source, source.settings.size_bytes or disk_size(source.path)
 
 
-def _close(model: LoadedModel, name: str) -> None:
-    """In a loader thread. The last reference goes here, so that the framework frees its memory here too."""
+def _close(model: LoadedModel) -> None:
+    """In a loader thread: let the framework free its memory."""
     try:
         model.close()
     except Exception:
-        log.exception("closing model %s", name)
+        log.exception("closing a model of platform %s", model.platform)

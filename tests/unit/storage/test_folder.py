@@ -221,7 +221,7 @@ def test_a_switched_link_is_a_change(watched: Watched) -> None:
     (watched.root / "m").symlink_to(outside / "one")
     assert "m" in watched.settle()
     (watched.root / "next").symlink_to(outside / "two")
-    os.replace(watched.root / "next", watched.root / "m")
+    (watched.root / "next").replace(watched.root / "m")
     assert "m" in watched.settle()
 
 
@@ -233,7 +233,7 @@ def test_a_config_map_update_is_a_change(watched: Watched) -> None:
     (model / "model.onnx").symlink_to("..data/model.onnx")
     assert "m" in watched.settle()
     (model / "..data_tmp").symlink_to("..v2")
-    os.replace(model / "..data_tmp", model / "..data")
+    (model / "..data_tmp").replace(model / "..data")
     assert "m" in watched.settle()
     assert watched.folder.source("m", "1").path.read_text() == "two"
 
@@ -250,7 +250,7 @@ def test_a_signature_sees_names_sizes_and_contents_replaced(tmp_path: Path) -> N
     stat = (tmp_path / "a").stat()
     (tmp_path / "a.new").write_text("9")
     os.utime(tmp_path / "a.new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    os.replace(tmp_path / "a.new", tmp_path / "a")
+    (tmp_path / "a.new").replace(tmp_path / "a")
     assert signature(tmp_path).digest != second.digest
     with pytest.raises(OSError, match="No such file"):
         signature(tmp_path / "missing")

@@ -108,7 +108,7 @@ def test_a_configuration_in_json_is_read_like_one_in_text(tmp_path: Path) -> Non
     # tritonclient's users write the names of the .proto
     assert read_config_json('{"max_batch_size": "4"}', tmp_path).max_batch_size == 4
     for wrong in ("", "[]", '{"nope": 1}', "{" * 100_000, '{"max_batch_size": "x"}'):
-        with pytest.raises(InvalidModel, match="^config: "):
+        with pytest.raises(InvalidModel, match=r"^config: "):
             read_config_json(wrong, tmp_path)
 
 
