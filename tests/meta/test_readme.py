@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import click
 import pytest
 
 from mmcore.cli.serve import command as serve
+from tests.serving import Serve
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -41,25 +40,26 @@ BLOCKS = [
 RUN = [block for block in BLOCKS if block.mark == "run by the tests"]
 
 
+SERVED = "served by the tests as "
+
+
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample models of ``make run``, and the model that the README shows."""
     folder = tmp_path_factory.mktemp("samples")
     subprocess.run([sys.executable, ROOT / "deploy/samples/train.py", folder], check=True, capture_output=True)
+    for block in BLOCKS:
+        if block.mark.startswith(SERVED):
+            file = folder / block.mark.removeprefix(SERVED)
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(block.text)
     return folder
 
 
 @pytest.fixture(scope="module")
-def address(samples: Path) -> Iterator[str]:
-    """Where a server of the sample models listens."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "mmcore.cli.main", "serve", "--models", samples, "--grpc-port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as server:
-        assert server.stdout is not None
-        yield json.loads(server.stdout.readline())["grpc"]
-        server.terminate()
-        assert server.wait(30) == 0
+def address(serve_for_session: Serve, samples: Path) -> str:
+    """Where a server of these models listens."""
+    return serve_for_session(samples).grpc
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_example_runs_as_shown(block: Block, address: str) -> None:
         argv, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path, "MMCORE_TARGET": address}
     )
     assert done.returncode == 0, done.stderr
-    assert "predict" in done.stdout or "[0" in done.stdout
+    assert re.search(r"iris-sklearn|predict|celsius|\[\[0", done.stdout)
 
 
 @pytest.mark.slow
