@@ -167,7 +167,7 @@ cdef object array_over(int code, const int64_t* shape, int rank, const uint8_t* 
         array = new_array(code, shape, rank)
         widen(<uint32_t*>cnp.PyArray_DATA(array), data, count)
         return array
-    if (<uintptr_t>data & <uintptr_t>(item - 1)) == 0 and (code != BOOL or plain_bools(data, size)):
+    if size and (<uintptr_t>data & <uintptr_t>(item - 1)) == 0 and (code != BOOL or plain_bools(data, size)):
         array = cnp.PyArray_New(
             cnp.ndarray, rank, <cnp.npy_intp*>shape, TYPES[code], NULL, <void*>data, 0, VIEW, None
         )
@@ -183,6 +183,8 @@ cdef object array_over(int code, const int64_t* shape, int rank, const uint8_t* 
 
 
 cdef void copy(uint8_t* target, const uint8_t* data, Py_ssize_t size) noexcept:
+    if size == 0:
+        return    # data may be NULL
     if size < GIL_FREE_BYTES:
         memcpy(target, data, <size_t>size)
     else:
