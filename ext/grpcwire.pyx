@@ -4,6 +4,9 @@ Rules: the gRPC project's document "gRPC over HTTP2". Pure functions; no state, 
 """
 
 import binascii
+import zlib
+
+from mmcore.errors import MessageTooLong
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t
@@ -150,3 +153,40 @@ cdef bytes decode_binary(bytes value):
         ValueError: it is not base64.
     """
     return binascii.a2b_base64(value + b"=" * (-len(value) % 4), strict_mode=True)
+
+
+#: Message encodings taken and given ("gRPC over HTTP2", Message-Encoding); deflate is zlib's format there.
+ENCODINGS = frozenset(("identity", "gzip", "deflate"))
+cdef dict WINDOW_BITS = {"gzip": 31, "deflate": 15}
+
+
+def decompress(str encoding not None, bytes data not None, Py_ssize_t limit):
+    """A message without its compression.
+
+    Args:
+        encoding: ``gzip`` or ``deflate``.
+        limit: longest result in bytes; a longer one is not built.
+
+    Raises:
+        MessageTooLong: the result is above the limit.
+        ValueError: the data are not whole and valid, or something follows them.
+    """
+    unpacker = zlib.decompressobj(WINDOW_BITS[encoding])
+    try:
+        message = unpacker.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if len(message) > limit:
+        raise MessageTooLong(f"message is above the limit of {limit} bytes")
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError("the compressed data are cut off or have something behind them")
+    return message
+
+
+def compress(str encoding not None, message not None):
+    """A message, bytes-like or a list of such, compressed."""
+    packer = zlib.compressobj(wbits=WINDOW_BITS[encoding])
+    pieces = message if isinstance(message, list) else [message]
+    packed = [packer.compress(piece) for piece in pieces]
+    packed.append(packer.flush())
+    return b"".join(packed)

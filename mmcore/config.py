@@ -29,6 +29,37 @@ class TransportSettings:
 
     #: Longest message taken; a longer one is answered RESOURCE_EXHAUSTED without buffering it.
     max_message_bytes: int = 16 * 2**20
+    #: Calls a peer may have open at once on one connection (SETTINGS_MAX_CONCURRENT_STREAMS).
+    max_concurrent_streams: int = 1024
+    #: Flow-control windows. A 602 KB tensor fits one stream's window, so it never waits for an update.
+    stream_window_bytes: int = 4 * 2**20
+    connection_window_bytes: int = 64 * 2**20
+    #: Longest frame taken (SETTINGS_MAX_FRAME_SIZE).
+    max_frame_bytes: int = 2**20
+    #: Names and values of one call's metadata together (SETTINGS_MAX_HEADER_LIST_SIZE counts 32 more a pair).
+    max_header_bytes: int = 32 * 2**10
+    #: Messages half received on one connection, together; above it new ones are refused.
+    max_receiving_bytes: int = 256 * 2**20
+    #: Answers one connection has not taken yet; above it its new calls are refused.
+    max_unsent_bytes: int = 64 * 2**20
+    #: PING, SETTINGS, PRIORITY and empty DATA frames, and resets, a peer may send: a burst, then a rate.
+    #: Beyond, the connection is closed with ENHANCE_YOUR_CALM. The figures are nghttp2's own for resets.
+    control_frame_burst: int = 1000
+    control_frames_per_s: float = 33.0
+    #: A connection that has not finished its preface and SETTINGS by then is closed.
+    handshake_timeout_s: float = 10.0
+    #: A connection that has answers waiting and takes none for so long is closed.
+    send_stall_timeout_s: float = 60.0
+    #: A PING after so long without a byte from the peer, and how long its answer may take.
+    keepalive_s: float = 7200.0
+    keepalive_timeout_s: float = 20.0
+    #: Age at which a server asks a connection to go (GOAWAY), 0 for never, and how long its calls may then take.
+    max_connection_age_s: float = 0.0
+    max_connection_age_grace_s: float = 30.0
+    #: A channel's reconnects: first pause, and the longest; each is doubled and spread by a fifth.
+    backoff_s: float = 0.1
+    max_backoff_s: float = 10.0
+    connect_timeout_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,10 @@ class Overloaded(MmcoreError):
     status = Status.RESOURCE_EXHAUSTED
 
 
+class MessageTooLong(Overloaded):
+    """A message, or what it decompresses to, is above the limit."""
+
+
 class LoadFailed(MmcoreError):
     """A model could not be loaded; the text tells the cause."""
 

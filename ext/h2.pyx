@@ -1,0 +1,1023 @@
+"""gRPC over HTTP/2: what a session and its streams are on either side, around libnghttp2.
+
+Sans I/O but for one thing: what is to be sent goes straight to the socket, in one ``sendmsg`` for all that one read
+event caused, and to the asyncio transport only when the socket is full (or is not ours, as under TLS).
+
+How it works. ``buffer_updated`` gives received bytes to nghttp2, whose callbacks fill Stream objects; streams that
+have something for Python are noted in ``Session.ready`` and served after nghttp2 has returned, so handlers may submit
+anything. Then everything is flushed. nghttp2 owns one reference to each open Stream (its stream user data), taken in
+``begin`` and given back in ``on_stream_close``; ``shut`` closes what is left when the connection is lost.
+
+Threads: everything runs on the thread of one event loop.
+"""
+
+import cython
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.string cimport memcpy
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from mmcore._ext.grpcwire cimport decode_binary, encode_binary
+from mmcore._ext.nghttp2 cimport *
+from mmcore._ext.outbuf cimport IN_BYTES, REFERENCE_BYTES, Buffers, Part
+
+from collections import deque
+
+from mmcore._ext.grpcwire import compress, decompress
+
+from mmcore.errors import MessageTooLong
+
+cdef enum:
+    FRAME_BYTES = 256 * 1024       # longest DATA frame sent: few frames for a tensor, and no stream held up for long
+    INBOX_BYTES = 1024 * 1024      # a stream's messages not taken by its handler, before its window is left closed
+    OUT_LOW_BYTES = 64 * 1024      # a stream's unsent bytes at which its sender is woken
+
+cdef long live_streams = 0
+cdef long live_sessions = 0
+
+
+def live_objects():
+    """Streams and sessions that exist now, for leak checks."""
+    return {"streams": live_streams, "sessions": live_sessions}
+
+
+cdef double now() noexcept:
+    """Monotonic seconds, as time.monotonic tells them."""
+    cdef timespec spec
+    clock_gettime(CLOCK_MONOTONIC, &spec)
+    return <double>spec.tv_sec + <double>spec.tv_nsec * 1e-9
+
+
+cdef str text_of(nghttp2_rcbuf *buffer):
+    cdef nghttp2_vec value
+    if buffer == NULL:
+        return ""
+    value = nghttp2_rcbuf_get_buf(buffer)
+    return (<const char *>value.base)[:value.len].decode("ascii", "replace")
+
+
+cdef int add_metadata(nghttp2_nv *pairs, int count, object metadata, list keep) except -1:
+    """Append caller's metadata to a header array, base64 for ``-bin`` names; returns the new count.
+
+    nghttp2 copies these (no NO_COPY flags), so ``keep`` lives only until the submit call.
+    """
+    cdef bytes raw_name, raw_value
+    for name, value in metadata:
+        if count == MAX_HEADERS:
+            raise ValueError(f"more than {MAX_HEADERS} headers in one call")
+        raw_name = name.encode("ascii")
+        if raw_name.endswith(b"-bin"):
+            raw_value = encode_binary(value)
+        else:
+            raw_value = value.encode("ascii") if isinstance(value, str) else bytes(value)
+        keep.append(raw_name)
+        keep.append(raw_value)
+        pairs[count].name = <uint8_t *>PyBytes_AS_STRING(raw_name)
+        pairs[count].namelen = PyBytes_GET_SIZE(raw_name)
+        pairs[count].value = <uint8_t *>PyBytes_AS_STRING(raw_value)
+        pairs[count].valuelen = PyBytes_GET_SIZE(raw_value)
+        pairs[count].flags = NGHTTP2_NV_FLAG_NONE
+        count += 1
+    return count
+
+
+@cython.final
+cdef class Method:
+    """One gRPC method: its path and, on a server, what answers it."""
+
+    def __init__(self, str path not None, object handler=None, bint streaming=False):
+        self.path = path
+        self.raw_path = path.encode("ascii")
+        self.handler = handler
+        self.streaming = streaming
+
+
+@cython.no_gc  # its references to Python callables are cleared in forget(); cycles end there
+cdef class Stream:
+    """One HTTP/2 stream: the state both sides share. Made by the session only."""
+
+    def __cinit__(self):
+        global live_streams
+        live_streams += 1
+        self.grpc_status = -1
+
+    def __dealloc__(self):
+        global live_streams
+        live_streams -= 1
+        cdef int i
+        cdef nghttp2_rcbuf **pairs = self.metadata_pairs()
+        for i in range(2 * self.metadata_count):
+            nghttp2_rcbuf_decref(pairs[i])
+        if self.more_metadata != NULL:
+            PyMem_Free(self.more_metadata)
+        if self.encoding != NULL:
+            nghttp2_rcbuf_decref(self.encoding)
+        if self.accept_encoding != NULL:
+            nghttp2_rcbuf_decref(self.accept_encoding)
+        if self.details_header != NULL:
+            nghttp2_rcbuf_decref(self.details_header)
+
+    cdef int begin(self, Session session, int32_t stream_id) except -1:
+        """Enter the session's list; nghttp2 holds a reference from here on."""
+        self.session = session
+        self.id = stream_id
+        self.opened = True
+        self.older = session.newest
+        self.newer = NULL
+        if session.newest != NULL:
+            (<Stream>session.newest).newer = <void *>self
+        session.newest = <void *>self
+        session.open_streams += 1
+        Py_INCREF(self)
+        return 0
+
+    cdef int forget(self) except -1:
+        """Leave the session's list and drop nghttp2's reference; the caller holds one of its own."""
+        cdef Session session = self.session
+        if not self.opened:
+            return 0
+        self.opened = False
+        if self.newer != NULL:
+            (<Stream>self.newer).older = self.older
+        else:
+            session.newest = self.older
+        if self.older != NULL:
+            (<Stream>self.older).newer = self.newer
+        if session.last_stream == <void *>self:
+            session.last_stream = NULL
+            session.last_id = -1
+        session.open_streams -= 1
+        session.unsent -= self.out_bytes
+        self.out_bytes = 0
+        self.out_left = 0
+        self.out_owner = self.out_next = self.out_queue = None
+        if self.body is not None and not self.body_done:
+            session.receiving -= PyBytes_GET_SIZE(self.body)
+            self.body = None
+        Py_DECREF(self)
+        return 0
+
+    # -- metadata
+
+    cdef nghttp2_rcbuf **metadata_pairs(self) noexcept:
+        if self.more_metadata != NULL:
+            return self.more_metadata
+        return self.inline_metadata
+
+    cdef int keep(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value) noexcept:
+        """Hold one pair of metadata; -1 without memory."""
+        cdef nghttp2_rcbuf **pairs = self.inline_metadata
+        cdef nghttp2_rcbuf **grown
+        cdef int n = self.metadata_count
+        if n >= INLINE_METADATA:
+            # Grown when n reaches a power of two; the limit on header bytes bounds n.
+            if n == INLINE_METADATA or (n & (n - 1)) == 0:
+                grown = <nghttp2_rcbuf **>PyMem_Realloc(self.more_metadata, 4 * n * sizeof(nghttp2_rcbuf *))
+                if grown == NULL:
+                    return -1
+                if self.more_metadata == NULL:
+                    memcpy(grown, self.inline_metadata, 2 * n * sizeof(nghttp2_rcbuf *))
+                self.more_metadata = grown
+            pairs = self.more_metadata
+        nghttp2_rcbuf_incref(name)
+        nghttp2_rcbuf_incref(value)
+        pairs[2 * n] = name
+        pairs[2 * n + 1] = value
+        self.metadata_count = n + 1
+        return 0
+
+    cdef tuple metadata_from(self, int first, int last):
+        """Pairs first..last-1 as Python objects: text values as str, ``-bin`` values decoded."""
+        cdef nghttp2_rcbuf **pairs = self.metadata_pairs()
+        cdef nghttp2_vec name, value
+        cdef list found = []
+        cdef int i
+        for i in range(first, last):
+            name = nghttp2_rcbuf_get_buf(pairs[2 * i])
+            value = nghttp2_rcbuf_get_buf(pairs[2 * i + 1])
+            key = (<const char *>name.base)[:name.len].decode("ascii", "replace")
+            if not key.endswith("-bin"):
+                found.append((key, (<const char *>value.base)[:value.len].decode("latin-1")))
+                continue
+            for one in (<const char *>value.base)[:value.len].split(b","):
+                try:
+                    found.append((key, decode_binary(one.strip())))
+                except ValueError:
+                    continue  # not base64: the pair says nothing, as in gRPC's own libraries
+        return tuple(found)
+
+    cdef int on_header(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value, int category) noexcept:
+        return 0
+
+    cdef int on_headers_done(self, int category, bint end) except -1:
+        return 0
+
+    # -- receiving
+
+    cdef int feed(self, const uint8_t *data, size_t length) except -1:
+        """Unframe DATA bytes: five bytes of prefix, then the message straight into its final object."""
+        cdef size_t take
+        cdef size_t size
+        cdef Session session = self.session
+        while length:
+            if self.discard:
+                return 0
+            if self.prefix_have < 5:
+                take = min(<size_t>(5 - self.prefix_have), length)
+                memcpy(self.prefix + self.prefix_have, data, take)
+                self.prefix_have += <int>take
+                data += take
+                length -= take
+                if self.prefix_have < 5:
+                    return 0
+                size = (
+                    (<size_t>self.prefix[1] << 24) | (<size_t>self.prefix[2] << 16)
+                    | (<size_t>self.prefix[3] << 8) | <size_t>self.prefix[4]
+                )
+                if self.prefix[0] > 1:
+                    return self.on_bad_message(INTERNAL, f"message flag {self.prefix[0]} is neither 0 nor 1")
+                if size > <size_t>session.max_message:
+                    return self.on_overflow(size)
+                if self.inbox is None and self.body is not None:
+                    return self.on_bad_message(UNIMPLEMENTED, "a unary call takes one message, more were sent")
+                if session.receiving + <Py_ssize_t>size > session.max_receiving:
+                    return self.on_bad_message(
+                        RESOURCE_EXHAUSTED, "too many bytes of unfinished messages on this connection")
+                self.body = PyBytes_FromStringAndSize(NULL, size)
+                self.body_have = 0
+                self.body_done = False
+                session.receiving += size
+            size = PyBytes_GET_SIZE(self.body)
+            take = min(size - self.body_have, length)
+            memcpy(PyBytes_AS_STRING(self.body) + self.body_have, data, take)
+            self.body_have += take
+            data += take
+            length -= take
+            if <size_t>self.body_have < size:
+                return 0
+            session.receiving -= size
+            self.body_done = True
+            self.prefix_have = 0
+            if self.take_message() < 0:
+                return -1
+        return 0
+
+    cdef int take_message(self) except -1:
+        """A whole message is there: decompress it, and hand it on."""
+        cdef str encoding
+        if self.prefix[0] == 1:
+            encoding = text_of(self.encoding)
+            if encoding == "" or encoding == "identity":
+                return self.on_bad_message(INTERNAL, "a message is marked compressed, but grpc-encoding names nothing")
+            try:
+                self.body = decompress(encoding, self.body, self.session.max_message)
+            except MessageTooLong:
+                return self.on_overflow(0)
+            except ValueError as error:
+                return self.on_bad_message(INTERNAL, f"a message is not valid {encoding}: {error}")
+        if self.inbox is not None:
+            self.inbox.append(self.body)
+            self.inbox_bytes += PyBytes_GET_SIZE(self.body)
+            self.body = None
+            return self.queue_ready()
+        return self.on_message()
+
+    cdef int on_message(self) except -1:
+        return 0
+
+    cdef int on_overflow(self, size_t length) except -1:
+        cdef str what = f"message of {length} bytes" if length else "message, once decompressed,"
+        return self.on_bad_message(
+            RESOURCE_EXHAUSTED, f"{what} is above the limit of {self.session.max_message} bytes")
+
+    cdef int on_bad_message(self, int status, str text) except -1:
+        self.discard = True
+        return 0
+
+    def taken(self, Py_ssize_t size):
+        """A message of the inbox was consumed: let the peer send as much again."""
+        cdef Session session = self.session
+        self.inbox_bytes -= size
+        if self.withheld and self.inbox_bytes <= INBOX_BYTES and not self.closed and session.h2 != NULL:
+            nghttp2_session_consume_stream(session.h2, self.id, self.withheld)
+            self.withheld = 0
+            session.want_flush()
+
+    # -- sending
+
+    cdef int push(self, object message) except -1:
+        """Queue one message: bytes, another buffer, or a list of them that is one message."""
+        cdef Py_ssize_t size
+        cdef uint8_t flag = 0
+        cdef uint8_t head[5]
+        if self.send_encoding is not None:
+            message = compress(self.send_encoding, message)
+            flag = 1
+        if PyBytes_CheckExact(message):
+            size = PyBytes_GET_SIZE(message)
+        elif isinstance(message, list):
+            message = [piece if PyBytes_CheckExact(piece) else Part(piece) for piece in message]
+            size = 0
+            for piece in message:
+                size += PyBytes_GET_SIZE(piece) if PyBytes_CheckExact(piece) else (<Part>piece).view.len
+        else:
+            message = Part(message)
+            size = (<Part>message).view.len
+        if size > 0xFFFFFFFF:
+            raise ValueError(f"a gRPC message holds at most 4294967295 bytes, this one has {size}")
+        head[0] = flag
+        head[1] = (size >> 24) & 0xFF
+        head[2] = (size >> 16) & 0xFF
+        head[3] = (size >> 8) & 0xFF
+        head[4] = size & 0xFF
+        if self.out_left == 0 and self.out_next is None:
+            memcpy(self.out_prefix, head, 5)
+            self.out_data = self.out_prefix
+            self.out_left = 5
+            self.out_owner = None
+        else:
+            self.push_buffer((<const char *>head)[:5])
+        if isinstance(message, list):
+            for piece in message:
+                self.push_buffer(piece)
+        else:
+            self.push_buffer(message)
+        self.out_bytes += size + 5
+        self.session.unsent += size + 5
+        return 0
+
+    cdef int push_buffer(self, object piece) except -1:
+        if self.out_next is None:
+            self.out_next = piece
+            return 0
+        if self.out_queue is None:
+            self.out_queue = deque()
+        self.out_queue.append(piece)
+        return 0
+
+    cdef int advance(self) except -1:
+        """Make the next piece the current one."""
+        piece = self.out_next
+        self.out_next = self.out_queue.popleft() if self.out_queue else None
+        self.out_owner = piece
+        if PyBytes_CheckExact(piece):
+            self.out_data = <const uint8_t *>PyBytes_AS_STRING(piece)
+            self.out_left = PyBytes_GET_SIZE(piece)
+        else:
+            self.out_data = <const uint8_t *>(<Part>piece).view.buf
+            self.out_left = (<Part>piece).view.len
+        return 0
+
+    cdef int emit(self, Buffers buffers, size_t length) except -1:
+        """Move the next ``length`` bytes into the write buffer, long pieces by reference."""
+        cdef size_t take
+        while length:
+            while self.out_left == 0:
+                self.advance()
+            take = min(<size_t>self.out_left, length)
+            if take >= REFERENCE_BYTES:
+                buffers.reference(self.out_data, take, self.out_owner)
+            else:
+                buffers.copy(self.out_data, take)
+            self.out_data += take
+            self.out_left -= take
+            length -= take
+        return 0
+
+    cdef int wake(self) except -1:
+        """There is something to send now: tell nghttp2 and see to a flush."""
+        if self.deferred and self.session.h2 != NULL:
+            self.deferred = False
+            nghttp2_session_resume_data(self.session.h2, self.id)
+        self.session.want_flush()
+        return 0
+
+    cdef int submit_end(self) except -1:
+        """Called when the last DATA frame is made; a server adds its trailers here."""
+        return 0
+
+    cdef int queue_ready(self) except -1:
+        """Have on_ready called once nghttp2 is off the stack."""
+        if not self.queued:
+            self.queued = True
+            self.session.ready.append(self)
+        return 0
+
+    cdef int on_ready(self) except -1:
+        return 0
+
+    cdef int on_end(self) except -1:
+        """The peer has sent all it will."""
+        return 0
+
+    cdef int on_close(self, uint32_t code, str reason) except -1:
+        """The stream is closed: by an HTTP/2 error code, or with its connection for a reason."""
+        return 0
+
+    cdef bint running(self) noexcept:
+        """Whether a deadline still matters."""
+        return False
+
+    cdef int expire(self) except -1:
+        """The deadline passed."""
+        return 0
+
+    cdef int deliver(self) except -1:
+        """Give the sink what came: messages in order, then the end."""
+        cdef list messages = self.inbox
+        if messages:
+            self.inbox = []
+            for message in messages:
+                self.sink.on_message(message)
+        if self.received_end:
+            self.received_end = False
+            self.sink.on_end()
+        if self.want_writable and self.out_bytes <= OUT_LOW_BYTES:
+            self.want_writable = False
+            self.sink.on_writable()
+        return 0
+
+    @property
+    def peer(self):
+        """Address of the other side."""
+        return self.session.peer
+
+    @property
+    def cancelled(self):
+        """Whether the stream has ended, whoever ended it."""
+        return self.closed
+
+    @property
+    def unsent(self):
+        """Bytes of queued messages that are in no frame yet."""
+        return self.out_bytes
+
+    def notify_writable(self):
+        """Have the sink's on_writable called once the unsent bytes are few."""
+        self.want_writable = True
+
+
+cdef class Session:
+    """One connection's HTTP/2 state and its way to the socket.
+
+    Subclassed by h2server and h2client, and those in Python (mmcore/transport/connection.py) by a protocol that owns timers and the event loop; the
+    methods named there (``plan_flush`` and those raising nothing) are its hooks.
+
+    Args:
+        buffers: the loop's shared buffers.
+        settings: limits, a :class:`mmcore.config.TransportSettings`.
+    """
+
+    def __cinit__(self, Buffers buffers not None, settings, *args, **kwargs):
+        global live_sessions
+        live_sessions += 1
+        self.buffers = buffers
+        self.ready = []
+        self.resets = []
+        self.last_id = -1
+        self.fd = -1
+        self.peer = ""
+        self.authority = b"localhost"
+        self.scheme = b"http"
+        self.user_agent = b"mmcore"
+        self.max_message = settings.max_message_bytes
+        # One message of any allowed length always fits.
+        self.max_receiving = max(settings.max_receiving_bytes, 2 * settings.max_message_bytes)
+        self.max_unsent = max(settings.max_unsent_bytes, 2 * settings.max_message_bytes)
+        self.max_header = settings.max_header_bytes
+        self.control_burst = self.control_tokens = settings.control_frame_burst
+        self.control_rate = settings.control_frames_per_s
+        self.control_at = now()
+
+    cdef int open(self, bint client, settings) except -1:
+        """Make the nghttp2 session; called by the subclass that knows the side."""
+        cdef nghttp2_option *option = NULL
+        self.client = client
+        if nghttp2_option_new(&option) != 0:
+            raise MemoryError
+        nghttp2_option_set_no_auto_window_update(option, 1)
+        nghttp2_option_set_no_closed_streams(option, 1)
+        if client:
+            status = nghttp2_session_client_new2(&self.h2, callbacks, <void *>self, option)
+        else:
+            status = nghttp2_session_server_new2(&self.h2, callbacks, <void *>self, option)
+        nghttp2_option_del(option)
+        if status != 0:
+            raise MemoryError
+        return self.greet(settings)
+
+    def __dealloc__(self):
+        global live_sessions
+        live_sessions -= 1
+        if self.h2 != NULL:
+            nghttp2_session_del(self.h2)
+
+    cdef int greet(self, settings) except -1:
+        """Queue our SETTINGS and open the connection's window."""
+        cdef nghttp2_settings_entry[4] entries
+        entries[0].settings_id = NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE
+        entries[0].value = settings.stream_window_bytes
+        entries[1].settings_id = NGHTTP2_SETTINGS_MAX_FRAME_SIZE
+        entries[1].value = settings.max_frame_bytes
+        entries[2].settings_id = NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE
+        entries[2].value = settings.max_header_bytes
+        entries[3].settings_id = NGHTTP2_SETTINGS_ENABLE_PUSH if self.client else NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS
+        entries[3].value = 0 if self.client else settings.max_concurrent_streams
+        nghttp2_submit_settings(self.h2, 0, entries, 4)
+        nghttp2_session_set_local_window_size(self.h2, 0, 0, settings.connection_window_bytes)
+        return 0
+
+    # -- hooks of the protocol that subclasses this
+
+    def plan_flush(self):
+        """Flush soon; overridden to do it once per loop iteration."""
+        self.flush()
+
+    def abort(self):
+        """Drop the connection at once."""
+
+    def deadline_changed(self, double deadline):
+        """The earliest deadline is now this one (monotonic seconds)."""
+
+    def callback_failed(self, call, error):
+        """A callback of a call raised, other than a unary handler."""
+
+    def open_stream_call(self, call, handler):
+        """Start a streaming handler; returns the sink for the call's messages."""
+
+    def handler_failed(self, call, error):
+        """Answer an exception of a unary handler."""
+
+    def on_pong(self):
+        """A PING of ours was answered."""
+
+    def on_going_away(self):
+        """The peer sent GOAWAY."""
+
+    cdef Stream accept(self):
+        """A new stream of the peer's (server side)."""
+        raise TypeError("this side takes no calls")
+
+    # -- socket
+
+    def attach(self, transport, int fd, str peer not None, bytes authority=None, bint secure=False):
+        """The connection is made: write to ``fd`` directly, or only through ``transport`` when it is -1."""
+        self.transport = transport
+        self.fd = fd
+        self.peer = peer
+        if authority is not None:
+            self.authority = authority
+        if secure:
+            self.scheme = b"https"
+
+    def get_buffer(self, sizehint):
+        """asyncio.BufferedProtocol: where to read into."""
+        return self.buffers.incoming_view
+
+    def buffer_updated(self, Py_ssize_t nbytes):
+        """asyncio.BufferedProtocol: bytes were read."""
+        if nbytes < 0 or nbytes > IN_BYTES:
+            raise ValueError(f"read of {nbytes} bytes")
+        self.receive(<const uint8_t *>PyByteArray_AS_STRING(self.buffers.incoming), nbytes)
+
+    def feed_bytes(self, bytes data not None):
+        """Give received bytes by hand (tests, fuzzing)."""
+        self.receive(<const uint8_t *>PyBytes_AS_STRING(data), len(data))
+
+    cdef int receive(self, const uint8_t *data, size_t length) except -1:
+        cdef ssize_t used
+        if self.h2 == NULL or self.broken:
+            return 0
+        self.bytes_received += length
+        self.busy = self.inside = True
+        used = nghttp2_session_mem_recv(self.h2, data, length)
+        self.inside = False
+        if used < 0:
+            self.busy = False
+            return self.fatal(<int>used)
+        self.run_ready()
+        self.busy = False
+        self.do_flush()
+        return 0
+
+    cdef int run_ready(self) except -1:
+        """Serve the streams that have something for Python."""
+        cdef list ready
+        cdef Stream stream
+        while self.ready:
+            ready = self.ready
+            self.ready = []
+            for item in ready:
+                stream = <Stream>item
+                stream.queued = False
+                try:
+                    stream.on_ready()
+                except Exception as error:  # a callback's fault must not cost the other streams their turn
+                    self.callback_failed(stream, error)
+        return 0
+
+    cdef int want_flush(self) except -1:
+        """See to it that what was just queued leaves: at the end of this read event, or of this loop iteration."""
+        if not self.busy and not self.flush_planned:
+            self.flush_planned = True
+            self.plan_flush()
+        return 0
+
+    cdef int fatal(self, int code) except -1:
+        """nghttp2 gave up on the connection (or a callback of ours failed)."""
+        self.broken = True
+        error = self.error
+        self.error = None
+        self.abort()
+        if error is not None:
+            raise error
+        return 0
+
+    def flush(self):
+        """Make frames of what is queued and write them."""
+        self.flush_planned = False
+        self.do_flush()
+
+    cdef int do_flush(self) except -1:
+        cdef const uint8_t *data
+        cdef ssize_t length
+        cdef Buffers buffers = self.buffers
+        if self.inside or self.flushing or self.h2 == NULL or self.broken or self.transport is None:
+            return 0
+        self.flushing = self.busy = True
+        try:
+            while True:
+                if self.handed_over:
+                    if self.paused or self.transport.get_write_buffer_size() > 0:
+                        break
+                    self.handed_over = False
+                self.full = False
+                self.inside = True
+                length = nghttp2_session_mem_send(self.h2, &data)
+                self.inside = False
+                if length < 0:
+                    buffers.clear()
+                    self.fatal(<int>length)
+                    return 0
+                if length > 0:
+                    if not buffers.has_room(length):
+                        self.write_out()
+                    buffers.copy(data, length)
+                    continue
+                if self.full:
+                    self.write_out()
+                    continue
+                if self.resets:
+                    for stream_id in self.resets:
+                        nghttp2_submit_rst_stream(self.h2, 0, stream_id, NGHTTP2_NO_ERROR)
+                    self.resets.clear()
+                    continue
+                if not self.ready:
+                    break
+                self.run_ready()
+            if buffers.total:
+                self.write_out()
+        finally:
+            self.flushing = self.busy = False
+        if self.broken or self.linger or self.handed_over:
+            return 0
+        if not nghttp2_session_want_read(self.h2) and not nghttp2_session_want_write(self.h2):
+            self.transport.close()
+        return 0
+
+    cdef int write_out(self) except -1:
+        """Write what is gathered; what the socket does not take goes to the transport."""
+        cdef Buffers buffers = self.buffers
+        cdef ssize_t sent = 0
+        cdef size_t total = buffers.total
+        if self.fd >= 0 and not self.handed_over:
+            buffers.seal()
+            sent = buffers.send(self.fd)
+            if sent < 0:
+                sent = total  # broken: the transport hears it from its own read and ends the connection
+        if <size_t>sent < total:
+            rest = buffers.rest(sent)
+            buffers.clear()
+            self.transport.write(rest)
+            self.handed_over = True
+            self.continue_later()
+        else:
+            buffers.clear()
+        self.bytes_sent += total
+        return 0
+
+    def continue_later(self):
+        """Bytes were left to the transport: flush again when it has written them."""
+
+    def pause_writing(self):
+        """asyncio: the transport's buffer has filled."""
+        self.paused = True
+
+    def resume_writing(self):
+        """asyncio: the transport's buffer has drained."""
+        self.paused = False
+        self.do_flush()
+
+    def shut(self, str reason not None):
+        """The connection is gone: end every call with UNAVAILABLE, or cancel it on a server."""
+        cdef Stream stream
+        self.transport = None
+        self.fd = -1
+        while self.newest != NULL:
+            stream = <Stream>self.newest
+            self.close_stream(stream, NGHTTP2_CANCEL, reason)
+        self.run_ready()
+        if self.h2 != NULL and not self.inside:
+            nghttp2_session_del(self.h2)
+            self.h2 = NULL
+
+    cdef int close_stream(self, Stream stream, uint32_t code, str reason) except -1:
+        """A stream has closed: settle its outcome, and drop nghttp2's reference."""
+        stream.closed = True
+        stream.on_close(code, reason)
+        stream.forget()
+        return 0
+
+    # -- deadlines
+
+    cdef int arm(self, double deadline) except -1:
+        if self.next_deadline == 0 or deadline < self.next_deadline:
+            self.next_deadline = deadline
+            self.deadline_changed(deadline)
+        return 0
+
+    def expire(self):
+        """End the calls whose deadline has passed; tells the next deadline by ``deadline_changed``."""
+        cdef double current = now(), earliest = 0
+        cdef Stream stream
+        cdef list late = []
+        cdef void *place = self.newest
+        while place != NULL:
+            stream = <Stream>place
+            place = stream.older
+            if stream.deadline is None or not stream.running():
+                continue
+            if stream.deadline <= current:
+                late.append(stream)
+            elif earliest == 0 or stream.deadline < earliest:
+                earliest = stream.deadline
+        self.next_deadline = 0
+        if earliest:
+            self.arm(earliest)
+        for item in late:
+            (<Stream>item).expire()
+        self.run_ready()
+        self.do_flush()
+
+    # -- control
+
+    def ping(self):
+        """Send a PING."""
+        if self.h2 != NULL:
+            nghttp2_submit_ping(self.h2, 0, NULL)
+            self.want_flush()
+
+    def announce_shutdown(self):
+        """First GOAWAY of a graceful end, and a PING: once that is answered the peer knows, and refuse_new follows."""
+        if self.h2 != NULL:
+            self.linger = True
+            nghttp2_submit_shutdown_notice(self.h2)
+            self.ping()
+
+    def refuse_new(self):
+        """Second GOAWAY: calls after those already seen are refused; the session ends with the last open one."""
+        self.linger = False
+        if self.h2 != NULL:
+            nghttp2_submit_goaway(
+                self.h2, 0, nghttp2_session_get_last_proc_stream_id(self.h2), NGHTTP2_NO_ERROR, NULL, 0)
+            self.want_flush()
+
+    def terminate(self, uint32_t code):
+        """GOAWAY with an error; the connection closes once it is written."""
+        if self.h2 != NULL:
+            nghttp2_session_terminate_session(self.h2, code)
+            self.want_flush()
+
+    cdef int count_control(self) except -1:
+        """Take a token for a frame that costs us work and carries nothing; none left ends the connection."""
+        cdef double current
+        self.control_tokens -= 1
+        if self.control_tokens < 0:
+            current = now()
+            self.control_tokens = min(
+                self.control_burst, self.control_tokens + (current - self.control_at) * self.control_rate)
+            self.control_at = current
+            if self.control_tokens < 0:
+                nghttp2_session_terminate_session(self.h2, NGHTTP2_ENHANCE_YOUR_CALM)
+        return 0
+
+cdef extern from "Python.h":
+    char *PyByteArray_AS_STRING(bytearray)
+
+
+# -- nghttp2's callbacks. Each recovers its objects from the pointers and may fail only by its return value: an
+# -- exception is kept on the session and raised when nghttp2 has returned.
+
+cdef inline Stream find_stream(Session session, int32_t stream_id):
+    cdef void *found
+    if stream_id == session.last_id:
+        return <Stream>session.last_stream if session.last_stream != NULL else None
+    found = nghttp2_session_get_stream_user_data(session.h2, stream_id)
+    session.last_id = stream_id
+    session.last_stream = found
+    return <Stream>found if found != NULL else None
+
+
+cdef int on_begin_headers(nghttp2_session *h2, const nghttp2_frame *frame, void *user_data) noexcept:
+    cdef Session session = <Session>user_data
+    cdef Stream stream
+    if session.client or frame.headers.cat != NGHTTP2_HCAT_REQUEST:
+        return 0
+    try:
+        stream = session.accept()
+        stream.begin(session, frame.hd.stream_id)
+        nghttp2_session_set_stream_user_data(h2, frame.hd.stream_id, <void *>stream)
+        session.last_id = frame.hd.stream_id
+        session.last_stream = <void *>stream
+    except BaseException as error:
+        session.error = error
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return 0
+
+
+cdef int on_header(
+    nghttp2_session *h2, const nghttp2_frame *frame, nghttp2_rcbuf *name, nghttp2_rcbuf *value, uint8_t flags,
+    void *user_data,
+) noexcept:
+    cdef Stream stream = find_stream(<Session>user_data, frame.hd.stream_id)
+    if stream is None:
+        return 0
+    if stream.on_header(name, value, frame.headers.cat) < 0:
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return 0
+
+
+cdef int on_data_chunk(
+    nghttp2_session *h2, uint8_t flags, int32_t stream_id, const uint8_t *data, size_t length, void *user_data,
+) noexcept:
+    cdef Session session = <Session>user_data
+    cdef Stream stream = find_stream(session, stream_id)
+    try:
+        if stream is not None and stream.inbox is not None and stream.inbox_bytes > INBOX_BYTES and not stream.discard:
+            nghttp2_session_consume_connection(h2, length)
+            stream.withheld += length
+        else:
+            nghttp2_session_consume(h2, stream_id, length)
+        if stream is not None:
+            stream.feed(data, length)
+    except BaseException as error:
+        session.error = error
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return 0
+
+
+cdef int on_frame(nghttp2_session *h2, const nghttp2_frame *frame, void *user_data) noexcept:
+    cdef Session session = <Session>user_data
+    cdef Stream stream
+    cdef bint end
+    cdef uint8_t kind = frame.hd.type
+    try:
+        if kind == NGHTTP2_DATA or kind == NGHTTP2_HEADERS:
+            stream = find_stream(session, frame.hd.stream_id)
+            end = (frame.hd.flags & NGHTTP2_FLAG_END_STREAM) != 0
+            if kind == NGHTTP2_DATA:
+                if frame.hd.length == 0 and not end:
+                    session.count_control()
+            elif stream is not None:
+                stream.on_headers_done(frame.headers.cat, end)
+            if end and stream is not None:
+                stream.on_end()
+        elif kind == NGHTTP2_SETTINGS:
+            if not frame.hd.flags & NGHTTP2_FLAG_ACK:
+                session.settled = True
+                session.count_control()
+        elif kind == NGHTTP2_PING:
+            if frame.hd.flags & NGHTTP2_FLAG_ACK:
+                session.on_pong()
+            else:
+                session.count_control()
+        elif kind == NGHTTP2_PRIORITY or kind == NGHTTP2_RST_STREAM:
+            session.count_control()
+        elif kind == NGHTTP2_GOAWAY:
+            session.going_away = True
+            session.on_going_away()
+    except BaseException as error:
+        session.error = error
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return 0
+
+
+cdef int on_stream_close(nghttp2_session *h2, int32_t stream_id, uint32_t code, void *user_data) noexcept:
+    cdef Session session = <Session>user_data
+    cdef void *found = nghttp2_session_get_stream_user_data(h2, stream_id)
+    cdef Stream stream
+    if found == NULL:
+        return 0
+    stream = <Stream>found
+    try:
+        if stream.opened:
+            session.close_stream(stream, code, None)
+    except BaseException as error:
+        session.error = error
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return 0
+
+
+cdef int on_frame_not_send(nghttp2_session *h2, const nghttp2_frame *frame, int code, void *user_data) noexcept:
+    # A request that cannot be sent any more (taken back, GOAWAY came first, ids ran out) has no stream to close.
+    cdef Session session = <Session>user_data
+    cdef void *place
+    cdef Stream stream
+    if frame.hd.type != NGHTTP2_HEADERS or not session.client:
+        return 0
+    place = session.newest
+    while place != NULL and (<Stream>place).id != frame.hd.stream_id:
+        place = (<Stream>place).older
+    if place == NULL:
+        return 0
+    stream = <Stream>place
+    try:
+        session.close_stream(stream, NGHTTP2_REFUSED_STREAM, None)
+    except BaseException as error:
+        session.error = error
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return 0
+
+
+cdef ssize_t on_read_length(
+    nghttp2_session *h2, uint8_t kind, int32_t stream_id, int32_t session_window, int32_t stream_window,
+    uint32_t max_frame, void *user_data,
+) noexcept:
+    """How long the next DATA frame may be: as nghttp2's default for short messages, longer for long ones."""
+    cdef Stream stream = find_stream(<Session>user_data, stream_id)
+    cdef ssize_t length = 16384
+    if stream is not None and stream.out_bytes > length:
+        length = FRAME_BYTES
+    return min(length, min(<ssize_t>max_frame, min(<ssize_t>session_window, <ssize_t>stream_window)))
+
+
+cdef ssize_t on_read(
+    nghttp2_session *h2, int32_t stream_id, uint8_t *buffer, size_t length, uint32_t *flags,
+    nghttp2_data_source *source, void *user_data,
+) noexcept:
+    """Say how much of a stream's queue the next DATA frame takes; on_send_data moves the bytes."""
+    cdef Stream stream = <Stream>source.ptr
+    cdef Session session = <Session>user_data
+    cdef Py_ssize_t take = min(<Py_ssize_t>length, stream.out_bytes)
+    if take == 0 and not stream.out_end:
+        stream.deferred = True
+        return NGHTTP2_ERR_DEFERRED
+    stream.out_bytes -= take
+    session.unsent -= take
+    flags[0] |= NGHTTP2_DATA_FLAG_NO_COPY
+    try:
+        if stream.out_bytes == 0 and stream.out_end:
+            flags[0] |= NGHTTP2_DATA_FLAG_EOF
+            if not session.client:
+                flags[0] |= NGHTTP2_DATA_FLAG_NO_END_STREAM
+                stream.submit_end()
+        elif stream.want_writable and stream.out_bytes <= OUT_LOW_BYTES:
+            stream.queue_ready()
+    except BaseException as error:
+        session.error = error
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return take
+
+
+cdef int on_send_data(
+    nghttp2_session *h2, nghttp2_frame *frame, const uint8_t *head, size_t length, nghttp2_data_source *source,
+    void *user_data,
+) noexcept:
+    cdef Session session = <Session>user_data
+    cdef Stream stream = <Stream>source.ptr
+    cdef Buffers buffers = session.buffers
+    if not buffers.has_room(length + 9):
+        session.full = True
+        return NGHTTP2_ERR_WOULDBLOCK
+    try:
+        buffers.copy(head, 9)
+        stream.emit(buffers, length)
+    except BaseException as error:
+        session.error = error
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return 0
+
+
+cdef nghttp2_session_callbacks *callbacks = NULL
+if nghttp2_session_callbacks_new(&callbacks) != 0:
+    raise MemoryError
+nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, on_begin_headers)
+nghttp2_session_callbacks_set_on_header_callback2(callbacks, on_header)
+nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, on_data_chunk)
+nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, on_frame)
+nghttp2_session_callbacks_set_on_frame_not_send_callback(callbacks, on_frame_not_send)
+nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, on_stream_close)
+nghttp2_session_callbacks_set_send_data_callback(callbacks, on_send_data)
+nghttp2_session_callbacks_set_data_source_read_length_callback(callbacks, on_read_length)

@@ -1,0 +1,313 @@
+"""The client side of a session: calls made, and what became of them."""
+
+import cython
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t
+from libc.string cimport memcmp
+
+from mmcore._ext.grpcwire cimport percent_decode
+from mmcore._ext.h2 cimport *
+from mmcore._ext.nghttp2 cimport *
+
+from mmcore._ext.grpcwire import format_timeout
+
+cdef bytes ACCEPTED = b"identity,deflate,gzip"
+
+
+@cython.final
+@cython.no_gc
+cdef class ClientCall(Stream):
+    """One call made on a client session.
+
+    Attributes:
+        refused: the server certainly did nothing for it (REFUSED_STREAM, or GOAWAY before it): safe to send again.
+    """
+
+    @property
+    def status(self):
+        """The gRPC status as a number; -1 while the call runs."""
+        return self.grpc_status if self.done else -1
+
+    @property
+    def details(self):
+        """``grpc-message`` of the answer, decoded."""
+        return self.grpc_message or ""
+
+    @property
+    def message(self):
+        """The answer of a unary call, None when there was none."""
+        return self.body if self.body_done else None
+
+    @property
+    def initial_metadata(self):
+        """Metadata that came before the answer."""
+        return self.metadata_from(0, self.initial_count)
+
+    @property
+    def trailers(self):
+        """Metadata that came with the status."""
+        return self.metadata_from(self.initial_count, self.metadata_count)
+
+    cdef int on_header(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value, int category) noexcept:
+        cdef nghttp2_vec key = nghttp2_rcbuf_get_buf(name)
+        cdef nghttp2_vec text = nghttp2_rcbuf_get_buf(value)
+        cdef size_t i
+        cdef int number = 0
+        self.header_bytes += key.len + text.len + 32
+        if self.header_bytes > self.session.max_header:
+            self.header_flood = True
+            return 0
+        if key.base[0] == c":":
+            for i in range(text.len):
+                number = number * 10 + (text.base[i] - c"0")
+            self.http_status = number
+            return 0
+        if key.base[0] == c"c" and is_text(key, b"content-type", 12):
+            self.content_type_ok = text.len >= 16 and memcmp(text.base, b"application/grpc", 16) == 0
+            return 0
+        if key.base[0] == c"g" and key.len > 5 and memcmp(key.base, b"grpc-", 5) == 0:
+            if is_text(key, b"grpc-status", 11):
+                if text.len == 0 or text.len > 3:
+                    self.grpc_status = UNKNOWN
+                    return 0
+                for i in range(text.len):
+                    if text.base[i] < c"0" or text.base[i] > c"9":
+                        self.grpc_status = UNKNOWN
+                        return 0
+                    number = number * 10 + (text.base[i] - c"0")
+                self.grpc_status = number
+                return 0
+            if is_text(key, b"grpc-message", 12):
+                if self.details_header == NULL:
+                    nghttp2_rcbuf_incref(value)
+                    self.details_header = value
+                return 0
+            if is_text(key, b"grpc-encoding", 13):
+                if self.encoding == NULL:
+                    nghttp2_rcbuf_incref(value)
+                    self.encoding = value
+                return 0
+            if is_text(key, b"grpc-accept-encoding", 20):
+                return 0
+        return self.keep(name, value)
+
+    cdef int on_headers_done(self, int category, bint end) except -1:
+        if category == NGHTTP2_HCAT_RESPONSE and not end:
+            self.initial_count = self.metadata_count
+        if self.header_flood:
+            return self.on_bad_message(
+                RESOURCE_EXHAUSTED, f"metadata is above the limit of {self.session.max_header} bytes")
+        return 0
+
+    cdef int on_bad_message(self, int status, str text) except -1:
+        self.discard = True
+        self.body = None
+        self.body_done = False
+        nghttp2_submit_rst_stream(self.session.h2, 0, self.id, NGHTTP2_CANCEL)
+        return self.finish(status, text)
+
+    cdef int on_end(self) except -1:
+        """The answer is whole: find its status."""
+        cdef nghttp2_vec text
+        cdef str details = ""
+        self.received_end = True
+        if self.done:
+            return 0
+        if self.details_header != NULL:
+            text = nghttp2_rcbuf_get_buf(self.details_header)
+            details = percent_decode(<const char *>text.base, text.len)
+        if self.grpc_status < 0 or self.grpc_status > 16:
+            if self.grpc_status > 16:
+                self.finish(UNKNOWN, details)
+            elif self.http_status != 200:
+                self.finish(status_of_http(self.http_status), f"HTTP status {self.http_status} without grpc-status")
+            elif not self.content_type_ok:
+                self.finish(UNKNOWN, "the answer is not gRPC: its content-type is not application/grpc")
+            else:
+                self.finish(INTERNAL, "the answer ended without grpc-status")
+        elif self.grpc_status == OK and self.inbox is None and not self.body_done:
+            self.finish(UNIMPLEMENTED if self.prefix_have == 0 else INTERNAL, "the answer holds no whole message")
+        else:
+            self.finish(self.grpc_status, details)
+        if not self.closed and (self.out_bytes or not self.out_end):
+            # The server answered without wanting the rest of the request.
+            nghttp2_submit_rst_stream(self.session.h2, 0, self.id, NGHTTP2_NO_ERROR)
+        return 0
+
+    cdef int finish(self, int status, str text) except -1:
+        """Settle the outcome once; the caller hears of it from on_ready."""
+        if self.done:
+            return 0
+        self.done = True
+        self.grpc_status = status
+        self.grpc_message = text
+        return self.queue_ready()
+
+    cdef int on_ready(self) except -1:
+        if self.sink is not None:
+            self.deliver()
+            if self.done:
+                sink = self.sink
+                self.sink = None
+                sink.on_close()
+        elif self.done and self.on_done is not None:
+            callback = self.on_done
+            self.on_done = None
+            callback(self)
+        return 0
+
+    def cancel(self):
+        """Take the call back: the server hears of it, the outcome is CANCELLED. Nothing happens when it is over."""
+        self.stop(CANCELLED, "cancelled by the caller")
+
+    def stop(self, int status, str details):
+        """Take the call back with this outcome."""
+        if self.done:
+            return
+        self.discard = True
+        if self.session.h2 != NULL and not self.closed:
+            nghttp2_submit_rst_stream(self.session.h2, 0, self.id, NGHTTP2_CANCEL)
+        self.finish(status, details)
+        self.session.want_flush()
+
+    def send(self, message not None):
+        """Queue one message of a streaming request."""
+        if self.closed or self.out_end:
+            return
+        self.push(message)
+        self.wake()
+
+    def end(self):
+        """No more messages will be sent."""
+        if self.closed or self.out_end:
+            return
+        self.out_end = True
+        self.wake()
+
+    cdef int on_close(self, uint32_t code, str reason) except -1:
+        if self.done:
+            return 0
+        if reason is not None:
+            return self.finish(UNAVAILABLE, reason)
+        self.refused = code == NGHTTP2_REFUSED_STREAM
+        return self.finish(status_of_reset(code), f"the server reset the stream with HTTP/2 error {code}")
+
+    cdef bint running(self) noexcept:
+        return not self.done
+
+    cdef int expire(self) except -1:
+        self.stop(DEADLINE_EXCEEDED, "deadline exceeded")
+        return 0
+
+
+cdef int status_of_http(int status) noexcept:
+    """gRPC status for an HTTP one (grpc/doc/http-grpc-status-mapping.md)."""
+    if status == 400:
+        return INTERNAL
+    if status == 401:
+        return UNAUTHENTICATED
+    if status == 403:
+        return PERMISSION_DENIED
+    if status == 404:
+        return UNIMPLEMENTED
+    if status == 429 or status == 502 or status == 503 or status == 504:
+        return UNAVAILABLE
+    return UNKNOWN
+
+
+cdef int status_of_reset(uint32_t code) noexcept:
+    """gRPC status for an HTTP/2 error code ("gRPC over HTTP2", section Errors)."""
+    if code == NGHTTP2_REFUSED_STREAM:
+        return UNAVAILABLE
+    if code == NGHTTP2_CANCEL:
+        return CANCELLED
+    if code == NGHTTP2_ENHANCE_YOUR_CALM:
+        return RESOURCE_EXHAUSTED
+    if code == NGHTTP2_INADEQUATE_SECURITY:
+        return PERMISSION_DENIED
+    return INTERNAL
+
+
+cdef class ClientSession(Session):
+    """The client's side of one connection."""
+
+    def __cinit__(self, buffers, settings, *args, **kwargs):
+        self.open(True, settings)
+
+    def request_allowed(self):
+        """Whether a new call may be started on this session."""
+        return (
+            self.h2 != NULL and not self.broken and not self.going_away
+            and nghttp2_session_check_request_allowed(self.h2) != 0)
+
+    def open_limit(self):
+        """How many calls the server lets us have open at once."""
+        if self.h2 == NULL:
+            return 0
+        return nghttp2_session_get_remote_settings(self.h2, NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS)
+
+    def request(self, Method method not None, message, on_done, metadata, deadline, sink=None, str encoding=None):
+        """Start a call.
+
+        Args:
+            message: the request of a unary call; None leaves the request open for ``send``.
+            on_done: called with the ClientCall when the outcome is known.
+            metadata: (name, value) pairs, or None.
+            deadline: monotonic seconds, or None.
+            sink: takes the messages of a streaming answer; None for a unary one.
+            encoding: compress what is sent.
+
+        Raises:
+            ConnectionError: the session takes no new calls.
+        """
+        cdef ClientCall call = ClientCall.__new__(ClientCall)
+        cdef nghttp2_nv[MAX_HEADERS] pairs
+        cdef nghttp2_data_provider provider
+        cdef list keep = None
+        cdef bytes timeout
+        cdef int count = 7
+        cdef int32_t stream_id
+        if self.h2 == NULL or self.broken:
+            raise ConnectionError("the connection is closed")
+        call.session = self
+        call.target = method
+        call.on_done = on_done
+        call.sink = sink
+        call.send_encoding = encoding
+        if sink is not None:
+            call.inbox = []
+        pairs[0] = static_nv(b":method", b"POST")
+        pairs[1] = bytes_nv(b":scheme", self.scheme, STATIC)
+        pairs[2] = bytes_nv(b":path", method.raw_path, STATIC)
+        pairs[3] = bytes_nv(b":authority", self.authority, STATIC)
+        pairs[4] = static_nv(b"te", b"trailers")
+        pairs[5] = static_nv(b"content-type", b"application/grpc")
+        pairs[6] = bytes_nv(b"user-agent", self.user_agent, STATIC)
+        if deadline is not None:
+            call.deadline = deadline
+            timeout = format_timeout(deadline - now())
+            pairs[count] = bytes_nv(
+                b"grpc-timeout", timeout, NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_INDEX)
+            count += 1
+        if encoding is not None or metadata:
+            keep = []
+            if encoding is not None:
+                count = add_metadata(
+                    pairs, count, [("grpc-encoding", encoding), ("grpc-accept-encoding", ACCEPTED)], keep)
+            if metadata:
+                count = add_metadata(pairs, count, metadata, keep)
+        if message is not None:
+            call.push(message)
+            call.out_end = True
+        provider.source.ptr = <void *>call
+        provider.read_callback = on_read
+        stream_id = nghttp2_submit_request(self.h2, NULL, pairs, count, &provider, <void *>call)
+        if stream_id < 0:
+            self.unsent -= call.out_bytes
+            raise ConnectionError((<bytes>nghttp2_strerror(stream_id)).decode())
+        call.begin(self, stream_id)
+        self.calls += 1
+        if deadline is not None:
+            self.arm(deadline)
+        self.want_flush()
+        return call

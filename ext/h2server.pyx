@@ -1,0 +1,364 @@
+"""The server side of a session: calls that come in, and how they are answered."""
+
+import cython
+
+from libc.stdint cimport INT64_MAX, int32_t, uint8_t, uint32_t
+from libc.string cimport memcmp
+
+from mmcore._ext.grpcwire cimport percent_encode, timeout_ns
+from mmcore._ext.h2 cimport *
+from mmcore._ext.nghttp2 cimport *
+
+from mmcore._ext.grpcwire import ENCODINGS
+
+cdef nghttp2_nv[2] RESPONSE
+RESPONSE[0] = static_nv(b":status", b"200")
+RESPONSE[1] = static_nv(b"content-type", b"application/grpc")
+cdef nghttp2_nv[1] TRAILER_OK
+TRAILER_OK[0] = static_nv(b"grpc-status", b"0")
+
+
+@cython.final
+@cython.no_gc
+cdef class ServerCall(Stream):
+    """One call a server answers; handlers get it with the request's message.
+
+    Attributes:
+        on_cancel: called without arguments when the call ends before it is answered; set by handlers that answer
+            later.
+        sink: of a streaming call, what takes its messages.
+    """
+
+    @property
+    def method(self):
+        """Path of the method called, ``/package.Service/Method``."""
+        return self.target.path if self.target is not None else ""
+
+    @property
+    def metadata(self):
+        """The request's metadata as (name, value) pairs; ``-bin`` values are bytes, others str."""
+        return self.metadata_from(0, self.metadata_count)
+
+    cdef int on_header(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value, int category) noexcept:
+        """Look at one request header; only what gRPC needs is looked at, the rest is kept unread."""
+        cdef nghttp2_vec key = nghttp2_rcbuf_get_buf(name)
+        cdef nghttp2_vec text = nghttp2_rcbuf_get_buf(value)
+        cdef ServerSession session = <ServerSession>self.session
+        cdef uint8_t first = key.base[0]
+        self.header_bytes += key.len + text.len + 32
+        if self.header_bytes > session.max_header:
+            self.header_flood = True
+            return 0
+        if category == NGHTTP2_HCAT_HEADERS:
+            return 0  # request trailers carry nothing in gRPC
+        if first == c":":
+            if key.len == 5 and key.base[1] == c"p":  # :path
+                self.path_seen = True
+                if value != session.path_cache:
+                    session.find_method(value)
+                self.target = session.path_cache_method
+            elif key.len == 7 and key.base[1] == c"m":  # :method
+                self.http_ok = is_text(text, b"POST", 4)
+            return 0
+        if first == c"t" and is_text(key, b"te", 2):
+            return 0
+        if first == c"c" and is_text(key, b"content-type", 12):
+            self.content_type_ok = text.len >= 16 and memcmp(text.base, b"application/grpc", 16) == 0 and (
+                text.len == 16 or text.base[16] == c"+" or text.base[16] == c";")
+            return 0
+        if first == c"g" and key.len > 5 and memcmp(key.base, b"grpc-", 5) == 0:
+            if is_text(key, b"grpc-timeout", 12):
+                self.timeout_ns = timeout_ns(<const char *>text.base, text.len)
+            elif is_text(key, b"grpc-encoding", 13):
+                if self.encoding == NULL:
+                    nghttp2_rcbuf_incref(value)
+                    self.encoding = value
+            elif is_text(key, b"grpc-accept-encoding", 20):
+                if self.accept_encoding == NULL:
+                    nghttp2_rcbuf_incref(value)
+                    self.accept_encoding = value
+            return 0
+        return self.keep(name, value)
+
+    cdef int on_headers_done(self, int category, bint end) except -1:
+        cdef Session session = self.session
+        cdef str encoding
+        if category != NGHTTP2_HCAT_REQUEST:
+            return 0
+        session.calls += 1
+        if self.header_flood:
+            return self.refuse(RESOURCE_EXHAUSTED, f"metadata is above the limit of {session.max_header} bytes")
+        if not self.http_ok:
+            return self.reject(b"405")
+        if not self.content_type_ok:
+            return self.reject(b"415")
+        if self.target is None:
+            return self.refuse(UNIMPLEMENTED, "method is not served here")
+        if self.timeout_ns:
+            if self.timeout_ns < 0:
+                return self.refuse(INTERNAL, "grpc-timeout is malformed")
+            if self.timeout_ns != INT64_MAX:
+                self.deadline = now() + self.timeout_ns * 1e-9
+        if self.encoding != NULL:
+            encoding = text_of(self.encoding)
+            if encoding not in ENCODINGS:
+                self.extra_headers = [("grpc-accept-encoding", "identity,deflate,gzip")]
+                return self.refuse(UNIMPLEMENTED, f"grpc-encoding {encoding!r} is not known here")
+        if session.unsent > session.max_unsent:
+            return self.refuse(RESOURCE_EXHAUSTED, "earlier answers on this connection have not been read")
+        if self.target.streaming:
+            self.inbox = []
+            self.queue_ready()
+        return 0
+
+    cdef int reject(self, const char *http_status) except -1:
+        """Answer something that is not gRPC, in plain HTTP."""
+        cdef nghttp2_nv[1] pair
+        self.finished = self.discard = True
+        pair[0] = static_nv(b":status", http_status)
+        nghttp2_submit_response(self.session.h2, self.id, pair, 1, NULL)
+        return 0
+
+    cdef int on_bad_message(self, int status, str text) except -1:
+        self.discard = True
+        if self.inbox is not None and self.sink is not None:
+            self.sink.on_error(status, text)
+            return 0
+        self.refuse(status, text)
+        if not self.received_end:
+            # The rest of the message is not wanted: say so once the trailers are out (RFC 9113 section 8.1).
+            # nghttp2 would drop frames queued before a reset, so it is submitted once they have left.
+            self.session.resets.append(self.id)
+        return 0
+
+    cdef int refuse(self, int status, str text) except -1:
+        """End the call with a status before any handler has seen it."""
+        self.discard = True
+        self.fail(status, text)
+        return 0
+
+    cdef int on_ready(self) except -1:
+        """Run the handler, deliver to the sink, or tell that the call is over."""
+        cdef Session session = self.session
+        if self.closed:
+            if not self.finished:
+                self.finished = True
+                if self.on_cancel is not None:
+                    self.on_cancel()
+                if self.sink is not None:
+                    self.sink.on_close()
+            self.on_cancel = None
+            self.sink = None
+            return 0
+        if self.finished:
+            return 0
+        if self.inbox is not None:
+            if not self.dispatched:
+                self.dispatched = True
+                if self.deadline is not None:
+                    session.arm(self.deadline)
+                self.sink = session.open_stream_call(self, self.target.handler)
+            return self.deliver()
+        self.dispatched = True
+        try:
+            answer = self.target.handler(self, self.body)
+        except Exception as error:  # the boundary: every error leaves as a status
+            session.handler_failed(self, error)
+            return 0
+        self.body = None
+        if answer is not None:
+            return self.answer(answer)
+        if self.deadline is not None and not self.finished:
+            session.arm(self.deadline)
+        return 0
+
+    cdef int on_end(self) except -1:
+        """The client has sent all it will."""
+        if self.discard:
+            return 0
+        self.received_end = True
+        if self.inbox is None:
+            if self.prefix_have or (self.body is not None and not self.body_done):
+                return self.refuse(INTERNAL, "the request ended in the middle of a message")
+            if self.body is None:
+                return self.refuse(UNIMPLEMENTED, "a unary call takes one message, none was sent")
+        elif self.prefix_have:
+            return self.on_bad_message(INTERNAL, "the request ended in the middle of a message")
+        return self.queue_ready()
+
+    cdef int send_headers(self, bint end) except -1:
+        """Submit the response headers; with ``end`` they carry the status too (trailers-only)."""
+        cdef nghttp2_data_provider provider
+        cdef nghttp2_nv[MAX_HEADERS] pairs
+        cdef nghttp2_nv *headers = RESPONSE
+        cdef int count = 2
+        cdef list keep
+        self.headers_sent = True
+        provider.source.ptr = <void *>self
+        provider.read_callback = on_read
+        if end or self.extra_headers is not None or self.send_encoding is not None:
+            keep = []
+            headers = pairs
+            pairs[0] = RESPONSE[0]
+            pairs[1] = RESPONSE[1]
+            if self.send_encoding is not None:
+                count = add_metadata(pairs, count, [("grpc-encoding", self.send_encoding)], keep)
+            if self.extra_headers is not None:
+                count = add_metadata(pairs, count, self.extra_headers, keep)
+            if end:
+                count = add_metadata(pairs, count, self.status_pairs(), keep)
+        nghttp2_submit_response(self.session.h2, self.id, headers, count, NULL if end else &provider)
+        return 0
+
+    cdef list status_pairs(self):
+        cdef list pairs = [("grpc-status", str(self.grpc_status))]
+        if self.grpc_message:
+            pairs.append(("grpc-message", percent_encode(self.grpc_message)))
+        if self.extra_trailers is not None:
+            pairs.extend(self.extra_trailers)
+        return pairs
+
+    cdef int submit_end(self) except -1:
+        cdef nghttp2_nv[MAX_HEADERS] pairs
+        cdef list keep
+        if self.grpc_status == OK and self.extra_trailers is None:
+            nghttp2_submit_trailer(self.session.h2, self.id, TRAILER_OK, 1)
+        else:
+            keep = []
+            nghttp2_submit_trailer(
+                self.session.h2, self.id, pairs, add_metadata(pairs, 0, self.status_pairs(), keep))
+        return 0
+
+    cdef int answer(self, object message) except -1:
+        if self.closed or self.finished:
+            return 0
+        self.push(message)
+        self.finished = True
+        self.grpc_status = OK
+        self.out_end = True
+        self.send_headers(False)
+        self.session.want_flush()
+        return 0
+
+    def reply(self, message not None):
+        """Answer a unary call: one message and status OK. Nothing happens when the call is over.
+
+        Args:
+            message: bytes, another contiguous buffer, or a list of those sent as one message without joining.
+        """
+        self.answer(message)
+        self.on_cancel = None
+
+    def fail(self, int status, str details not None):
+        """End the call with a status other than OK. Nothing happens when the call is over."""
+        if self.closed or self.finished:
+            return
+        self.finished = True
+        self.grpc_status = status
+        self.grpc_message = details
+        self.out_end = True
+        self.on_cancel = None
+        self.sink = None
+        if self.headers_sent:
+            self.wake()
+        else:
+            self.send_headers(True)
+            self.session.want_flush()
+
+    def send(self, message not None):
+        """Queue one message of a streaming answer; see ``unsent`` for what has not left yet."""
+        if self.closed or self.finished:
+            return
+        self.push(message)
+        if self.headers_sent:
+            self.wake()
+        else:
+            self.send_headers(False)
+            self.session.want_flush()
+
+    def end(self):
+        """End a streaming answer with status OK."""
+        if self.closed or self.finished:
+            return
+        self.finished = True
+        self.grpc_status = OK
+        self.out_end = True
+        self.sink = None
+        if self.headers_sent:
+            self.wake()
+        else:
+            self.send_headers(True)
+            self.session.want_flush()
+
+    def set_initial_metadata(self, metadata):
+        """Metadata sent before the answer; ValueError once headers are out."""
+        if self.headers_sent:
+            raise ValueError("initial metadata was already sent")
+        self.extra_headers = list(metadata)
+
+    def set_trailers(self, metadata):
+        """Metadata sent with the status."""
+        self.extra_trailers = list(metadata)
+
+    def set_compression(self, str encoding):
+        """Compress what is sent with ``gzip`` or ``deflate`` if the client accepts it; returns whether it does."""
+        if self.headers_sent or self.accept_encoding == NULL:
+            return False
+        if encoding not in [name.strip() for name in text_of(self.accept_encoding).split(",")]:
+            return False
+        if encoding != "identity":
+            self.send_encoding = encoding
+        return True
+
+    cdef int on_close(self, uint32_t code, str reason) except -1:
+        if self.dispatched and not self.finished:
+            self.queue_ready()
+        return 0
+
+    cdef bint running(self) noexcept:
+        return self.dispatched and not self.finished
+
+    cdef int expire(self) except -1:
+        """The deadline passed: answer so, and let the handler stop."""
+        callback = self.on_cancel
+        sink = self.sink
+        self.fail(DEADLINE_EXCEEDED, "deadline exceeded")
+        if callback is not None:
+            callback()
+        if sink is not None:
+            sink.on_close()
+        return 0
+
+
+cdef class ServerSession(Session):
+    """The server's side of one connection.
+
+    Args:
+        buffers, settings: as for Session.
+        methods: what is served, :class:`Method` by raw path.
+    """
+
+    def __cinit__(self, buffers, settings, dict methods not None, *args, **kwargs):
+        self.methods = methods
+        self.open(False, settings)
+
+    def __dealloc__(self):
+        if self.path_cache != NULL:
+            nghttp2_rcbuf_decref(self.path_cache)
+
+    cdef Stream accept(self):
+        return ServerCall.__new__(ServerCall)
+
+    cdef int find_method(self, nghttp2_rcbuf *path) noexcept:
+        """Look a path up; the last one found stays known by its counted buffer, which HPACK's table reuses."""
+        cdef nghttp2_vec text = nghttp2_rcbuf_get_buf(path)
+        try:
+            self.path_cache_method = self.methods.get((<const char *>text.base)[:text.len])
+        except Exception as error:
+            self.error = error
+            return -1
+        nghttp2_rcbuf_incref(path)
+        if self.path_cache != NULL:
+            nghttp2_rcbuf_decref(self.path_cache)
+        self.path_cache = path
+        return 0

@@ -1,0 +1,213 @@
+"""One HTTP/2 session that speaks gRPC, either side of it; see ext/h2.pyx."""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+from libc.string cimport memcmp, strlen
+
+from mmcore._ext.nghttp2 cimport (
+    NGHTTP2_NV_FLAG_NO_COPY_NAME,
+    NGHTTP2_NV_FLAG_NO_COPY_VALUE,
+    nghttp2_data_source,
+    nghttp2_nv,
+    nghttp2_rcbuf,
+    nghttp2_session,
+    nghttp2_vec,
+)
+from mmcore._ext.outbuf cimport Buffers
+
+
+cdef enum:
+    INLINE_METADATA = 4
+    STATIC = NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE
+    MAX_HEADERS = 128              # pairs of metadata sent with one call
+
+# gRPC statuses (grpc/doc/statuscodes.md), as the transport gives them.
+cdef enum:
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    DEADLINE_EXCEEDED = 4
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
+
+
+cdef inline nghttp2_nv static_nv(const char *name, const char *value) noexcept:
+    """A header pair of literals."""
+    cdef nghttp2_nv nv
+    nv.name = <uint8_t *>name
+    nv.namelen = strlen(name)
+    nv.value = <uint8_t *>value
+    nv.valuelen = strlen(value)
+    nv.flags = STATIC
+    return nv
+
+
+cdef inline nghttp2_nv bytes_nv(const char *name, bytes value, uint8_t flags) noexcept:
+    """A header pair whose value lives as long as ``value``."""
+    cdef nghttp2_nv nv
+    nv.name = <uint8_t *>name
+    nv.namelen = strlen(name)
+    nv.value = <uint8_t *>PyBytes_AS_STRING(value)
+    nv.valuelen = PyBytes_GET_SIZE(value)
+    nv.flags = flags
+    return nv
+
+
+cdef inline bint is_text(nghttp2_vec value, const char *text, size_t length) noexcept:
+    return value.len == length and memcmp(value.base, text, length) == 0
+
+
+cdef double now() noexcept
+cdef str text_of(nghttp2_rcbuf *buffer)
+cdef int add_metadata(nghttp2_nv *pairs, int count, object metadata, list keep) except -1
+cdef ssize_t on_read(
+    nghttp2_session *h2, int32_t stream_id, uint8_t *buffer, size_t length, uint32_t *flags,
+    nghttp2_data_source *source, void *user_data,
+) noexcept
+
+
+cdef class Method:
+    cdef readonly str path
+    cdef bytes raw_path
+    cdef object handler
+    cdef bint streaming
+
+
+cdef class Stream:
+    cdef Session session
+    cdef int32_t id
+    cdef void *newer          # neighbours in the session's list of open streams
+    cdef void *older
+    cdef Method target
+    # receiving
+    cdef uint8_t prefix[5]
+    cdef int prefix_have
+    cdef bytes body            # the message being filled, or the one delivered (unary)
+    cdef Py_ssize_t body_have
+    cdef bint body_done
+    cdef bint received_end
+    cdef bint discard         # whatever else comes is dropped
+    cdef list inbox           # streaming: whole messages not handed over yet
+    cdef Py_ssize_t inbox_bytes
+    cdef Py_ssize_t withheld  # of the stream's window
+    # metadata, as the decoder's own counted buffers; names at even places
+    cdef nghttp2_rcbuf *inline_metadata[2 * INLINE_METADATA]
+    cdef nghttp2_rcbuf **more_metadata
+    cdef int metadata_count
+    cdef int initial_count    # client: how many of them came before the trailers
+    cdef size_t header_bytes
+    cdef nghttp2_rcbuf *encoding
+    cdef nghttp2_rcbuf *accept_encoding
+    cdef bint content_type_ok
+    cdef bint http_ok
+    cdef bint header_flood
+    cdef int64_t timeout_ns
+    # sending
+    cdef uint8_t out_prefix[5]
+    cdef const uint8_t *out_data
+    cdef Py_ssize_t out_left   # of out_data
+    cdef object out_owner
+    cdef object out_next       # after out_data; then out_queue
+    cdef object out_queue
+    cdef Py_ssize_t out_bytes  # not yet in a frame, all together
+    cdef bint out_end
+    cdef bint deferred
+    cdef bint want_writable
+    cdef bint queued           # in session.ready
+    cdef bint opened           # nghttp2 knows it
+    cdef bint closed
+    cdef uint32_t close_code
+    cdef readonly object deadline
+    cdef str send_encoding
+    cdef public object sink
+    # status: what trailers said (client) or will say (server); -1 unknown
+    cdef int grpc_status
+    cdef str grpc_message
+    cdef nghttp2_rcbuf *details_header
+
+    cdef int begin(self, Session session, int32_t stream_id) except -1
+    cdef int keep(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value) noexcept
+    cdef int feed(self, const uint8_t *data, size_t length) except -1
+    cdef int take_message(self) except -1
+    cdef int push(self, object message) except -1
+    cdef int push_buffer(self, object piece) except -1
+    cdef int advance(self) except -1
+    cdef int emit(self, Buffers buffers, size_t length) except -1
+    cdef int wake(self) except -1
+    cdef int queue_ready(self) except -1
+    cdef int forget(self) except -1
+    cdef tuple metadata_from(self, int first, int last)
+    cdef int on_header(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value, int category) noexcept
+    cdef int on_headers_done(self, int category, bint end) except -1
+    cdef int on_overflow(self, size_t length) except -1
+    cdef int on_bad_message(self, int status, str text) except -1
+    cdef int on_message(self) except -1
+    cdef int deliver(self) except -1
+    cdef int on_ready(self) except -1
+    cdef int submit_end(self) except -1
+    cdef int on_end(self) except -1
+    cdef int on_close(self, uint32_t code, str reason) except -1
+    cdef bint running(self) noexcept
+    cdef int expire(self) except -1
+    cdef nghttp2_rcbuf **metadata_pairs(self) noexcept
+
+
+cdef class Session:
+    cdef nghttp2_session *h2
+    cdef Buffers buffers
+    cdef readonly bint client
+    cdef void *newest
+    cdef int32_t last_id
+    cdef void *last_stream
+    cdef list ready
+    cdef list resets                # streams to reset once their answer has left
+    cdef readonly int open_streams
+    cdef readonly bint settled      # the peer's SETTINGS came
+    cdef readonly bint going_away   # the peer sent GOAWAY
+    cdef readonly bint broken
+    cdef bint inside                # nghttp2 is on the stack
+    cdef bint busy                  # a flush follows anyway
+    cdef bint flushing
+    cdef bint linger                # quiet, but not to be closed yet
+    cdef bint full
+    cdef bint handed_over
+    cdef bint paused
+    cdef bint flush_planned
+    cdef object transport
+    cdef int fd
+    cdef readonly str peer
+    cdef bytes authority
+    cdef bytes scheme
+    cdef bytes user_agent
+    cdef Py_ssize_t max_message
+    cdef Py_ssize_t max_receiving
+    cdef Py_ssize_t max_unsent
+    cdef size_t max_header
+    cdef Py_ssize_t receiving       # bytes of messages half received
+    cdef readonly Py_ssize_t unsent
+    cdef readonly int64_t bytes_received
+    cdef readonly int64_t bytes_sent
+    cdef readonly int64_t calls
+    cdef double next_deadline
+    cdef double control_tokens
+    cdef double control_burst
+    cdef double control_rate
+    cdef double control_at
+    cdef object error
+
+    cdef int receive(self, const uint8_t *data, size_t length) except -1
+    cdef int greet(self, settings) except -1
+    cdef int close_stream(self, Stream stream, uint32_t code, str reason) except -1
+    cdef Stream accept(self)
+    cdef int open(self, bint client, settings) except -1
+    cdef int want_flush(self) except -1
+    cdef int run_ready(self) except -1
+    cdef int do_flush(self) except -1
+    cdef int write_out(self) except -1
+    cdef int count_control(self) except -1
+    cdef int fatal(self, int code) except -1
+    cdef int arm(self, double deadline) except -1

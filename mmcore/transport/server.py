@@ -1,0 +1,241 @@
+"""A gRPC server: methods, listeners, and connections from accept to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from mmcore._ext.h2 import Method
+from mmcore._ext.h2server import ServerCall, ServerSession
+from mmcore.config import TransportSettings
+from mmcore.errors import MmcoreError, RpcError, Status
+from mmcore.transport.connection import TICK_S, Connection, Message, loop_buffers, require_h2
+from mmcore.transport.streams import StreamCall
+
+log = logging.getLogger(__name__)
+
+#: Answers a unary call at once with its message, or returns None and calls ``call.reply`` or ``call.fail`` later.
+UnaryHandler = Callable[[ServerCall, bytes], Message | None]
+#: Serves a streaming call; returning ends it with OK, raising with an error.
+StreamHandler = Callable[[StreamCall], Awaitable[None]]
+
+
+def status_of(error: BaseException) -> tuple[Status, str]:
+    """The status and text an exception leaves with; what nobody foresaw is INTERNAL, without its traceback."""
+    if isinstance(error, MmcoreError):
+        return error.status, str(error)
+    if isinstance(error, RpcError):
+        return error.status, error.details
+    return Status.INTERNAL, f"{type(error).__name__}: {error}"
+
+
+class ServerConnection(Connection, ServerSession, asyncio.BufferedProtocol):
+    """One accepted connection."""
+
+    def __init__(
+        self,
+        buffers: object,
+        settings: TransportSettings,
+        methods: dict[bytes, Method],
+        loop: asyncio.AbstractEventLoop,
+        server: Server,
+    ) -> None:
+        Connection.__init__(self, buffers, settings, loop)  # type: ignore[arg-type]  # typed where it is made
+        self._server = server
+        self._leaving_since: float | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Join the server's connections."""
+        super().connection_made(transport)
+        self._server.joined(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Leave the server's connections."""
+        super().connection_lost(error)
+        self._server.left(self)
+
+    def handler_failed(self, call: ServerCall, error: Exception) -> None:
+        """Answer a unary handler's exception."""
+        status, text = status_of(error)
+        if not isinstance(error, MmcoreError | RpcError):
+            log.error("handler failed", exc_info=error, extra={"method": call.method})
+        call.fail(status, text)
+
+    def open_stream_call(self, call: ServerCall, handler: StreamHandler) -> StreamCall:
+        """Start a streaming handler in a task of its own."""
+        stream = StreamCall(call, self._loop)
+        self._server.start_task(stream, handler)
+        return stream
+
+    def leave(self) -> None:
+        """Ask the peer to open its next calls elsewhere, and end with the last call in flight."""
+        if self._leaving_since is None:
+            self._leaving_since = time.monotonic()
+            self.announce_shutdown()
+
+    def on_pong(self) -> None:
+        """Either keepalive, or the peer has read our first GOAWAY."""
+        super().on_pong()
+        if self._leaving_since is not None:
+            self.refuse_new()
+
+    def tick(self, now: float) -> str | None:
+        """Age, and what every connection is checked for."""
+        settings = self._settings
+        if self._leaving_since is not None:
+            if settings.max_connection_age_s and now - self._leaving_since > settings.max_connection_age_grace_s:
+                self.abort()
+                return "too old"
+        elif settings.max_connection_age_s and now - self._made_at > settings.max_connection_age_s:
+            self.leave()
+        return super().tick(now)
+
+
+class Server:
+    """Serves methods on any number of TCP and Unix listeners of one event loop."""
+
+    def __init__(self, *, settings: TransportSettings | None = None) -> None:
+        self._settings = settings or TransportSettings()
+        self._methods: dict[bytes, Method] = {}
+        self._listeners: list[asyncio.Server] = []
+        self._unix_paths: list[Path] = []
+        self._connections: set[ServerConnection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticker: asyncio.TimerHandle | None = None
+        self._all_left: asyncio.Future[None] | None = None
+
+    @property
+    def connections(self) -> int:
+        """Connections open now."""
+        return len(self._connections)
+
+    @property
+    def calls(self) -> int:
+        """Calls open now."""
+        return sum(connection.open_streams for connection in self._connections)
+
+    def add_unary(self, path: str, handler: UnaryHandler) -> None:
+        """Serve a unary method, ``/package.Service/Method``; see UnaryHandler."""
+        self._add(Method(path, handler, False))
+
+    def add_stream(self, path: str, handler: StreamHandler) -> None:
+        """Serve a method that streams either way or both; see StreamHandler."""
+        self._add(Method(path, handler, True))
+
+    def _add(self, method: Method) -> None:
+        raw = method.path.encode()
+        if raw in self._methods:
+            raise ValueError(f"{method.path} is served already")
+        self._methods[raw] = method
+
+    def _protocol(self) -> ServerConnection:
+        loop = asyncio.get_running_loop()
+        return ServerConnection(loop_buffers(loop), self._settings, self._methods, loop, self)
+
+    async def listen_tcp(
+        self, host: str, port: int, *, reuse_port: bool = False, ssl: ssl.SSLContext | None = None
+    ) -> str:
+        """Listen on a TCP address; returns ``host:port`` as bound, which tells the port chosen for 0.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(
+            self._protocol, host, port, reuse_port=reuse_port or None, backlog=4096, ssl=ssl and require_h2(ssl)
+        )
+        self._listeners.append(listener)
+        self._start_ticker(loop)
+        bound = listener.sockets[0].getsockname()
+        return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+
+    async def listen_unix(self, path: str) -> str:
+        """Listen on a Unix socket, in place of a stale one; returns ``unix:PATH``.
+
+        Raises:
+            OSError: the path cannot be bound.
+        """
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_unix_server(self._protocol, path, backlog=4096)
+        self._listeners.append(listener)
+        self._unix_paths.append(Path(path))
+        self._start_ticker(loop)
+        return f"unix:{path}"
+
+    def _start_ticker(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._ticker is None:
+            self._ticker = loop.call_later(TICK_S, self._tick, loop)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._ticker = loop.call_later(TICK_S, self._tick, loop)
+        now = time.monotonic()
+        for connection in list(self._connections):
+            connection.tick(now)
+
+    def joined(self, connection: ServerConnection) -> None:
+        """A connection was accepted."""
+        self._connections.add(connection)
+
+    def left(self, connection: ServerConnection) -> None:
+        """A connection has ended."""
+        self._connections.discard(connection)
+        if not self._connections and self._all_left is not None and not self._all_left.done():
+            self._all_left.set_result(None)
+
+    def start_task(self, stream: StreamCall, handler: StreamHandler) -> None:
+        """Run a streaming handler until it ends or its call does."""
+        task = asyncio.get_running_loop().create_task(_serve_stream(stream, handler), name=stream.method)
+        stream.task = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self, grace_s: float) -> None:
+        """Stop accepting, let calls in flight finish for up to ``grace_s`` seconds, then close everything."""
+        for listener in self._listeners:
+            listener.close()
+        for connection in list(self._connections):
+            connection.leave()
+        if self._connections and grace_s > 0:
+            self._all_left = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._all_left], timeout=grace_s)
+        await self.close()
+
+    async def close(self) -> None:
+        """Close listeners and connections now; calls in flight end with UNAVAILABLE at their clients."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            self._ticker = None
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for path in self._unix_paths:
+            path.unlink(missing_ok=True)
+        self._unix_paths.clear()
+        if self._connections:
+            self._all_left = asyncio.get_running_loop().create_future()
+            for connection in list(self._connections):
+                connection.abort()
+            await self._all_left
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+async def _serve_stream(stream: StreamCall, handler: StreamHandler) -> None:
+    try:
+        await handler(stream)
+    except asyncio.CancelledError:
+        # Cancelled because the call is over: nobody waits for an answer.
+        if not stream.cancelled:
+            stream.fail(Status.UNAVAILABLE, "the server stopped the call")
+            raise
+    except Exception as error:
+        status, text = status_of(error)
+        if not isinstance(error, MmcoreError | RpcError):
+            log.error("streaming handler failed", exc_info=error, extra={"method": stream.method})
+        stream.fail(status, text)
+    else:
+        stream.end()
