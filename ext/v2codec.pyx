@@ -380,15 +380,20 @@ cdef int read_message(Layout* layout, const uint8_t* base, Py_ssize_t size, bint
     return 1
 
 
-cdef void align_raw(Layout* layout) noexcept:
-    """Give each tensor that carries its data in the message its raw contents, in order."""
+cdef void align_raw(Layout* layout, bint response) noexcept:
+    """Give each tensor that carries its data in the message its raw contents, in order.
+
+    In a response a tensor in shared memory has raw contents too, empty ones.
+    """
     cdef TensorPlace* place
     cdef int i, used = 0
+    cdef bint placeholders = response and layout.raw_count == layout.tensor_count
     if layout.raw_count == 0:
         return
     for i in range(layout.tensor_count):
         place = &layout.tensors[i]
         if place.flags & IN_SHARED_MEMORY:
+            used += placeholders
             continue
         if place.flags & HAS_CONTENTS:
             layout.problem = MIXED_CONTENTS
@@ -528,7 +533,7 @@ cdef int take(InferMessage message, bytes body, bint response) except -1:
         kind = "ModelInferResponse" if response else "ModelInferRequest"
         why = "" if layout.wrong == NULL else f": {layout.wrong.decode()}"
         raise InvalidRequest(f"malformed {kind} of {size} bytes{why}")
-    align_raw(layout)
+    align_raw(layout, response)
     return 0
 
 

@@ -205,8 +205,10 @@ cdef object write_message(Head* head, Plan* plans, int count, bint raw, bint joi
     cdef uint8_t* at
     cdef bytes piece
     cdef list pieces = None
+    # Clients find an answer's raw contents by the output's position, so what went to shared memory has empty ones.
+    cdef bint placeholders = head.raw_field == RESPONSE_RAW
     for i in range(count):
-        if raw and plans[i].array != NULL:
+        if raw and (plans[i].array != NULL or placeholders):
             total += field_size(plans[i].raw_size)
     if total > MAX_BYTES:
         raise ValueError(f"a message has at most {MAX_BYTES} bytes, this one would have {total}")
@@ -218,17 +220,19 @@ cdef object write_message(Head* head, Plan* plans, int count, bint raw, bint joi
                     size += 1 + varint_size(<uint64_t>plans[stop].raw_size)
                     break
                 size += field_size(plans[stop].raw_size)
+            elif placeholders:
+                size += field_size(0)
             stop += 1
         piece = PyBytes_FromStringAndSize(NULL, size)
         at = <uint8_t*>PyBytes_AS_STRING(piece)
         if start == 0:
             at = write_head(at, head, plans, count)
         for i in range(start, stop + 1 if raw and stop < count else stop):
-            if plans[i].array == NULL:
+            if not raw or (plans[i].array == NULL and not placeholders):
                 continue
             at[0] = <uint8_t>(head.raw_field << 3 | LENGTH)
             at = write_varint(at + 1, <uint64_t>plans[i].raw_size)
-            if i < stop:
+            if i < stop and plans[i].array != NULL:
                 at = write_raw(at, plans[i].code, <object>plans[i].array)
         if not raw or stop == count:
             if pieces is None:

@@ -88,7 +88,8 @@ class Router:
         self.infer = self.execution.run
         self._folder = folder
         self._watching: asyncio.Task[None] | None = None
-        self._replacing: set[asyncio.Task[None]] = set()
+        #: Loads behind a copy that serves, the latest one of each version.
+        self._replacing: dict[tuple[str, str], asyncio.Task[None]] = {}
         #: One explicit load or unload of a model at a time.
         self._explicit: dict[str, asyncio.Lock] = {}
         #: Origins of overrides, to be closed when they are replaced.
@@ -118,7 +119,7 @@ class Router:
         await self.execution.stop()
         await self.cache.close()
         if self._replacing:
-            await asyncio.wait(self._replacing)
+            await asyncio.wait(list(self._replacing.values()))
         for origin in self._own_origins.values():
             await asyncio.to_thread(origin.close)
         self._own_origins.clear()
@@ -248,8 +249,12 @@ class Router:
             if _WHOLE in (registration.problems or {}):
                 raise LoadFailed(f"failed to load '{name}', {_problem(registration)}")
             version = registration.versions[-1]
-            under_way = self.cache.join(name, version)
-            return await (under_way or self.cache.load(name, version, registration.origin))
+            replacing = self._replacing.get((name, version))
+            if replacing is not None:
+                await asyncio.wait([replacing])
+                if registration.problems and version in registration.problems:
+                    raise LoadFailed(f"failed to load '{name}', {registration.problems[version]}")
+            return await self.cache.load(name, version, registration.origin)
 
     async def load_override(self, name: str, config_json: str | None, files: Mapping[str, bytes] | None = None) -> Copy:
         """Load a model with a configuration (Triton's ModelConfig as JSON) over its own, or with files of its own.
@@ -387,13 +392,21 @@ class Router:
 
     def _reload(self, registration: Registration, version: str) -> None:
         """Load a version's new files behind the copy that serves."""
+        key = (registration.name, version)
         task = asyncio.get_running_loop().create_task(
-            self._replace(registration, version), name=f"replace {registration.name}/{version}"
+            self._replace(registration, version, self._replacing.get(key)), name=f"replace {registration.name}/{version}"
         )
-        self._replacing.add(task)
-        task.add_done_callback(self._replacing.discard)
+        self._replacing[key] = task
 
-    async def _replace(self, registration: Registration, version: str) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            if self._replacing.get(key) is task:
+                del self._replacing[key]
+
+        task.add_done_callback(ended)
+
+    async def _replace(self, registration: Registration, version: str, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
         try:
             await self.cache.replace(registration.name, version, registration.origin)
         except MmcoreError as error:
@@ -406,11 +419,15 @@ class Router:
         if registration is None:
             self.cache.unload(copy)
             return
+        before = registration.copy(copy.version)
         registration.place(copy.version, copy)
         if registration.problems is not None:
             registration.problems.pop(copy.version, None)
         if registration.versions and copy.version == registration.versions[-1]:
             self._prefer(registration, copy)
+        elif before is not None and registration.here is before:
+            # It stands in for the default, which is not there yet.
+            registration.prefer(copy)
 
     def _prefer(self, registration: Registration, copy: Copy) -> None:
         """Answer with ``copy`` where no version is named; a copy whose version is gone has served long enough."""

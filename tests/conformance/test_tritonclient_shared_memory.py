@@ -33,14 +33,14 @@ Region = Callable[..., Any]
 
 @pytest.fixture
 def region(client: triton.InferenceServerClient) -> Iterator[Region]:
-    """Creates a shared memory object and registers it: ``region(name, byte_size)``."""
+    """Creates a shared memory object and registers it, or a window into it."""
     made = []
 
-    def create(name: str, byte_size: int, **register: Any) -> Any:
+    def create(name: str, object_size: int, *, byte_size: int | None = None, offset: int = 0) -> Any:
         key = f"/mmcore-test-{os.getpid()}-{name}"
-        handle = shm.create_shared_memory_region(name, key, byte_size, create_only=True)
+        handle = shm.create_shared_memory_region(name, key, object_size, create_only=True)
         made.append(handle)
-        client.register_system_shared_memory(name, key, **{"byte_size": byte_size, **register})
+        client.register_system_shared_memory(name, key, byte_size or object_size, offset)
         return handle
 
     yield create

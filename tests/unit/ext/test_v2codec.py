@@ -274,7 +274,7 @@ def test_a_response_can_leave_its_data_in_shared_memory() -> None:
     )  # fmt: skip
     message = inference_pb2.ModelInferResponse.FromString(body)
     assert list(message.outputs[0].shape) == [1, 4]
-    assert list(message.raw_output_contents) == [int32(2).tobytes()]
+    assert list(message.raw_output_contents) == [b"", int32(2).tobytes()]
     assert decode_infer_response(body).outputs[1].array().tolist() == [0, 1]
 
 
