@@ -84,7 +84,10 @@ def _ask_tritonclient(console: Console) -> None:
         for sample in models:
             tensor = triton.InferInput(sample.input, list(sample.array.shape), sample.datatype)
             tensor.set_data_from_numpy(sample.array)
-            answer = client.infer(sample.model, [tensor], client_timeout=60)
+            try:
+                answer = client.infer(sample.model, [tensor], client_timeout=60)
+            except triton.InferenceServerException as failure:
+                raise PeerFailed(f"tritonclient, {sample.model}: {failure}") from failure
             found = {
                 output.name: (output.datatype, np.ascontiguousarray(answer.as_numpy(output.name)).tobytes())
                 for output in answer.get_response().outputs

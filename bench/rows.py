@@ -71,7 +71,8 @@ def show(console: Console, suite: str, rows: Sequence[Row]) -> None:
     for column in ("mmcore", *peers):
         table.add_column(column, justify="right")
     cells: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
+    order = list(dict.fromkeys(row.case for row in rows))
+    for row in sorted(rows, key=lambda row: order.index(row.case)):
         cells.setdefault((row.case, row.metric), {})[row.peer] = row
     last_case = ""
     for (case, metric), by_peer in cells.items():
