@@ -25,6 +25,7 @@ from mmcore.model import ModelSource
 from mmcore.runtimes import LoadedModel, load_model
 from mmcore.runtimes.size import disk_size
 from mmcore.storage import Origin
+from mmcore.storage.signature import signature
 
 ResultT = TypeVar("ResultT")
 
@@ -150,11 +151,6 @@ class Cache:
         """The copies of a model that finish their requests or are being closed."""
         return [copy for copy in self._unloading if copy.name == name]
 
-    def join(self, name: str, version: str) -> asyncio.Future[Copy] | None:
-        """A future of the load under way for a version, None where there is none."""
-        load = self._loads.get((name, version))
-        return load.wait() if load is not None else None
-
     # Loading.
 
     def load(self, name: str, version: str, origin: Origin) -> asyncio.Future[Copy]:
@@ -232,9 +228,13 @@ class Cache:
                 raise Unavailable("this instance is shutting down")
             self._check_wanted(load)
             load.state = CopyState.LOADING
-            source, predicted = await self._in_thread(_prepare, load)
-            self._check_size(source, predicted)
+            source, files, predicted = await self._in_thread(_prepare, load)
             self._check_wanted(load)
+            serving = self.lru.get((load.name, load.version))
+            if isinstance(serving, Copy) and files and (serving.files, serving.source) == (files, source):
+                # Something else changed in the model's folder.
+                return serving
+            self._check_size(source, predicted)
             reserved = await self._reserve(load, predicted)
             try:
                 model, bound = await self._in_thread(self._open, load, source)
@@ -253,7 +253,7 @@ class Cache:
         except MmcoreError:
             self._discard(model, weight)
             raise
-        copy = Copy(source, model, bound, weight=weight, on_idle=self._idle)
+        copy = Copy(source, model, bound, files=files, weight=weight, on_idle=self._idle)
         self._publish(copy)
         return copy
 
@@ -289,7 +289,7 @@ class Cache:
         before = self.lru.get(copy.key)
         if before is not None:
             assert isinstance(before, Copy)
-            self.unload(before)
+            self._retire(before)
         # What it takes beyond the prediction is taken already: room is made without waiting.
         self._evict(copy.weight)
         self.lru.add(copy)
@@ -298,6 +298,8 @@ class Cache:
         asyncio.get_running_loop().call_later(self._residency_s, self._end_residency, copy)
         log.info("loaded model %s version %s, %d bytes", copy.name, copy.version, copy.weight)
         self.on_loaded(copy)
+        if before is not None:
+            self._let_go(before)
 
     def _end_residency(self, copy: Copy) -> None:
         if copy.resident:
@@ -350,12 +352,17 @@ class Cache:
 
     def unload(self, copy: Copy) -> None:
         """Give the copy no more requests, and close it when its last lease is returned."""
-        if copy.state is not CopyState.LOADED:
-            return
+        if copy.state is CopyState.LOADED:
+            self._retire(copy)
+            self._let_go(copy)
+
+    def _retire(self, copy: Copy) -> None:
         copy.state = CopyState.UNLOADING
         self.lru.remove(copy)
         self._unloading.add(copy)
         self._unloading_bytes += copy.weight
+
+    def _let_go(self, copy: Copy) -> None:
         self.on_gone(copy)
         if copy.pins == 0:
             self._close_copy(copy)
@@ -369,7 +376,9 @@ class Cache:
 
     def _close_copy(self, copy: Copy) -> None:
         model = copy.model
+        # Both would keep the model alive as long as anybody keeps the copy.
         del copy.model
+        copy.prepared = None
         self._close(model, copy.weight, copy)
 
     def _discard(self, model: LoadedModel, weight: int) -> None:
@@ -413,10 +422,15 @@ class Cache:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
 
-def _prepare(load: _Load) -> tuple[ModelSource, int]:
-    """In a loader thread: where the files are, and how many bytes the model may take."""
+def _prepare(load: _Load) -> tuple[ModelSource, bytes, int]:
+    """In a loader thread: where the files are, their signature, and how many bytes the model may take.
+
+    The signature is empty where the version has no folder of its own, so that its files cannot be told from others.
+    """
     source = load.origin.source(load.name, load.version)
-    return source, source.settings.size_bytes or disk_size(source.path)
+    folder = next((parent for parent in (source.path, source.path.parent) if parent.name == load.version), None)
+    files = signature(folder).digest if folder is not None else b""
+    return source, files, source.settings.size_bytes or disk_size(source.path)
 
 
 def _close(model: LoadedModel) -> None:

@@ -29,6 +29,7 @@ class Copy(Entry):
     Attributes:
         name, version: what it answers for.
         source: the files and settings it was loaded from.
+        files: the signature of its files at that time; empty where they have no folder of their own.
         model: what answers; not to be called without a lease once the loop has been left.
         signature: checks a request and binds its tensors.
         statistics: its counters, from zero with each load.
@@ -40,8 +41,8 @@ class Copy(Entry):
     """
 
     __slots__ = (
-        *("_on_idle", "lane", "model", "name", "prepared", "resident", "signature", "source", "state", "statistics"),
-        "version",
+        *("_on_idle", "files", "lane", "model", "name", "prepared", "resident", "signature"),
+        *("source", "state", "statistics", "version"),
     )
 
     def __init__(
@@ -50,6 +51,7 @@ class Copy(Entry):
         model: LoadedModel,
         signature: Signature,
         *,
+        files: bytes,
         weight: int,
         on_idle: Callable[[Copy], None],
     ) -> None:
@@ -57,6 +59,7 @@ class Copy(Entry):
         self.name: Final = source.name
         self.version: Final = source.version
         self.source: Final = source
+        self.files: Final = files
         self.model = model
         self.signature = signature
         self.statistics: Final = ModelStatistics()

@@ -393,9 +393,8 @@ class Router:
     def _reload(self, registration: Registration, version: str) -> None:
         """Load a version's new files behind the copy that serves."""
         key = (registration.name, version)
-        task = asyncio.get_running_loop().create_task(
-            self._replace(registration, version, self._replacing.get(key)), name=f"replace {registration.name}/{version}"
-        )
+        replacing = self._replace(registration, version, self._replacing.get(key))
+        task = asyncio.get_running_loop().create_task(replacing, name=f"replace {registration.name}/{version}")
         self._replacing[key] = task
 
         def ended(task: asyncio.Task[None]) -> None:

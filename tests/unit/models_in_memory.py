@@ -105,7 +105,7 @@ def made_copy(model: FakeModel, settings: ModelSettings | None = None, name: str
     """A copy that no cache holds."""
     source = ModelSource(name, "1", "fake", Path(__file__), settings or ModelSettings())
     signature: Any = None
-    return Copy(source, model, signature, weight=1, on_idle=lambda copy: None)
+    return Copy(source, model, signature, files=b"", weight=1, on_idle=lambda copy: None)
 
 
 def rows(count: int) -> dict[str, NDArray[Any]]:

@@ -315,7 +315,7 @@ async def test_a_replacement_serves_from_the_moment_it_is_ready(fixture: Fixture
     gate.set()
     new = await replacing
     assert fixture.cache.lru.get(("a", "1")) is new
-    assert fixture.events == ["+a", "-a", "+a"]
+    assert fixture.events == ["+a", "+a", "-a"]
     await settled(fixture.loader.models[0].closed.is_set)
 
 
