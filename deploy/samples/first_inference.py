@@ -50,8 +50,11 @@ def main() -> int:
         for name, array in outputs.items():
             say(f"  {name} = {array.tolist()}")
         if not options.once:
-            say(f"Ask it more:  mmcore models --target {ready['grpc']}")
-            say(f"              mmcore infer {options.model} --target {ready['grpc']} --input '{FLOWERS[:1].tolist()}'")
+            command = Path(sys.prefix, "bin", "mmcore")
+            say(f"Ask it more:  {command} models --target {ready['grpc']}")
+            say(
+                f"              {command} infer {options.model} --target {ready['grpc']} --input '[[5.1, 3.5, 1.4, 0.2]]'"
+            )
             say("Ctrl-C ends it.")
             server.wait()
     return server.returncode
