@@ -50,11 +50,9 @@ def main() -> int:
         for name, array in outputs.items():
             say(f"  {name} = {array.tolist()}")
         if not options.once:
-            command = Path(sys.prefix, "bin", "mmcore")
-            say(f"Ask it more:  {command} models --target {ready['grpc']}")
-            say(
-                f"              {command} infer {options.model} --target {ready['grpc']} --input '[[5.1, 3.5, 1.4, 0.2]]'"
-            )
+            command, target = Path(sys.prefix, "bin", "mmcore"), f"--target {ready['grpc']}"
+            say(f"Ask it more:  {command} models {target}")
+            say(f"              {command} infer {options.model} {target} --input '[[5.1, 3.5, 1.4, 0.2]]'")
             say("Ctrl-C ends it.")
             server.wait()
     return server.returncode
