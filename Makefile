@@ -19,13 +19,13 @@ MAKEFLAGS   += --no-print-directory --no-builtin-rules
 PY   := $(abspath $(VENV))/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet
 
-# Stamps stand for work that need not be done again.
-SYSTEM       := build/stamp/system
+# Stamps stand for work that need not be done again; each virtual environment has its own compiled modules.
+SYSTEM       := build/stamp/system$(subst /,-,$(PYTHON))
 BENCH_SYSTEM := build/stamp/bench-system
 RUN_PACKAGES := $(VENV)/.stamp-run
 DEV_PACKAGES := $(VENV)/.stamp-dev
 PROTOS_TOOL  := .venv-protos/.stamp
-EXTENSIONS   := build/stamp/extensions
+EXTENSIONS   := $(VENV)/.stamp-extensions
 SAMPLES      := build/stamp/samples
 EXT_SOURCES  := $(wildcard ext/*.pyx ext/*.h mmcore/_ext/*.pxd) setup.py
 
@@ -219,7 +219,7 @@ coverage: $(DEV_PACKAGES)
 	$(PY) -m coverage report --skip-covered
 
 clean:
-	rm -rf build dist *.egg-info .venv-protos mmcore/_ext/*.so ext/*.c ext/*.html
+	rm -rf $(EXTENSIONS) build dist *.egg-info .venv-protos mmcore/_ext/*.so ext/*.c ext/*.html
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks .coverage*
 	find mmcore tests bench deploy protos -name __pycache__ -prune -exec rm -rf {} +
 
