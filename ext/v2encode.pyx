@@ -107,9 +107,10 @@ cdef inline uint8_t* write_chunk(uint8_t* at, PyObject* chunk) noexcept:
     return at + PyBytes_GET_SIZE(<object>chunk)
 
 
-cdef int prepare(Plan* plan, object tensor, list kept) except -1:
-    """Take over a (name, datatype, array or shape); kept holds what is made on the way."""
+cdef object prepare(Plan* plan, object tensor):
+    """Take over a (name, datatype, array or shape); a contiguous array made for it is returned, to be held."""
     cdef int i
+    made = None
     name, datatype, array = tensor
     read_text(&plan.name, name)
     read_text(&plan.datatype, datatype)
@@ -128,13 +129,13 @@ cdef int prepare(Plan* plan, object tensor, list kept) except -1:
     else:
         contiguous = checked_array(plan.code, array)
         if contiguous is not array:
-            kept.append(contiguous)
+            made = contiguous
         plan.array = <PyObject*>contiguous
         plan.rank = cnp.PyArray_NDIM(contiguous)
         plan.shape = <const int64_t*>cnp.PyArray_DIMS(contiguous)
     for i in range(plan.rank):
         plan.shape_size += varint_size(<uint64_t>plan.shape[i])
-    return 0
+    return made
 
 
 cdef int measure(Plan* plan, bint raw) except -1:
@@ -291,12 +292,20 @@ cdef bytes encode_parameters(int field, object parameters):
     ])
 
 
+cdef inline list held(list kept, object made):
+    """A list that holds it too; most messages need none."""
+    if kept is None:
+        return [made]
+    kept.append(made)
+    return kept
+
+
 cdef object encode(Head* head, object tensors, bint raw, object tensor_parameters, bint joined, str kind):
     """Plan every tensor, then write; errors name the tensor."""
     cdef Plan[INLINE_PLANS] inline_plans
     cdef Plan* plans = inline_plans
     cdef int i = 0, count = <int>len(tensors)
-    cdef list kept = []
+    cdef list kept = None
     if count > INLINE_PLANS:
         plans = <Plan*>PyMem_Malloc(sizeof(Plan) * <size_t>count)
         if plans == NULL:
@@ -306,13 +315,15 @@ cdef object encode(Head* head, object tensors, bint raw, object tensor_parameter
             for tensor in tensors:
                 if i == count:
                     raise RuntimeError(f"the {kind}s changed while they were encoded")
-                prepare(&plans[i], tensor, kept)
+                made = prepare(&plans[i], tensor)
+                if made is not None:
+                    kept = held(kept, made)
                 raw = raw or not has_contents_field(plans[i].code)
                 i += 1
             for i in range(count):
                 if tensor_parameters:
                     chunk = encode_parameters(TENSOR_PARAMETERS, tensor_parameters.get(tensors[i][0]) or {})
-                    kept.append(chunk)
+                    kept = held(kept, chunk)
                     plans[i].parameters = <PyObject*>chunk
                 measure(&plans[i], raw)
         except (TypeError, ValueError, UnicodeEncodeError) as error:
@@ -335,19 +346,36 @@ def encode_infer_response(str model_name not None, str model_version not None, s
     Returns bytes, or a list of buffers when an array of 16 KiB or more is sent from where it lies.
     Raises InferenceFailed naming the output when an array is not what its datatype says.
     """
+    chunk = None
+    try:
+        if parameters:
+            chunk = encode_parameters(PARAMETERS, parameters)
+        return write_answer(model_name, model_version, request_id, outputs, raw, chunk, output_parameters)
+    except (TypeError, ValueError) as error:
+        raise unsendable(model_name, error) from error
+
+
+cdef object unsendable(model_name, error):
+    return InferenceFailed(f"model '{model_name}' gave an answer that cannot be sent: {error}")
+
+
+cdef object write_answer(str model_name, str model_version, str request_id, object outputs, bint raw, bytes chunk,
+                         object output_parameters):
     cdef Head head
     read_text(&head.model_name, model_name)
     read_text(&head.model_version, model_version)
     read_text(&head.id, request_id)
-    head.parameters = head.requested = NULL
+    head.parameters = <PyObject*>chunk if chunk is not None else NULL
+    head.requested = NULL
     head.raw_field = RESPONSE_RAW
+    return encode(&head, outputs, raw, output_parameters, False, "output")
+
+
+cdef object write_response(str model_name, str model_version, str request_id, object outputs, bint raw):
     try:
-        if parameters:
-            chunk = encode_parameters(PARAMETERS, parameters)
-            head.parameters = <PyObject*>chunk
-        return encode(&head, outputs, raw, output_parameters, False, "output")
+        return write_answer(model_name, model_version, request_id, outputs, raw, None, None)
     except (TypeError, ValueError) as error:
-        raise InferenceFailed(f"model '{model_name}' gave an answer that cannot be sent: {error}") from error
+        raise unsendable(model_name, error) from error
 
 
 def encode_infer_request(str model_name not None, inputs not None, *, str model_version="", str request_id="",
