@@ -20,7 +20,7 @@ PY   := $(abspath $(VENV))/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet
 
 # Stamps stand for work that need not be done again; each virtual environment has its own compiled modules.
-SYSTEM       := build/stamp/system$(subst /,-,$(PYTHON))
+SYSTEM       := build/stamp/system-$(subst /,-,$(PYTHON))
 BENCH_SYSTEM := build/stamp/bench-system
 RUN_PACKAGES := $(VENV)/.stamp-run
 DEV_PACKAGES := $(VENV)/.stamp-dev
@@ -44,7 +44,7 @@ define INSTALL_WANTED
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends $$wanted
 else
-	echo "System packages are missing. As root:  apt-get install $$wanted"
+	echo "System packages are missing. As root:  apt-get install$$wanted"
 	exit 1
 fi
 endef
@@ -55,6 +55,10 @@ define STEP_system
 new_enough() { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
 has_venv() { $(PYTHON) -c 'import ensurepip, venv'; }
 has_headers() { test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"; }
+if command -v $(PYTHON) && ! new_enough; then
+	echo "$(PYTHON) is older than 3.11. Choose another one:  make PYTHON=python3.12"
+	exit 1
+fi
 wanted=
 command -v gcc || wanted="$$wanted gcc libc6-dev"
 command -v pkg-config || wanted="$$wanted pkg-config"
@@ -63,7 +67,6 @@ command -v $(PYTHON) || wanted="$$wanted python3"
 has_venv || wanted="$$wanted python3-venv"
 has_headers || wanted="$$wanted python3-dev"
 $(INSTALL_WANTED)
-new_enough || { echo "$(PYTHON) is older than 3.11. Choose another one:  make PYTHON=python3.12"; exit 1; }
 has_venv || { echo "$(PYTHON) cannot make a virtual environment. Choose another one with PYTHON="; exit 1; }
 has_headers || { echo "$(PYTHON) comes without Python.h. Choose another one with PYTHON="; exit 1; }
 endef
