@@ -99,6 +99,8 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @option("--server-name", default="mmcore", help="The server's name in ServerMetadata ('triton' for clients that ask).")
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
 @option("--grace", type=DURATION, default="90s", help="How long calls in flight may finish after SIGTERM.")
+@option("--keepalive", type=DURATION, default="2h", help="PING a connection that has been silent for so long.")
+@option("--max-connection-age", type=DURATION, default="0", help="Ask connections to go at this age; 0 for never.")
 @option("--event-loop", type=click.Choice(["uvloop", "asyncio"]), default="uvloop", help="Event loop to run on.")
 def command(
     models: Path | None,
@@ -111,6 +113,8 @@ def command(
     server_name: str,
     log_level: str,
     grace: float,
+    keepalive: float,
+    max_connection_age: float,
     event_loop: str,
 ) -> int:
     """Serve a folder of models over KServe v2 gRPC.
@@ -132,6 +136,8 @@ def command(
             log_level=log_level,
             grace_s=grace,
             event_loop=event_loop,
-            transport=TransportSettings(max_message_bytes=max_message),
+            transport=TransportSettings(
+                max_message_bytes=max_message, keepalive_s=keepalive, max_connection_age_s=max_connection_age
+            ),
         )
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from mmcore._ext.v2codec import decode_infer_request
-from mmcore.errors import InvalidRequest, RpcError, Status
+from mmcore.errors import InvalidRequest, RpcError, Status, Unavailable
 from mmcore.pb import inference_pb2
 from mmcore.server.calls import Answer, Body, refuse
 from mmcore.transport import StreamCall
@@ -95,10 +95,19 @@ class StreamAnswer:
 
 
 class StreamInference:
-    """The handler of ModelStreamInfer."""
+    """The handler of ModelStreamInfer.
+
+    A draining instance ends a stream when what came on it is answered: its client may keep it open for hours, and opens
+    the next one elsewhere.
+    """
 
     def __init__(self, infer: Callable[[Answer, bytes], Body | None]) -> None:
         self._infer = infer
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """End every stream with UNAVAILABLE once its requests are answered."""
+        self._draining.set()
 
     async def serve(self, call: StreamCall) -> None:
         """Answer the requests of one stream until the client ends it.
@@ -106,6 +115,7 @@ class StreamInference:
         Raises:
             RpcError: a request failed and the client has asked, with the metadata ``triton_grpc_error: true``, that
                 an error ends the stream as a status.
+            Unavailable: the instance drains.
         """
         started: asyncio.Queue[StreamAnswer | None] = asyncio.Queue(IN_FLIGHT_LIMIT)
         unsent: set[StreamAnswer] = set()
@@ -113,17 +123,24 @@ class StreamInference:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_send(call, started, unsent, errors_end_it), name="ModelStreamInfer answers")
+                ending = group.create_task(self._end_when_draining(started), name="ModelStreamInfer drain")
                 async for body in call:
                     answer = StreamAnswer(call, body)
                     unsent.add(answer)
                     self._start(answer, body)
                     await started.put(answer)
+                ending.cancel()
                 await started.put(None)
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         finally:
             for answer in unsent:
                 answer.abandon()
+
+    async def _end_when_draining(self, started: asyncio.Queue[StreamAnswer | None]) -> None:
+        await self._draining.wait()
+        await started.join()
+        raise Unavailable("this instance is shutting down; open a new stream")
 
     def _start(self, answer: StreamAnswer, body: bytes) -> None:
         try:
@@ -146,6 +163,7 @@ async def _send(
             text = inference_pb2.ModelStreamInferResponse.FromString(message).error_message
             raise RpcError(status, text)
         await call.send(message)
+        started.task_done()
 
 
 def _varint(value: int) -> bytes:

@@ -60,11 +60,12 @@ class V2Service:
         self._waiting = Waiting()
         self._tracing = Tracing(router)
         self._inference = Inference(router, self._regions, self._tracing, self._waiting)
+        self._streams = StreamInference(self._inference.infer)
 
     def register(self, server: Server) -> None:
         """Add every method to ``server``."""
         server.add_unary(f"/{SERVICE}/ModelInfer", self._inference.infer)
-        server.add_stream(f"/{SERVICE}/ModelStreamInfer", StreamInference(self._inference.infer).serve)
+        server.add_stream(f"/{SERVICE}/ModelStreamInfer", self._streams.serve)
 
         def at_once(name: str, request_type: type[RequestT], method: Callable[[RequestT], Message]) -> None:
             server.add_unary(f"/{SERVICE}/{name}", immediate(request_type, method))
@@ -92,6 +93,11 @@ class V2Service:
             ("RepositoryModelUnload", waiting.handler(pb.RepositoryModelUnloadRequest, repository.unload)),
         ):
             server.add_unary(f"/{SERVICE}/{name}", handler)
+
+    def drain(self) -> None:
+        """Answer ServerReady with no, and end streams that have nothing under way."""
+        self.ready = False
+        self._streams.drain()
 
     def _server_live(self, request: inference_pb2.ServerLiveRequest) -> inference_pb2.ServerLiveResponse:
         return inference_pb2.ServerLiveResponse(live=True)
