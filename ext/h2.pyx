@@ -15,11 +15,13 @@ import cython
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
-from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.exc cimport PyErr_Fetch, PyErr_Restore
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from mmcore._ext.grpcwire cimport decode_binary, encode_binary
+from mmcore._ext.h2memory cimport memory
 from mmcore._ext.nghttp2 cimport *
 from mmcore._ext.outbuf cimport IN_BYTES, REFERENCE_BYTES, Buffers, Part
 
@@ -31,6 +33,7 @@ from mmcore.errors import MessageTooLong
 
 cdef enum:
     FRAME_BYTES = 256 * 1024       # longest DATA frame sent: few frames for a tensor, and no stream held up for long
+    UPDATE_BYTES = 256 * 1024      # received by a stream before its window is opened again
     INBOX_BYTES = 1024 * 1024      # a stream's messages not taken by its handler, before its window is left closed
     OUT_LOW_BYTES = 64 * 1024      # a stream's unsent bytes at which its sender is woken
 
@@ -48,14 +51,6 @@ cdef double now() noexcept:
     cdef timespec spec
     clock_gettime(CLOCK_MONOTONIC, &spec)
     return <double>spec.tv_sec + <double>spec.tv_nsec * 1e-9
-
-
-cdef str text_of(nghttp2_rcbuf *buffer):
-    cdef nghttp2_vec value
-    if buffer == NULL:
-        return ""
-    value = nghttp2_rcbuf_get_buf(buffer)
-    return (<const char *>value.base)[:value.len].decode("ascii", "replace")
 
 
 cdef int add_metadata(nghttp2_nv *pairs, int count, object metadata, list keep) except -1:
@@ -106,18 +101,8 @@ cdef class Stream:
     def __dealloc__(self):
         global live_streams
         live_streams -= 1
-        cdef int i
-        cdef nghttp2_rcbuf **pairs = self.metadata_pairs()
-        for i in range(2 * self.metadata_count):
-            nghttp2_rcbuf_decref(pairs[i])
         if self.more_metadata != NULL:
             PyMem_Free(self.more_metadata)
-        if self.encoding != NULL:
-            nghttp2_rcbuf_decref(self.encoding)
-        if self.accept_encoding != NULL:
-            nghttp2_rcbuf_decref(self.accept_encoding)
-        if self.details_header != NULL:
-            nghttp2_rcbuf_decref(self.details_header)
 
     cdef int begin(self, Session session, int32_t stream_id) except -1:
         """Enter the session's list; nghttp2 holds a reference from here on."""
@@ -161,54 +146,54 @@ cdef class Stream:
 
     # -- metadata
 
-    cdef nghttp2_rcbuf **metadata_pairs(self) noexcept:
-        if self.more_metadata != NULL:
-            return self.more_metadata
-        return self.inline_metadata
-
-    cdef int keep(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value) noexcept:
-        """Hold one pair of metadata; -1 without memory."""
-        cdef nghttp2_rcbuf **pairs = self.inline_metadata
-        cdef nghttp2_rcbuf **grown
-        cdef int n = self.metadata_count
-        if n >= INLINE_METADATA:
-            # Grown when n reaches a power of two; the limit on header bytes bounds n.
-            if n == INLINE_METADATA or (n & (n - 1)) == 0:
-                grown = <nghttp2_rcbuf **>PyMem_Realloc(self.more_metadata, 4 * n * sizeof(nghttp2_rcbuf *))
-                if grown == NULL:
-                    return -1
-                if self.more_metadata == NULL:
-                    memcpy(grown, self.inline_metadata, 2 * n * sizeof(nghttp2_rcbuf *))
-                self.more_metadata = grown
-            pairs = self.more_metadata
-        nghttp2_rcbuf_incref(name)
-        nghttp2_rcbuf_incref(value)
-        pairs[2 * n] = name
-        pairs[2 * n + 1] = value
-        self.metadata_count = n + 1
+    cdef int keep(self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size) except -1:
+        """Copy one pair of metadata, unread; most calls' fit the object itself."""
+        cdef uint8_t *target
+        cdef uint32_t[2] sizes
+        cdef size_t needed = self.metadata_bytes + sizeof(sizes) + name_size + value_size
+        if needed > INLINE_METADATA and needed > self.metadata_room:
+            target = <uint8_t *>PyMem_Realloc(self.more_metadata, 2 * needed)
+            if target == NULL:
+                raise MemoryError
+            if self.more_metadata == NULL:
+                memcpy(target, self.inline_metadata, self.metadata_bytes)
+            self.more_metadata = target
+            self.metadata_room = 2 * needed
+        target = (self.more_metadata if self.more_metadata != NULL else &self.inline_metadata[0]) + self.metadata_bytes
+        sizes[0] = <uint32_t>name_size
+        sizes[1] = <uint32_t>value_size
+        memcpy(target, sizes, sizeof(sizes))
+        memcpy(target + sizeof(sizes), name, name_size)
+        memcpy(target + sizeof(sizes) + name_size, value, value_size)
+        self.metadata_bytes = needed
         return 0
 
-    cdef tuple metadata_from(self, int first, int last):
-        """Pairs first..last-1 as Python objects: text values as str, ``-bin`` values decoded."""
-        cdef nghttp2_rcbuf **pairs = self.metadata_pairs()
-        cdef nghttp2_vec name, value
+    cdef tuple metadata_between(self, size_t first, size_t last):
+        """Pairs kept in these bytes as Python objects: text values as str, ``-bin`` values decoded."""
+        cdef const uint8_t *source = self.more_metadata if self.more_metadata != NULL else &self.inline_metadata[0]
+        cdef uint32_t[2] sizes
         cdef list found = []
-        cdef int i
-        for i in range(first, last):
-            name = nghttp2_rcbuf_get_buf(pairs[2 * i])
-            value = nghttp2_rcbuf_get_buf(pairs[2 * i + 1])
-            key = (<const char *>name.base)[:name.len].decode("ascii", "replace")
-            if not key.endswith("-bin"):
-                found.append((key, (<const char *>value.base)[:value.len].decode("latin-1")))
+        cdef bytes value
+        while first < last:
+            memcpy(sizes, source + first, sizeof(sizes))
+            first += sizeof(sizes)
+            name = (<const char *>source + first)[:sizes[0]].decode("ascii", "replace")
+            first += sizes[0]
+            value = (<const char *>source + first)[:sizes[1]]
+            first += sizes[1]
+            if not name.endswith("-bin"):
+                found.append((name, value.decode("latin-1")))
                 continue
-            for one in (<const char *>value.base)[:value.len].split(b","):
+            for one in value.split(b","):
                 try:
-                    found.append((key, decode_binary(one.strip())))
+                    found.append((name, decode_binary(one.strip())))
                 except ValueError:
                     continue  # not base64: the pair says nothing, as in gRPC's own libraries
         return tuple(found)
 
-    cdef int on_header(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value, int category) noexcept:
+    cdef int on_header(
+        self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size, int category,
+    ) except -1:
         return 0
 
     cdef int on_headers_done(self, int category, bint end) except -1:
@@ -268,8 +253,8 @@ cdef class Stream:
         """A whole message is there: decompress it, and hand it on."""
         cdef str encoding
         if self.prefix[0] == 1:
-            encoding = text_of(self.encoding)
-            if encoding == "" or encoding == "identity":
+            encoding = self.encoding
+            if encoding is None or encoding == "identity":
                 return self.on_bad_message(INTERNAL, "a message is marked compressed, but grpc-encoding names nothing")
             try:
                 self.body = decompress(encoding, self.body, self.session.max_message)
@@ -300,7 +285,7 @@ cdef class Stream:
         """A message of the inbox was consumed: let the peer send as much again."""
         cdef Session session = self.session
         self.inbox_bytes -= size
-        if self.withheld and self.inbox_bytes <= INBOX_BYTES and not self.closed and session.h2 != NULL:
+        if self.withheld >= UPDATE_BYTES and self.inbox_bytes <= INBOX_BYTES and not self.closed and session.h2 != NULL:
             nghttp2_session_consume_stream(session.h2, self.id, self.withheld)
             self.withheld = 0
             session.want_flush()
@@ -325,7 +310,7 @@ cdef class Stream:
         else:
             message = Part(message)
             size = (<Part>message).view.len
-        if size > 0xFFFFFFFF:
+        if size > <Py_ssize_t>0xFFFFFFFF:
             raise ValueError(f"a gRPC message holds at most 4294967295 bytes, this one has {size}")
         head[0] = flag
         head[1] = (size >> 24) & 0xFF
@@ -500,9 +485,9 @@ cdef class Session:
         nghttp2_option_set_no_auto_window_update(option, 1)
         nghttp2_option_set_no_closed_streams(option, 1)
         if client:
-            status = nghttp2_session_client_new2(&self.h2, callbacks, <void *>self, option)
+            status = nghttp2_session_client_new3(&self.h2, callbacks, <void *>self, option, &memory)
         else:
-            status = nghttp2_session_server_new2(&self.h2, callbacks, <void *>self, option)
+            status = nghttp2_session_server_new3(&self.h2, callbacks, <void *>self, option, &memory)
         nghttp2_option_del(option)
         if status != 0:
             raise MemoryError
@@ -597,6 +582,9 @@ cdef class Session:
         if used < 0:
             self.busy = False
             return self.fatal(<int>used)
+        if self.consumed:
+            nghttp2_session_consume_connection(self.h2, self.consumed)
+            self.consumed = 0
         self.run_ready()
         self.busy = False
         self.do_flush()
@@ -626,13 +614,19 @@ cdef class Session:
         return 0
 
     cdef int fatal(self, int code) except -1:
-        """nghttp2 gave up on the connection (or a callback of ours failed)."""
+        """nghttp2 gave up on the connection, or a callback of ours failed and its exception is pending."""
+        cdef PyObject *kind = NULL
+        cdef PyObject *value = NULL
+        cdef PyObject *trace = NULL
+        PyErr_Fetch(&kind, &value, &trace)
         self.broken = True
-        error = self.error
-        self.error = None
-        self.abort()
-        if error is not None:
-            raise error
+        try:
+            self.abort()
+        finally:
+            if kind != NULL:
+                PyErr_Restore(kind, value, trace)
+        if kind != NULL:
+            return -1
         return 0
 
     def flush(self):
@@ -817,120 +811,113 @@ cdef extern from "Python.h":
     char *PyByteArray_AS_STRING(bytearray)
 
 
-# -- nghttp2's callbacks. Each recovers its objects from the pointers and may fail only by its return value: an
-# -- exception is kept on the session and raised when nghttp2 has returned.
+# -- nghttp2's callbacks. One that raises returns NGHTTP2_ERR_CALLBACK_FAILURE with the exception pending; nghttp2
+# -- then unwinds without calling another, and receive or do_flush finds the exception.
 
-cdef inline Stream find_stream(Session session, int32_t stream_id):
-    cdef void *found
-    if stream_id == session.last_id:
-        return <Stream>session.last_stream if session.last_stream != NULL else None
-    found = nghttp2_session_get_stream_user_data(session.h2, stream_id)
-    session.last_id = stream_id
-    session.last_stream = found
-    return <Stream>found if found != NULL else None
+cdef inline void *find_stream(Session session, int32_t stream_id) noexcept:
+    """The stream of this id, borrowed, or NULL; most callbacks come for the same one in a row."""
+    if stream_id != session.last_id:
+        session.last_id = stream_id
+        session.last_stream = nghttp2_session_get_stream_user_data(session.h2, stream_id)
+    return session.last_stream
 
 
-cdef int on_begin_headers(nghttp2_session *h2, const nghttp2_frame *frame, void *user_data) noexcept:
-    cdef Session session = <Session>user_data
+cdef int on_begin_headers(
+    nghttp2_session *h2, const nghttp2_frame *frame, void *user_data
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
+    cdef Session session
     cdef Stream stream
-    if session.client or frame.headers.cat != NGHTTP2_HCAT_REQUEST:
+    if (<Session>user_data).client or frame.headers.cat != NGHTTP2_HCAT_REQUEST:
         return 0
-    try:
-        stream = session.accept()
-        stream.begin(session, frame.hd.stream_id)
-        nghttp2_session_set_stream_user_data(h2, frame.hd.stream_id, <void *>stream)
-        session.last_id = frame.hd.stream_id
-        session.last_stream = <void *>stream
-    except BaseException as error:
-        session.error = error
-        return NGHTTP2_ERR_CALLBACK_FAILURE
+    session = <Session>user_data
+    stream = session.accept()
+    stream.begin(session, frame.hd.stream_id)
+    nghttp2_session_set_stream_user_data(h2, frame.hd.stream_id, <void *>stream)
+    session.last_id = frame.hd.stream_id
+    session.last_stream = <void *>stream
     return 0
 
 
 cdef int on_header(
-    nghttp2_session *h2, const nghttp2_frame *frame, nghttp2_rcbuf *name, nghttp2_rcbuf *value, uint8_t flags,
-    void *user_data,
-) noexcept:
-    cdef Stream stream = find_stream(<Session>user_data, frame.hd.stream_id)
-    if stream is None:
-        return 0
-    if stream.on_header(name, value, frame.headers.cat) < 0:
-        return NGHTTP2_ERR_CALLBACK_FAILURE
+    nghttp2_session *h2, const nghttp2_frame *frame, const uint8_t *name, size_t name_size, const uint8_t *value,
+    size_t value_size, uint8_t flags, void *user_data,
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
+    cdef void *stream = find_stream(<Session>user_data, frame.hd.stream_id)
+    if stream != NULL:
+        (<Stream>stream).on_header(name, name_size, value, value_size, frame.headers.cat)
     return 0
 
 
 cdef int on_data_chunk(
     nghttp2_session *h2, uint8_t flags, int32_t stream_id, const uint8_t *data, size_t length, void *user_data,
-) noexcept:
-    cdef Session session = <Session>user_data
-    cdef Stream stream = find_stream(session, stream_id)
-    try:
-        if stream is not None and stream.inbox is not None and stream.inbox_bytes > INBOX_BYTES and not stream.discard:
-            nghttp2_session_consume_connection(h2, length)
-            stream.withheld += length
-        else:
-            nghttp2_session_consume(h2, stream_id, length)
-        if stream is not None:
-            stream.feed(data, length)
-    except BaseException as error:
-        session.error = error
-        return NGHTTP2_ERR_CALLBACK_FAILURE
-    return 0
-
-
-cdef int on_frame(nghttp2_session *h2, const nghttp2_frame *frame, void *user_data) noexcept:
-    cdef Session session = <Session>user_data
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
+    cdef void *found = find_stream(<Session>user_data, stream_id)
     cdef Stream stream
-    cdef bint end
-    cdef uint8_t kind = frame.hd.type
-    try:
-        if kind == NGHTTP2_DATA or kind == NGHTTP2_HEADERS:
-            stream = find_stream(session, frame.hd.stream_id)
-            end = (frame.hd.flags & NGHTTP2_FLAG_END_STREAM) != 0
-            if kind == NGHTTP2_DATA:
-                if frame.hd.length == 0 and not end:
-                    session.count_control()
-            elif stream is not None:
-                stream.on_headers_done(frame.headers.cat, end)
-            if end and stream is not None:
-                stream.on_end()
-        elif kind == NGHTTP2_SETTINGS:
-            if not frame.hd.flags & NGHTTP2_FLAG_ACK:
-                session.settled = True
-                session.count_control()
-        elif kind == NGHTTP2_PING:
-            if frame.hd.flags & NGHTTP2_FLAG_ACK:
-                session.on_pong()
-            else:
-                session.count_control()
-        elif kind == NGHTTP2_PRIORITY or kind == NGHTTP2_RST_STREAM:
-            session.count_control()
-        elif kind == NGHTTP2_GOAWAY:
-            session.going_away = True
-            session.on_going_away()
-    except BaseException as error:
-        session.error = error
-        return NGHTTP2_ERR_CALLBACK_FAILURE
-    return 0
-
-
-cdef int on_stream_close(nghttp2_session *h2, int32_t stream_id, uint32_t code, void *user_data) noexcept:
-    cdef Session session = <Session>user_data
-    cdef void *found = nghttp2_session_get_stream_user_data(h2, stream_id)
-    cdef Stream stream
+    (<Session>user_data).consumed += length
     if found == NULL:
         return 0
     stream = <Stream>found
-    try:
-        if stream.opened:
-            session.close_stream(stream, code, None)
-    except BaseException as error:
-        session.error = error
-        return NGHTTP2_ERR_CALLBACK_FAILURE
+    # The stream's window is opened again once it is worth a frame; most calls end before.
+    stream.withheld += length
+    if stream.withheld >= UPDATE_BYTES and (stream.inbox_bytes <= INBOX_BYTES or stream.discard):
+        nghttp2_session_consume_stream(h2, stream_id, stream.withheld)
+        stream.withheld = 0
+    stream.feed(data, length)
     return 0
 
 
-cdef int on_frame_not_send(nghttp2_session *h2, const nghttp2_frame *frame, int code, void *user_data) noexcept:
+cdef int on_frame(
+    nghttp2_session *h2, const nghttp2_frame *frame, void *user_data
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
+    cdef Session session = <Session>user_data
+    cdef Stream stream
+    cdef void *found
+    cdef bint end
+    cdef uint8_t kind = frame.hd.type
+    if kind == NGHTTP2_DATA or kind == NGHTTP2_HEADERS:
+        found = find_stream(session, frame.hd.stream_id)
+        end = (frame.hd.flags & NGHTTP2_FLAG_END_STREAM) != 0
+        if kind == NGHTTP2_DATA and frame.hd.length == 0 and not end:
+            session.count_control()
+        if found == NULL:
+            return 0
+        stream = <Stream>found
+        if kind == NGHTTP2_HEADERS:
+            stream.on_headers_done(frame.headers.cat, end)
+        if end:
+            stream.on_end()
+    elif kind == NGHTTP2_SETTINGS:
+        if not frame.hd.flags & NGHTTP2_FLAG_ACK:
+            session.settled = True
+            session.count_control()
+    elif kind == NGHTTP2_PING:
+        if frame.hd.flags & NGHTTP2_FLAG_ACK:
+            session.on_pong()
+        else:
+            session.count_control()
+    elif kind == NGHTTP2_PRIORITY or kind == NGHTTP2_RST_STREAM:
+        session.count_control()
+    elif kind == NGHTTP2_GOAWAY:
+        session.going_away = True
+        session.on_going_away()
+    return 0
+
+
+cdef int on_stream_close(
+    nghttp2_session *h2, int32_t stream_id, uint32_t code, void *user_data
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
+    cdef void *found = find_stream(<Session>user_data, stream_id)
+    cdef Stream stream
+    if found != NULL:
+        stream = <Stream>found
+        if stream.opened:
+            (<Session>user_data).close_stream(stream, code, None)
+    return 0
+
+
+cdef int on_frame_not_send(
+    nghttp2_session *h2, const nghttp2_frame *frame, int code, void *user_data
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
     # A request that cannot be sent any more (taken back, GOAWAY came first, ids ran out) has no stream to close.
     cdef Session session = <Session>user_data
     cdef void *place
@@ -940,14 +927,9 @@ cdef int on_frame_not_send(nghttp2_session *h2, const nghttp2_frame *frame, int 
     place = session.newest
     while place != NULL and (<Stream>place).id != frame.hd.stream_id:
         place = (<Stream>place).older
-    if place == NULL:
-        return 0
-    stream = <Stream>place
-    try:
+    if place != NULL:
+        stream = <Stream>place
         session.close_stream(stream, NGHTTP2_REFUSED_STREAM, None)
-    except BaseException as error:
-        session.error = error
-        return NGHTTP2_ERR_CALLBACK_FAILURE
     return 0
 
 
@@ -955,69 +937,57 @@ cdef ssize_t on_read_length(
     nghttp2_session *h2, uint8_t kind, int32_t stream_id, int32_t session_window, int32_t stream_window,
     uint32_t max_frame, void *user_data,
 ) noexcept:
-    """How long the next DATA frame may be: as nghttp2's default for short messages, longer for long ones."""
-    cdef Stream stream = find_stream(<Session>user_data, stream_id)
-    cdef ssize_t length = 16384
-    if stream is not None and stream.out_bytes > length:
-        length = FRAME_BYTES
-    return min(length, min(<ssize_t>max_frame, min(<ssize_t>session_window, <ssize_t>stream_window)))
+    """How long the next DATA frame may be; nghttp2's own answer would be 16 KiB."""
+    return min(FRAME_BYTES, min(<ssize_t>max_frame, min(<ssize_t>session_window, <ssize_t>stream_window)))
 
 
 cdef ssize_t on_read(
     nghttp2_session *h2, int32_t stream_id, uint8_t *buffer, size_t length, uint32_t *flags,
     nghttp2_data_source *source, void *user_data,
-) noexcept:
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
     """Say how much of a stream's queue the next DATA frame takes; on_send_data moves the bytes."""
     cdef Stream stream = <Stream>source.ptr
-    cdef Session session = <Session>user_data
     cdef Py_ssize_t take = min(<Py_ssize_t>length, stream.out_bytes)
     if take == 0 and not stream.out_end:
         stream.deferred = True
         return NGHTTP2_ERR_DEFERRED
     stream.out_bytes -= take
-    session.unsent -= take
+    (<Session>user_data).unsent -= take
     flags[0] |= NGHTTP2_DATA_FLAG_NO_COPY
-    try:
-        if stream.out_bytes == 0 and stream.out_end:
-            flags[0] |= NGHTTP2_DATA_FLAG_EOF
-            if not session.client:
-                flags[0] |= NGHTTP2_DATA_FLAG_NO_END_STREAM
-                stream.submit_end()
-        elif stream.want_writable and stream.out_bytes <= OUT_LOW_BYTES:
-            stream.queue_ready()
-    except BaseException as error:
-        session.error = error
-        return NGHTTP2_ERR_CALLBACK_FAILURE
+    if stream.out_bytes == 0 and stream.out_end:
+        flags[0] |= NGHTTP2_DATA_FLAG_EOF
+        if not (<Session>user_data).client:
+            flags[0] |= NGHTTP2_DATA_FLAG_NO_END_STREAM
+            stream.submit_end()
+    elif stream.want_writable and stream.out_bytes <= OUT_LOW_BYTES:
+        stream.queue_ready()
     return take
 
 
 cdef int on_send_data(
     nghttp2_session *h2, nghttp2_frame *frame, const uint8_t *head, size_t length, nghttp2_data_source *source,
     void *user_data,
-) noexcept:
-    cdef Session session = <Session>user_data
-    cdef Stream stream = <Stream>source.ptr
-    cdef Buffers buffers = session.buffers
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
+    cdef Buffers buffers = (<Session>user_data).buffers
     if not buffers.has_room(length + 9):
-        session.full = True
+        (<Session>user_data).full = True
         return NGHTTP2_ERR_WOULDBLOCK
-    try:
-        buffers.copy(head, 9)
-        stream.emit(buffers, length)
-    except BaseException as error:
-        session.error = error
-        return NGHTTP2_ERR_CALLBACK_FAILURE
+    buffers.copy(head, 9)
+    (<Stream>source.ptr).emit(buffers, length)
     return 0
 
 
+cdef nghttp2_data_source_read_callback read_callback = <nghttp2_data_source_read_callback>on_read
 cdef nghttp2_session_callbacks *callbacks = NULL
 if nghttp2_session_callbacks_new(&callbacks) != 0:
     raise MemoryError
-nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, on_begin_headers)
-nghttp2_session_callbacks_set_on_header_callback2(callbacks, on_header)
-nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, on_data_chunk)
-nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, on_frame)
-nghttp2_session_callbacks_set_on_frame_not_send_callback(callbacks, on_frame_not_send)
-nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, on_stream_close)
-nghttp2_session_callbacks_set_send_data_callback(callbacks, on_send_data)
+nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, <nghttp2_on_begin_headers_callback>on_begin_headers)
+nghttp2_session_callbacks_set_on_header_callback(callbacks, <nghttp2_on_header_callback>on_header)
+nghttp2_session_callbacks_set_on_data_chunk_recv_callback(
+    callbacks, <nghttp2_on_data_chunk_recv_callback>on_data_chunk)
+nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, <nghttp2_on_frame_recv_callback>on_frame)
+nghttp2_session_callbacks_set_on_frame_not_send_callback(
+    callbacks, <nghttp2_on_frame_not_send_callback>on_frame_not_send)
+nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, <nghttp2_on_stream_close_callback>on_stream_close)
+nghttp2_session_callbacks_set_send_data_callback(callbacks, <nghttp2_send_data_callback>on_send_data)
 nghttp2_session_callbacks_set_data_source_read_length_callback(callbacks, on_read_length)

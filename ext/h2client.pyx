@@ -2,6 +2,7 @@
 
 import cython
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 from libc.string cimport memcmp
 
@@ -41,59 +42,45 @@ cdef class ClientCall(Stream):
     @property
     def initial_metadata(self):
         """Metadata that came before the answer."""
-        return self.metadata_from(0, self.initial_count)
+        return self.metadata_between(0, self.initial_bytes)
 
     @property
     def trailers(self):
         """Metadata that came with the status."""
-        return self.metadata_from(self.initial_count, self.metadata_count)
+        return self.metadata_between(self.initial_bytes, self.metadata_bytes)
 
-    cdef int on_header(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value, int category) noexcept:
-        cdef nghttp2_vec key = nghttp2_rcbuf_get_buf(name)
-        cdef nghttp2_vec text = nghttp2_rcbuf_get_buf(value)
-        cdef size_t i
-        cdef int number = 0
-        self.header_bytes += key.len + text.len + 32
+    cdef int on_header(
+        self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size, int category,
+    ) except -1:
+        self.header_bytes += name_size + value_size + 32
         if self.header_bytes > self.session.max_header:
             self.header_flood = True
             return 0
-        if key.base[0] == c":":
-            for i in range(text.len):
-                number = number * 10 + (text.base[i] - c"0")
-            self.http_status = number
+        if name[0] == c":":
+            self.http_status = number_of(value, value_size)
             return 0
-        if key.base[0] == c"c" and is_text(key, b"content-type", 12):
-            self.content_type_ok = text.len >= 16 and memcmp(text.base, b"application/grpc", 16) == 0
+        if name[0] == c"c" and is_text(name, name_size, b"content-type", 12):
+            self.content_type_ok = value_size >= 16 and memcmp(value, b"application/grpc", 16) == 0
             return 0
-        if key.base[0] == c"g" and key.len > 5 and memcmp(key.base, b"grpc-", 5) == 0:
-            if is_text(key, b"grpc-status", 11):
-                if text.len == 0 or text.len > 3:
+        if name[0] == c"g" and name_size > 5 and memcmp(name, b"grpc-", 5) == 0:
+            if is_text(name, name_size, b"grpc-status", 11):
+                self.grpc_status = number_of(value, value_size)
+                if self.grpc_status < 0:
                     self.grpc_status = UNKNOWN
-                    return 0
-                for i in range(text.len):
-                    if text.base[i] < c"0" or text.base[i] > c"9":
-                        self.grpc_status = UNKNOWN
-                        return 0
-                    number = number * 10 + (text.base[i] - c"0")
-                self.grpc_status = number
                 return 0
-            if is_text(key, b"grpc-message", 12):
-                if self.details_header == NULL:
-                    nghttp2_rcbuf_incref(value)
-                    self.details_header = value
+            if is_text(name, name_size, b"grpc-message", 12):
+                self.details_header = (<const char *>value)[:value_size]
                 return 0
-            if is_text(key, b"grpc-encoding", 13):
-                if self.encoding == NULL:
-                    nghttp2_rcbuf_incref(value)
-                    self.encoding = value
+            if is_text(name, name_size, b"grpc-encoding", 13):
+                self.encoding = (<const char *>value)[:value_size].decode("ascii", "replace")
                 return 0
-            if is_text(key, b"grpc-accept-encoding", 20):
+            if is_text(name, name_size, b"grpc-accept-encoding", 20):
                 return 0
-        return self.keep(name, value)
+        return self.keep(name, name_size, value, value_size)
 
     cdef int on_headers_done(self, int category, bint end) except -1:
         if category == NGHTTP2_HCAT_RESPONSE and not end:
-            self.initial_count = self.metadata_count
+            self.initial_bytes = self.metadata_bytes
         if self.header_flood:
             return self.on_bad_message(
                 RESOURCE_EXHAUSTED, f"metadata is above the limit of {self.session.max_header} bytes")
@@ -108,14 +95,12 @@ cdef class ClientCall(Stream):
 
     cdef int on_end(self) except -1:
         """The answer is whole: find its status."""
-        cdef nghttp2_vec text
         cdef str details = ""
         self.received_end = True
         if self.done:
             return 0
-        if self.details_header != NULL:
-            text = nghttp2_rcbuf_get_buf(self.details_header)
-            details = percent_decode(<const char *>text.base, text.len)
+        if self.details_header is not None:
+            details = percent_decode(PyBytes_AS_STRING(self.details_header), PyBytes_GET_SIZE(self.details_header))
         if self.grpc_status < 0 or self.grpc_status > 16:
             if self.grpc_status > 16:
                 self.finish(UNKNOWN, details)
@@ -198,6 +183,19 @@ cdef class ClientCall(Stream):
     cdef int expire(self) except -1:
         self.stop(DEADLINE_EXCEEDED, "deadline exceeded")
         return 0
+
+
+cdef int number_of(const uint8_t *text, size_t length) noexcept:
+    """A number of at most three digits, -1 for anything else."""
+    cdef int number = 0
+    cdef size_t i
+    if length == 0 or length > 3:
+        return -1
+    for i in range(length):
+        if text[i] < c"0" or text[i] > c"9":
+            return -1
+        number = number * 10 + (text[i] - c"0")
+    return number
 
 
 cdef int status_of_http(int status) noexcept:
@@ -300,7 +298,7 @@ cdef class ClientSession(Session):
             call.push(message)
             call.out_end = True
         provider.source.ptr = <void *>call
-        provider.read_callback = on_read
+        provider.read_callback = read_callback
         stream_id = nghttp2_submit_request(self.h2, NULL, pairs, count, &provider, <void *>call)
         if stream_id < 0:
             self.unsent -= call.out_bytes

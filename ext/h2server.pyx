@@ -2,6 +2,7 @@
 
 import cython
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport INT64_MAX, int32_t, uint8_t, uint32_t
 from libc.string cimport memcmp
 
@@ -37,52 +38,50 @@ cdef class ServerCall(Stream):
     @property
     def metadata(self):
         """The request's metadata as (name, value) pairs; ``-bin`` values are bytes, others str."""
-        return self.metadata_from(0, self.metadata_count)
+        return self.metadata_between(0, self.metadata_bytes)
 
-    cdef int on_header(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value, int category) noexcept:
+    cdef int on_header(
+        self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size, int category,
+    ) except -1:
         """Look at one request header; only what gRPC needs is looked at, the rest is kept unread."""
-        cdef nghttp2_vec key = nghttp2_rcbuf_get_buf(name)
-        cdef nghttp2_vec text = nghttp2_rcbuf_get_buf(value)
-        cdef ServerSession session = <ServerSession>self.session
-        cdef uint8_t first = key.base[0]
-        self.header_bytes += key.len + text.len + 32
-        if self.header_bytes > session.max_header:
+        cdef ServerSession session
+        cdef uint8_t first = name[0]
+        self.header_bytes += name_size + value_size + 32
+        if self.header_bytes > self.session.max_header:
             self.header_flood = True
             return 0
         if category == NGHTTP2_HCAT_HEADERS:
             return 0  # request trailers carry nothing in gRPC
         if first == c":":
-            if key.len == 5 and key.base[1] == c"p":  # :path
-                self.path_seen = True
-                if value != session.path_cache:
-                    session.find_method(value)
-                self.target = session.path_cache_method
-            elif key.len == 7 and key.base[1] == c"m":  # :method
-                self.http_ok = is_text(text, b"POST", 4)
+            if name_size == 5 and name[1] == c"p":  # :path
+                session = <ServerSession>self.session
+                if session.latest is None or not is_text(
+                    value, value_size, PyBytes_AS_STRING(session.latest.raw_path),
+                    PyBytes_GET_SIZE(session.latest.raw_path),
+                ):
+                    session.latest = session.methods.get((<const char *>value)[:value_size])
+                self.target = session.latest
+            elif name_size == 7 and name[1] == c"m":  # :method
+                self.http_ok = is_text(value, value_size, b"POST", 4)
             return 0
-        if first == c"t" and is_text(key, b"te", 2):
+        if first == c"t" and is_text(name, name_size, b"te", 2):
             return 0
-        if first == c"c" and is_text(key, b"content-type", 12):
-            self.content_type_ok = text.len >= 16 and memcmp(text.base, b"application/grpc", 16) == 0 and (
-                text.len == 16 or text.base[16] == c"+" or text.base[16] == c";")
+        if first == c"c" and is_text(name, name_size, b"content-type", 12):
+            self.content_type_ok = value_size >= 16 and memcmp(value, b"application/grpc", 16) == 0 and (
+                value_size == 16 or value[16] == c"+" or value[16] == c";")
             return 0
-        if first == c"g" and key.len > 5 and memcmp(key.base, b"grpc-", 5) == 0:
-            if is_text(key, b"grpc-timeout", 12):
-                self.timeout_ns = timeout_ns(<const char *>text.base, text.len)
-            elif is_text(key, b"grpc-encoding", 13):
-                if self.encoding == NULL:
-                    nghttp2_rcbuf_incref(value)
-                    self.encoding = value
-            elif is_text(key, b"grpc-accept-encoding", 20):
-                if self.accept_encoding == NULL:
-                    nghttp2_rcbuf_incref(value)
-                    self.accept_encoding = value
+        if first == c"g" and name_size > 5 and memcmp(name, b"grpc-", 5) == 0:
+            if is_text(name, name_size, b"grpc-timeout", 12):
+                self.timeout_ns = timeout_ns(<const char *>value, value_size)
+            elif is_text(name, name_size, b"grpc-encoding", 13):
+                self.encoding = (<const char *>value)[:value_size].decode("ascii", "replace")
+            elif is_text(name, name_size, b"grpc-accept-encoding", 20):
+                self.accept_encoding = (<const char *>value)[:value_size].decode("ascii", "replace")
             return 0
-        return self.keep(name, value)
+        return self.keep(name, name_size, value, value_size)
 
     cdef int on_headers_done(self, int category, bint end) except -1:
         cdef Session session = self.session
-        cdef str encoding
         if category != NGHTTP2_HCAT_REQUEST:
             return 0
         session.calls += 1
@@ -99,11 +98,9 @@ cdef class ServerCall(Stream):
                 return self.refuse(INTERNAL, "grpc-timeout is malformed")
             if self.timeout_ns != INT64_MAX:
                 self.deadline = now() + self.timeout_ns * 1e-9
-        if self.encoding != NULL:
-            encoding = text_of(self.encoding)
-            if encoding not in ENCODINGS:
-                self.extra_headers = [("grpc-accept-encoding", "identity,deflate,gzip")]
-                return self.refuse(UNIMPLEMENTED, f"grpc-encoding {encoding!r} is not known here")
+        if self.encoding is not None and self.encoding not in ENCODINGS:
+            self.extra_headers = [("grpc-accept-encoding", "identity,deflate,gzip")]
+            return self.refuse(UNIMPLEMENTED, f"grpc-encoding {self.encoding!r} is not known here")
         if session.unsent > session.max_unsent:
             return self.refuse(RESOURCE_EXHAUSTED, "earlier answers on this connection have not been read")
         if self.target.streaming:
@@ -195,7 +192,7 @@ cdef class ServerCall(Stream):
         cdef list keep
         self.headers_sent = True
         provider.source.ptr = <void *>self
-        provider.read_callback = on_read
+        provider.read_callback = read_callback
         if end or self.extra_headers is not None or self.send_encoding is not None:
             keep = []
             headers = pairs
@@ -302,9 +299,9 @@ cdef class ServerCall(Stream):
 
     def set_compression(self, str encoding):
         """Compress what is sent with ``gzip`` or ``deflate`` if the client accepts it; returns whether it does."""
-        if self.headers_sent or self.accept_encoding == NULL:
+        if self.headers_sent or self.accept_encoding is None:
             return False
-        if encoding not in [name.strip() for name in text_of(self.accept_encoding).split(",")]:
+        if encoding not in [name.strip() for name in self.accept_encoding.split(",")]:
             return False
         if encoding != "identity":
             self.send_encoding = encoding
@@ -342,23 +339,5 @@ cdef class ServerSession(Session):
         self.methods = methods
         self.open(False, settings)
 
-    def __dealloc__(self):
-        if self.path_cache != NULL:
-            nghttp2_rcbuf_decref(self.path_cache)
-
     cdef Stream accept(self):
         return ServerCall.__new__(ServerCall)
-
-    cdef int find_method(self, nghttp2_rcbuf *path) noexcept:
-        """Look a path up; the last one found stays known by its counted buffer, which HPACK's table reuses."""
-        cdef nghttp2_vec text = nghttp2_rcbuf_get_buf(path)
-        try:
-            self.path_cache_method = self.methods.get((<const char *>text.base)[:text.len])
-        except Exception as error:
-            self.error = error
-            return -1
-        nghttp2_rcbuf_incref(path)
-        if self.path_cache != NULL:
-            nghttp2_rcbuf_decref(self.path_cache)
-        self.path_cache = path
-        return 0

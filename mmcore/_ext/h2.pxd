@@ -7,17 +7,15 @@ from libc.string cimport memcmp, strlen
 from mmcore._ext.nghttp2 cimport (
     NGHTTP2_NV_FLAG_NO_COPY_NAME,
     NGHTTP2_NV_FLAG_NO_COPY_VALUE,
-    nghttp2_data_source,
+    nghttp2_data_source_read_callback,
     nghttp2_nv,
-    nghttp2_rcbuf,
     nghttp2_session,
-    nghttp2_vec,
 )
 from mmcore._ext.outbuf cimport Buffers
 
 
 cdef enum:
-    INLINE_METADATA = 4
+    INLINE_METADATA = 96           # bytes of metadata kept without an allocation: a user-agent's
     STATIC = NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE
     MAX_HEADERS = 128              # pairs of metadata sent with one call
 
@@ -57,17 +55,13 @@ cdef inline nghttp2_nv bytes_nv(const char *name, bytes value, uint8_t flags) no
     return nv
 
 
-cdef inline bint is_text(nghttp2_vec value, const char *text, size_t length) noexcept:
-    return value.len == length and memcmp(value.base, text, length) == 0
+cdef inline bint is_text(const uint8_t *data, size_t size, const char *text, size_t length) noexcept:
+    return size == length and memcmp(data, text, length) == 0
 
 
 cdef double now() noexcept
-cdef str text_of(nghttp2_rcbuf *buffer)
 cdef int add_metadata(nghttp2_nv *pairs, int count, object metadata, list keep) except -1
-cdef ssize_t on_read(
-    nghttp2_session *h2, int32_t stream_id, uint8_t *buffer, size_t length, uint32_t *flags,
-    nghttp2_data_source *source, void *user_data,
-) noexcept
+cdef nghttp2_data_source_read_callback read_callback
 
 
 cdef class Method:
@@ -93,15 +87,16 @@ cdef class Stream:
     cdef bint discard         # whatever else comes is dropped
     cdef list inbox           # streaming: whole messages not handed over yet
     cdef Py_ssize_t inbox_bytes
-    cdef Py_ssize_t withheld  # of the stream's window
-    # metadata, as the decoder's own counted buffers; names at even places
-    cdef nghttp2_rcbuf *inline_metadata[2 * INLINE_METADATA]
-    cdef nghttp2_rcbuf **more_metadata
-    cdef int metadata_count
-    cdef int initial_count    # client: how many of them came before the trailers
+    cdef size_t withheld      # of the stream's window
+    # metadata, unread: sizes of name and value, name, value; again and again
+    cdef uint8_t inline_metadata[INLINE_METADATA]
+    cdef uint8_t *more_metadata
+    cdef size_t metadata_bytes
+    cdef size_t metadata_room
+    cdef size_t initial_bytes  # client: how many of them came before the trailers
     cdef size_t header_bytes
-    cdef nghttp2_rcbuf *encoding
-    cdef nghttp2_rcbuf *accept_encoding
+    cdef str encoding
+    cdef str accept_encoding
     cdef bint content_type_ok
     cdef bint http_ok
     cdef bint header_flood
@@ -127,10 +122,10 @@ cdef class Stream:
     # status: what trailers said (client) or will say (server); -1 unknown
     cdef int grpc_status
     cdef str grpc_message
-    cdef nghttp2_rcbuf *details_header
+    cdef bytes details_header
 
     cdef int begin(self, Session session, int32_t stream_id) except -1
-    cdef int keep(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value) noexcept
+    cdef int keep(self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size) except -1
     cdef int feed(self, const uint8_t *data, size_t length) except -1
     cdef int take_message(self) except -1
     cdef int push(self, object message) except -1
@@ -140,8 +135,10 @@ cdef class Stream:
     cdef int wake(self) except -1
     cdef int queue_ready(self) except -1
     cdef int forget(self) except -1
-    cdef tuple metadata_from(self, int first, int last)
-    cdef int on_header(self, nghttp2_rcbuf *name, nghttp2_rcbuf *value, int category) noexcept
+    cdef tuple metadata_between(self, size_t first, size_t last)
+    cdef int on_header(
+        self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size, int category,
+    ) except -1
     cdef int on_headers_done(self, int category, bint end) except -1
     cdef int on_overflow(self, size_t length) except -1
     cdef int on_bad_message(self, int status, str text) except -1
@@ -153,7 +150,6 @@ cdef class Stream:
     cdef int on_close(self, uint32_t code, str reason) except -1
     cdef bint running(self) noexcept
     cdef int expire(self) except -1
-    cdef nghttp2_rcbuf **metadata_pairs(self) noexcept
 
 
 cdef class Session:
@@ -187,6 +183,7 @@ cdef class Session:
     cdef Py_ssize_t max_receiving
     cdef Py_ssize_t max_unsent
     cdef size_t max_header
+    cdef size_t consumed            # of the connection's window, in this read event
     cdef Py_ssize_t receiving       # bytes of messages half received
     cdef readonly Py_ssize_t unsent
     cdef readonly int64_t bytes_received
@@ -197,7 +194,6 @@ cdef class Session:
     cdef double control_burst
     cdef double control_rate
     cdef double control_at
-    cdef object error
 
     cdef int receive(self, const uint8_t *data, size_t length) except -1
     cdef int greet(self, settings) except -1

@@ -1,14 +1,12 @@
 """The server side of a session; see ext/h2server.pyx."""
 
 from mmcore._ext.h2 cimport Method, Session, Stream
-from mmcore._ext.nghttp2 cimport nghttp2_rcbuf
 
 
 cdef class ServerCall(Stream):
     cdef bint headers_sent
     cdef bint finished
     cdef bint dispatched
-    cdef bint path_seen
     cdef list extra_trailers
     cdef list extra_headers
     cdef public object on_cancel
@@ -21,6 +19,4 @@ cdef class ServerCall(Stream):
 
 cdef class ServerSession(Session):
     cdef dict methods
-    cdef nghttp2_rcbuf *path_cache
-    cdef Method path_cache_method
-    cdef int find_method(self, nghttp2_rcbuf *path) noexcept
+    cdef Method latest        # method called last; the next call's is mostly the same

@@ -10,12 +10,6 @@ cdef extern from "nghttp2/nghttp2.h":
         pass
     ctypedef struct nghttp2_option:
         pass
-    ctypedef struct nghttp2_rcbuf:
-        pass
-
-    ctypedef struct nghttp2_vec:
-        uint8_t *base
-        size_t len
 
     ctypedef struct nghttp2_nv:
         uint8_t *name
@@ -69,6 +63,13 @@ cdef extern from "nghttp2/nghttp2.h":
         int32_t settings_id
         uint32_t value
 
+    ctypedef struct nghttp2_mem:
+        void *mem_user_data
+        void *(*malloc)(size_t, void *) noexcept
+        void (*free)(void *, void *) noexcept
+        void *(*calloc)(size_t, size_t, void *) noexcept
+        void *(*realloc)(void *, size_t, void *) noexcept
+
     enum:
         NGHTTP2_DATA
         NGHTTP2_HEADERS
@@ -115,32 +116,36 @@ cdef extern from "nghttp2/nghttp2.h":
         NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE
         NGHTTP2_ERR_CALLBACK_FAILURE
 
+    ctypedef int (*nghttp2_on_begin_headers_callback)(nghttp2_session *, const nghttp2_frame *, void *) noexcept
+    ctypedef int (*nghttp2_on_header_callback)(
+        nghttp2_session *, const nghttp2_frame *, const uint8_t *, size_t, const uint8_t *, size_t, uint8_t, void *,
+    ) noexcept
+    ctypedef int (*nghttp2_on_data_chunk_recv_callback)(
+        nghttp2_session *, uint8_t, int32_t, const uint8_t *, size_t, void *) noexcept
+    ctypedef int (*nghttp2_on_frame_recv_callback)(nghttp2_session *, const nghttp2_frame *, void *) noexcept
+    ctypedef int (*nghttp2_on_frame_not_send_callback)(
+        nghttp2_session *, const nghttp2_frame *, int, void *) noexcept
+    ctypedef int (*nghttp2_on_stream_close_callback)(nghttp2_session *, int32_t, uint32_t, void *) noexcept
+    ctypedef int (*nghttp2_send_data_callback)(
+        nghttp2_session *, nghttp2_frame *, const uint8_t *, size_t, nghttp2_data_source *, void *) noexcept
+    ctypedef ssize_t (*nghttp2_data_source_read_length_callback)(
+        nghttp2_session *, uint8_t, int32_t, int32_t, int32_t, uint32_t, void *) noexcept
+
     int nghttp2_session_callbacks_new(nghttp2_session_callbacks **)
-    void nghttp2_session_callbacks_del(nghttp2_session_callbacks *)
     void nghttp2_session_callbacks_set_on_begin_headers_callback(
-        nghttp2_session_callbacks *,
-        int (*)(nghttp2_session *, const nghttp2_frame *, void *) noexcept)
-    void nghttp2_session_callbacks_set_on_header_callback2(
-        nghttp2_session_callbacks *,
-        int (*)(nghttp2_session *, const nghttp2_frame *, nghttp2_rcbuf *, nghttp2_rcbuf *, uint8_t, void *) noexcept)
+        nghttp2_session_callbacks *, nghttp2_on_begin_headers_callback)
+    void nghttp2_session_callbacks_set_on_header_callback(nghttp2_session_callbacks *, nghttp2_on_header_callback)
     void nghttp2_session_callbacks_set_on_data_chunk_recv_callback(
-        nghttp2_session_callbacks *,
-        int (*)(nghttp2_session *, uint8_t, int32_t, const uint8_t *, size_t, void *) noexcept)
+        nghttp2_session_callbacks *, nghttp2_on_data_chunk_recv_callback)
     void nghttp2_session_callbacks_set_on_frame_recv_callback(
-        nghttp2_session_callbacks *,
-        int (*)(nghttp2_session *, const nghttp2_frame *, void *) noexcept)
+        nghttp2_session_callbacks *, nghttp2_on_frame_recv_callback)
     void nghttp2_session_callbacks_set_on_frame_not_send_callback(
-        nghttp2_session_callbacks *,
-        int (*)(nghttp2_session *, const nghttp2_frame *, int, void *) noexcept)
+        nghttp2_session_callbacks *, nghttp2_on_frame_not_send_callback)
     void nghttp2_session_callbacks_set_on_stream_close_callback(
-        nghttp2_session_callbacks *,
-        int (*)(nghttp2_session *, int32_t, uint32_t, void *) noexcept)
-    void nghttp2_session_callbacks_set_send_data_callback(
-        nghttp2_session_callbacks *,
-        int (*)(nghttp2_session *, nghttp2_frame *, const uint8_t *, size_t, nghttp2_data_source *, void *) noexcept)
+        nghttp2_session_callbacks *, nghttp2_on_stream_close_callback)
+    void nghttp2_session_callbacks_set_send_data_callback(nghttp2_session_callbacks *, nghttp2_send_data_callback)
     void nghttp2_session_callbacks_set_data_source_read_length_callback(
-        nghttp2_session_callbacks *,
-        ssize_t (*)(nghttp2_session *, uint8_t, int32_t, int32_t, int32_t, uint32_t, void *) noexcept)
+        nghttp2_session_callbacks *, nghttp2_data_source_read_length_callback)
 
     int nghttp2_option_new(nghttp2_option **)
     void nghttp2_option_del(nghttp2_option *)
@@ -148,10 +153,10 @@ cdef extern from "nghttp2/nghttp2.h":
     void nghttp2_option_set_no_closed_streams(nghttp2_option *, int)
     void nghttp2_option_set_max_send_header_block_length(nghttp2_option *, size_t)
 
-    int nghttp2_session_server_new2(
-        nghttp2_session **, const nghttp2_session_callbacks *, void *, const nghttp2_option *)
-    int nghttp2_session_client_new2(
-        nghttp2_session **, const nghttp2_session_callbacks *, void *, const nghttp2_option *)
+    int nghttp2_session_server_new3(
+        nghttp2_session **, const nghttp2_session_callbacks *, void *, const nghttp2_option *, nghttp2_mem *)
+    int nghttp2_session_client_new3(
+        nghttp2_session **, const nghttp2_session_callbacks *, void *, const nghttp2_option *, nghttp2_mem *)
     void nghttp2_session_del(nghttp2_session *)
     ssize_t nghttp2_session_mem_recv(nghttp2_session *, const uint8_t *, size_t)
     ssize_t nghttp2_session_mem_send(nghttp2_session *, const uint8_t **)
@@ -180,7 +185,4 @@ cdef extern from "nghttp2/nghttp2.h":
     int nghttp2_submit_goaway(nghttp2_session *, uint8_t, int32_t, uint32_t, const uint8_t *, size_t)
     int nghttp2_submit_shutdown_notice(nghttp2_session *)
 
-    void nghttp2_rcbuf_incref(nghttp2_rcbuf *)
-    void nghttp2_rcbuf_decref(nghttp2_rcbuf *)
-    nghttp2_vec nghttp2_rcbuf_get_buf(nghttp2_rcbuf *)
     const char *nghttp2_strerror(int)
