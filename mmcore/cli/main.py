@@ -6,7 +6,6 @@ Sub-commands live in modules of their own, imported when they are called: ``mmco
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import Final
 
@@ -70,10 +69,6 @@ def run(args: list[str]) -> int:
         return _fail(f"{error.details or 'no details'} ({error.status.name})")
     except MmcoreError as error:
         return _fail(str(error))
-    except BrokenPipeError:
-        # The reader of our output left early (`mmcore models | head`); nothing is wrong, nothing more can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         return _fail(str(error))
     return result if isinstance(result, int) else 0

@@ -9,13 +9,13 @@ from mmcore import log
 
 
 @pytest.fixture(autouse=True)
-def _keep_logging_as_it_was() -> Iterator[None]:
+def _keep_logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(log, "switches", log.LogSwitches())
     root, package = logging.getLogger(), logging.getLogger("mmcore")
     handlers, level = list(root.handlers), package.level
     yield
     root.handlers[:] = handlers
     package.setLevel(level)
-    log.switches = log.LogSwitches()
     logging.captureWarnings(False)
 
 

@@ -69,7 +69,7 @@ def tracing() -> Tracing:
     return Tracing(OneModel())  # type: ignore[arg-type]  # see OneModel
 
 
-def trace(tracing: Tracing, model: str = "", **settings: list[str]) -> dict[str, list[str]]:
+def trace(tracing: Tracing, model: str = "", /, **settings: list[str]) -> dict[str, list[str]]:
     request = inference_pb2.TraceSettingRequest(model_name=model)
     for key, values in settings.items():
         request.settings[key].value.extend(values)

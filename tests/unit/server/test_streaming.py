@@ -77,7 +77,7 @@ class Later:
 def serve(call: FakeCall, infer: Callable[[Any, bytes], Body | None]) -> tuple[StreamInference, asyncio.Task[None]]:
     streams = StreamInference(infer)
     work: Awaitable[None] = streams.serve(call)  # type: ignore[arg-type]  # as much of a StreamCall as is used
-    return streams, asyncio.ensure_future(work)  # type: ignore[arg-type]  # a coroutine
+    return streams, asyncio.ensure_future(work)
 
 
 async def turns() -> None:
