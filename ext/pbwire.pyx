@@ -5,7 +5,7 @@ of a singular field wins, several occurrences of a submessage are merged, unknow
 Reads borrow the caller's bytes for the time of the call; splices return new bytes.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -202,6 +202,7 @@ def replace_string(bytes message not None, tuple path not None, str value not No
     cdef bytes middle = value.encode("utf-8")
     cdef int level
     cdef Py_ssize_t start, end
+    cdef Span parent
     if place.found:
         start, end = prefix_start(base, place.value), place.value.at + place.value.size
         middle = length_prefixed(middle)
@@ -212,9 +213,9 @@ def replace_string(bytes message not None, tuple path not None, str value not No
             place.parents[place.depth - 1].at + place.parents[place.depth - 1].size
         )
     for level in range(place.depth - 1, -1, -1):    # grow each parent around what was put in
-        inner = message[place.parents[level].at:start] + middle + message[end:place.parents[level].at + place.parents[level].size]
-        middle = length_prefixed(inner)
-        start, end = prefix_start(base, place.parents[level]), place.parents[level].at + place.parents[level].size
+        parent = place.parents[level]
+        middle = length_prefixed(message[parent.at:start] + middle + message[end:parent.at + parent.size])
+        start, end = prefix_start(base, parent), parent.at + parent.size
     spliced = message[:start] + middle + message[end:]
     if len(spliced) > 0x7FFFFFFF:
         raise InvalidRequest(f"a protobuf message has at most 2147483647 bytes, got {len(spliced)}")

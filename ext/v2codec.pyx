@@ -24,7 +24,7 @@ from mmcore._ext.v2layout cimport (
     span_of, text, value_span,
 )
 
-from mmcore._ext.v2encode import Param, encode_infer_request, encode_infer_response
+from mmcore._ext.v2encode import Param, encode_infer_request, encode_infer_response  # no-cython-lint
 from mmcore.errors import InvalidRequest
 
 cdef extern from "Python.h":
@@ -289,7 +289,10 @@ cdef InferRequest read_request(bytes body):
 
 
 def decode_infer_request(bytes body not None):
-    """Decode a ModelInferRequest; InvalidRequest when it is malformed. What a tensor holds is checked when asked for."""
+    """Decode a ModelInferRequest; InvalidRequest when it is malformed.
+
+    What its tensors hold is checked when it is asked for or bound.
+    """
     return read_request(body)
 
 

@@ -405,4 +405,5 @@ def encode_infer_request(str model_name not None, inputs not None, *, str model_
 
 
 cdef bytes requested_output(str name, parameters):
-    return (length_field(TENSOR_NAME, name.encode("utf-8")) if name else b"") + encode_parameters(REQUESTED_PARAMETERS, parameters)
+    cdef bytes head = length_field(TENSOR_NAME, name.encode("utf-8")) if name else b""
+    return head + encode_parameters(REQUESTED_PARAMETERS, parameters)

@@ -66,7 +66,6 @@ cdef object cached_text(const uint8_t* at, Py_ssize_t size):
     return name
 
 
-
 cdef void clear(Layout* layout) noexcept:
     """Make a zeroed layout ready to be read into."""
     layout.tensors = layout.inline_tensors
@@ -341,7 +340,10 @@ cdef Span value_span(const uint8_t* base, Cursor* cursor) noexcept:
 
 
 cdef dict read_parameters(const uint8_t* base, Span message, uint32_t number):
-    """The map<string, InferParameter> in field ``number`` of a message already checked; entries without a value left out."""
+    """The map<string, InferParameter> in field ``number`` of a message already checked.
+
+    Entries without a value are left out.
+    """
     cdef Cursor cursor = Cursor(base + message.at, base + message.at + message.size)
     cdef Cursor entry, value
     cdef uint32_t field, wire
