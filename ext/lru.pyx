@@ -16,8 +16,9 @@ cdef class Entry:
     """
 
     def __cinit__(self, *args, **fields):
-        self.newer = NULL
-        self.older = NULL
+        self.link.newer = NULL
+        self.link.older = NULL
+        self.link.entry = <void*> self
         self.owner = NULL
 
     def __init__(self, key, Py_ssize_t weight=0):
@@ -50,18 +51,11 @@ cdef class Entry:
         return self.pins
 
     cdef void unlink(self) noexcept:
-        cdef Lru owner = <Lru> self.owner
-        if self.newer != NULL:
-            (<Entry> self.newer).older = self.older
-        else:
-            owner.newest_link = self.older
-        if self.older != NULL:
-            (<Entry> self.older).newer = self.newer
-        else:
-            owner.oldest_link = self.newer
-        owner.total -= self.weight
-        self.newer = NULL
-        self.older = NULL
+        (<Lru> self.owner).total -= self.weight
+        self.link.newer.older = self.link.older
+        self.link.older.newer = self.link.newer
+        self.link.newer = NULL
+        self.link.older = NULL
         self.owner = NULL
 
 
@@ -73,41 +67,34 @@ cdef class Lru:
     """
 
     def __cinit__(self):
-        self.newest_link = NULL
-        self.oldest_link = NULL
+        self.ends.newer = &self.ends
+        self.ends.older = &self.ends
+        self.ends.entry = NULL
         self.total = 0
         self.entries = {}
 
     def __dealloc__(self):
-        cdef void* link = self.oldest_link
-        cdef Entry entry
-        while link != NULL:
-            entry = <Entry> link
-            link = entry.newer
-            entry.newer = NULL
-            entry.older = NULL
-            entry.owner = NULL
+        cdef Link* link = self.ends.newer
+        cdef Link* following
+        while link != &self.ends:
+            following = link.newer
+            link.newer = NULL
+            link.older = NULL
+            (<Entry> link.entry).owner = NULL
+            link = following
 
-    cdef void put_newest(self, Entry entry) noexcept:
-        entry.owner = <void*> self
-        entry.newer = NULL
-        entry.older = self.newest_link
-        if self.newest_link != NULL:
-            (<Entry> self.newest_link).newer = <void*> entry
-        else:
-            self.oldest_link = <void*> entry
-        self.newest_link = <void*> entry
+    cdef void put_newest(self, Link* link) noexcept:
+        link.newer = &self.ends
+        link.older = self.ends.older
+        self.ends.older.newer = link
+        self.ends.older = link
 
     cdef void move_newest(self, Entry entry) noexcept:
         """Touch an entry known to be in this list."""
-        if entry.newer == NULL:
-            return
-        (<Entry> entry.newer).older = entry.older
-        if entry.older != NULL:
-            (<Entry> entry.older).newer = entry.newer
-        else:
-            self.oldest_link = entry.newer
-        self.put_newest(entry)
+        cdef Link* link = &entry.link
+        link.newer.older = link.older
+        link.older.newer = link.newer
+        self.put_newest(link)
 
     cdef int check_member(self, Entry entry) except -1:
         if entry.owner != <void*> self:
@@ -126,7 +113,8 @@ cdef class Lru:
         if entry.key in self.entries:
             raise KeyError(f"{entry.key!r} is taken")
         self.entries[entry.key] = entry
-        self.put_newest(entry)
+        entry.owner = <void*> self
+        self.put_newest(&entry.link)
         self.total += entry.weight
 
     def remove(self, Entry entry not None) -> None:
@@ -159,10 +147,12 @@ cdef class Lru:
 
         Pinned entries older than it are walked over: as many as are in use and were touched before it.
         """
-        cdef void* link = self.oldest_link
-        while link != NULL and (<Entry> link).pins > 0:
-            link = (<Entry> link).newer
-        return <Entry> link if link != NULL else None
+        cdef Link* link = self.ends.newer
+        while link != &self.ends:
+            if (<Entry> link.entry).pins == 0:
+                return <Entry> link.entry
+            link = link.newer
+        return None
 
     def get(self, key):
         """The entry of that key, or None; no touch."""
@@ -177,8 +167,8 @@ cdef class Lru:
     def __iter__(self):
         """All entries, least recently used first, as they are at this moment."""
         cdef list found = []
-        cdef void* link = self.oldest_link
-        while link != NULL:
-            found.append(<Entry> link)
-            link = (<Entry> link).newer
+        cdef Link* link = self.ends.newer
+        while link != &self.ends:
+            found.append(<Entry> link.entry)
+            link = link.newer
         return iter(found)

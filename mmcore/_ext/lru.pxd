@@ -4,14 +4,20 @@ cimport cython
 cdef class Lru
 
 
+# A place in the chain. Plain C, so that relinking neither counts references nor reads the neighbours.
+cdef struct Link:
+    Link* newer
+    Link* older
+    void* entry
+
+
 cdef class Entry:
-    cdef readonly object key
+    cdef Link link
+    # Borrowed, NULL outside a list; the list's dictionary keeps its entries alive.
+    cdef void* owner
     cdef readonly Py_ssize_t weight
     cdef readonly Py_ssize_t pins
-    # Borrowed; the list's dictionary keeps the neighbours alive.
-    cdef void* newer
-    cdef void* older
-    cdef void* owner
+    cdef readonly object key
 
     cdef void unlink(self) noexcept
 
@@ -19,10 +25,10 @@ cdef class Entry:
 @cython.final
 cdef class Lru:
     cdef readonly Py_ssize_t total
-    cdef void* newest_link
-    cdef void* oldest_link
+    # The chain is a ring through this link: its older side is the newest entry, its newer side the oldest.
+    cdef Link ends
     cdef dict entries
 
     cdef int check_member(self, Entry entry) except -1
-    cdef void put_newest(self, Entry entry) noexcept
+    cdef void put_newest(self, Link* link) noexcept
     cdef void move_newest(self, Entry entry) noexcept

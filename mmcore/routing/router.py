@@ -318,7 +318,7 @@ class Router:
             if other is not copy:
                 registration.displace(version, other)
                 self.cache.unload(other)
-        registration.prefer(copy)
+        registration.prefer(copy.version)
         return copy
 
     # What the folder says.
@@ -418,20 +418,16 @@ class Router:
         if registration is None:
             self.cache.unload(copy)
             return
-        before = registration.copy(copy.version)
         registration.place(copy.version, copy)
         if registration.problems is not None:
             registration.problems.pop(copy.version, None)
         if registration.versions and copy.version == registration.versions[-1]:
             self._prefer(registration, copy)
-        elif before is not None and registration.here is before:
-            # It stands in for the default, which is not there yet.
-            registration.prefer(copy)
 
     def _prefer(self, registration: Registration, copy: Copy) -> None:
         """Answer with ``copy`` where no version is named; a copy whose version is gone has served long enough."""
         before = registration.here
-        registration.prefer(copy)
+        registration.prefer(copy.version)
         if before is not None and before is not copy and before.version not in registration.versions:
             self.cache.unload(before)
 

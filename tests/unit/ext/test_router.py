@@ -5,6 +5,11 @@ from __future__ import annotations
 import sys
 import tracemalloc
 
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
 from mmcore._ext.lru import Entry, Lru
 from mmcore._ext.router import Registration, Table
 
@@ -27,7 +32,7 @@ def test_a_name_leads_to_the_preferred_copy_and_a_version_to_its_own() -> None:
     assert table.lookup("m") is None
     assert table.lookup("m", "1") is None
     one, two = placed(lru, registration, "1"), placed(lru, registration, "2")
-    registration.prefer(two)
+    registration.prefer("2")
     assert table.lookup("m") is two
     assert table.lookup("m", "1") is one
     assert table.lookup("m", "2") is two
@@ -44,7 +49,7 @@ def test_a_lookup_counts_as_use() -> None:
         registration = Registration(name, ("1",), None)
         table.add(registration)
         copies.append(placed(lru, registration, "1"))
-        registration.prefer(copies[-1])
+        registration.prefer("1")
     table.lookup("a")
     assert [entry.key[0] for entry in lru] == ["b", "c", "a"]
     table.lookup("b", "1")
@@ -53,20 +58,65 @@ def test_a_lookup_counts_as_use() -> None:
     assert lru.oldest() is copies[2]
 
 
-def test_a_displaced_copy_is_asked_for_no_more() -> None:
+def test_a_copy_takes_the_place_of_another_of_its_version() -> None:
     lru = Lru()
     table = Table(lru)
     registration = Registration("m", ("1",), None)
     table.add(registration)
     old, new = placed(lru, registration, "1"), Entry("new")
-    registration.prefer(old)
+    registration.prefer("1")
     registration.place("1", new)
+    assert table.lookup("m") is table.lookup("m", "1") is new
     registration.displace("1", old)
-    assert table.lookup("m") is None
-    assert table.lookup("m", "1") is new
+    assert table.lookup("m") is new
     registration.displace("1", new)
+    assert table.lookup("m") is table.lookup("m", "1") is None
     assert registration.loaded() == {}
     registration.displace("1", new)
+    with pytest.raises(KeyError, match="no copy of version '1'"):
+        registration.prefer("1")
+
+
+class TableMachine(RuleBasedStateMachine):
+    """The table equals a dictionary whatever is registered and forgotten, while its slots collide and grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Table(Lru())
+        self.model: dict[str, Registration] = {}
+
+    @rule(number=st.integers(0, 400))
+    def add(self, number: int) -> None:
+        registration = Registration(f"m{number}", ("1",), None)
+        copy = Entry(number)
+        registration.place("1", copy)
+        registration.prefer("1")
+        self.table.add(registration)
+        self.model[registration.name] = registration
+
+    @rule(start=st.integers(0, 400), count=st.integers(1, 100))
+    def add_many(self, start: int, count: int) -> None:
+        for number in range(start, start + count):
+            self.add(number)
+
+    @rule(start=st.integers(0, 400), count=st.integers(1, 100))
+    def discard_many(self, start: int, count: int) -> None:
+        for number in range(start, start + count):
+            self.table.discard(f"m{number}")
+            self.model.pop(f"m{number}", None)
+
+    @invariant()
+    def equals_the_model(self) -> None:
+        assert len(self.table) == len(self.model)
+        for number in range(0, 501, 7):
+            known = self.model.get(f"m{number}")
+            assert self.table.get(f"m{number}") is known
+            assert self.table.lookup(f"m{number}") is (known.here if known is not None else None)
+        assert list(self.table) == list(self.model.values())
+
+
+TableMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
+test_the_table_equals_a_dictionary = TableMachine.TestCase
 
 
 def test_a_copy_that_left_the_lru_is_not_touched() -> None:

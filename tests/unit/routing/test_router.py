@@ -249,7 +249,7 @@ async def test_a_bad_new_version_leaves_the_old_one_the_default(instance: Instan
     await instance.router.load("m")
     instance.put("m/2/model.onnx", "bad")
     await instance.look()
-    await until(lambda: any("corrupt" in row[2] for row in instance.rows("m")))
+    await until(lambda: any("not taken" in row[2] for row in instance.rows("m")))
     assert instance.text("m") == "one"
     rows = {row[0]: row[1:] for row in instance.rows("m")}
     assert rows["1"][0] == "READY"
