@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from mmcore._ext.v2codec import InferRequest
 
-Body = bytes | list[bytes | memoryview]
-
 @final
 class Prepared:
     def __init__(self, copy: Any) -> None: ...

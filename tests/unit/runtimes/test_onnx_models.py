@@ -168,7 +168,7 @@ def test_sessions_bring_no_threads_of_their_own(tmp_path: Path) -> None:
     before = threads()
     models = [load(path) for _ in range(20)]
     assert len(models) == 20
-    assert threads() == before
+    assert threads() <= before  # another test's may end meanwhile
 
 
 def test_a_large_model_can_be_given_threads(tmp_path: Path) -> None:
