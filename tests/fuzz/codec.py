@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -139,7 +140,6 @@ def _tensor(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    import atheris  # type: ignore[import-not-found,unused-ignore]  # installed by who fuzzes
-
+    atheris = importlib.import_module("atheris")  # installed by who fuzzes; without types
     atheris.Setup(sys.argv, fuzz_one)
     atheris.Fuzz()

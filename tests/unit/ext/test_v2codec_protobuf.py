@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -151,7 +151,8 @@ def elements(datatype: str) -> st.SearchStrategy[Any]:
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         return st.integers(int(limits.min), int(limits.max))
-    return st.floats(width={2: 16, 4: 32, 8: 64}[dtype.itemsize])
+    widths: dict[int, Literal[16, 32, 64]] = {2: 16, 4: 32, 8: 64}
+    return st.floats(width=widths[dtype.itemsize])
 
 
 @st.composite

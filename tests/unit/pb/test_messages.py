@@ -63,7 +63,7 @@ def test_a_config_pbtxt_is_read() -> None:
 
 def test_the_classes_live_in_a_pool_of_their_own() -> None:
     assert inference_pb2.ModelInferRequest.DESCRIPTOR.file.pool is not descriptor_pool.Default()
-    assert reflection_pb2.ErrorResponse is not reflection_v1alpha_pb2.ErrorResponse
+    assert reflection_pb2.ErrorResponse.DESCRIPTOR.full_name != reflection_v1alpha_pb2.ErrorResponse.DESCRIPTOR.full_name
 
 
 def test_tritonclient_and_grpcio_share_the_process_in_either_order() -> None:
