@@ -308,9 +308,12 @@ def decode_infer_response(bytes body not None):
 
 @cython.final
 cdef class Signature:
-    """A model's inputs, ready to be compared with a request's."""
+    """A model's inputs, ready to be compared with a request's.
 
-    def __cinit__(self, inputs, *, bint any_name=False):
+    ``accepts`` maps an input's name to datatypes that are taken beside its own; arrays come in the one they were sent in.
+    """
+
+    def __cinit__(self, inputs, *, bint any_name=False, accepts=None):
         cdef Py_ssize_t size
         cdef const char* datatype
         cdef int64_t* shape
@@ -336,6 +339,12 @@ cdef class Signature:
             spec.code = datatype_code(datatype, size)
             if spec.code == UNKNOWN:
                 raise ValueError(f"input '{self.names[i]}' has the unknown datatype {wanted.datatype!r}")
+            spec.codes = <uint32_t>1 << spec.code
+            for other in (accepts or {}).get(self.names[i], ()):
+                datatype = PyUnicode_AsUTF8AndSize(other, &size)
+                if datatype_code(datatype, size) == UNKNOWN:
+                    raise ValueError(f"input '{self.names[i]}' accepts the unknown datatype {other!r}")
+                spec.codes |= <uint32_t>1 << datatype_code(datatype, size)
             spec.rank = <int>len(dims[i])
             if spec.rank > MAX_RANK:
                 raise ValueError(f"input '{self.names[i]}' has more than {MAX_RANK} dimensions")
@@ -361,7 +370,11 @@ cdef class Signature:
         """Whether the input takes that datatype and shape."""
         cdef Spec* spec = &self.specs[index]
         cdef int i
-        if spec.code != code or spec.rank != rank:
+        if code == UNKNOWN or not spec.codes >> code & 1:
+            return False
+        if spec.rank == 0:
+            return True  # no shape stated: any will do
+        if spec.rank != rank:
             return False
         for i in range(rank):
             if spec.shape[i] != shape[i] and spec.shape[i] != -1:
@@ -371,7 +384,7 @@ cdef class Signature:
     cdef object refusal(self, int index, where, int code, datatype, int rank, const int64_t* shape):
         """The error for an input that ``takes`` refused."""
         cdef Spec* spec = &self.specs[index]
-        if spec.code != code:
+        if code == UNKNOWN or not spec.codes >> code & 1:
             return InvalidRequest(f"{where}: expected datatype {datatype_name(spec.code)}, got {datatype}")
         return InvalidRequest(
             f"{where}: expected shape {shape_text(spec.shape, spec.rank)}, got {shape_text(shape, rank)}"

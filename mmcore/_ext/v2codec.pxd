@@ -1,6 +1,6 @@
 # Infer requests for compiled callers: the same objects as Python's, without the calls in between.
 
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from mmcore._ext.pbwire cimport Span
 from mmcore._ext.v2layout cimport Layout, TensorPlace
@@ -9,6 +9,7 @@ cdef struct Spec:
     const char* name
     Py_ssize_t name_size
     int code
+    uint32_t codes                  # a bit for each datatype taken, that of `code` among them
     int rank
     int64_t* shape
 

@@ -1,6 +1,6 @@
 """ModelInferRequest and ModelInferResponse between wire bytes and numpy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 from numpy.typing import NDArray
@@ -61,7 +61,13 @@ class InferResponse(InferMessage):
 
 @final
 class Signature:
-    def __init__(self, inputs: Iterable[TensorSpec], *, any_name: bool = False) -> None: ...
+    def __init__(
+        self,
+        inputs: Iterable[TensorSpec],
+        *,
+        any_name: bool = False,
+        accepts: Mapping[str, Iterable[str]] | None = None,
+    ) -> None: ...
     @property
     def inputs(self) -> tuple[TensorSpec, ...]: ...
     @property

@@ -40,7 +40,7 @@ RESIDENCY_S: Final = 0.05
 
 def bind_signature(model: LoadedModel) -> Signature:
     """What checks the requests of a loaded model."""
-    return Signature(model.inputs, any_name=model.any_input_name)
+    return Signature(model.inputs, any_name=model.any_input_name, accepts=model.accepts)
 
 
 class _Load:

@@ -110,3 +110,10 @@ def test_a_wrong_number_of_features_is_the_callers_fault(client: triton.Inferenc
         with pytest.raises(InferenceServerException) as error:
             ask(client, model, FLOWERS[:, :3].astype(np.float32), "FP32", "x")
         assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 3, 5)])
+def test_identity_answers_any_shape(client: triton.InferenceServerClient, shape: tuple[int, ...]) -> None:
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    answer = ask(client, "identity", array, "FP32", "INPUT0").as_numpy("OUTPUT0")
+    np.testing.assert_array_equal(answer, array)

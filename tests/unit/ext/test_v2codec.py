@@ -31,8 +31,19 @@ ONE = np.arange(4, dtype=np.float32).reshape(1, 4)
 ADD_SUB = Signature([TensorSpec("INPUT0", "INT32", (-1, 16)), TensorSpec("INPUT1", "INT32", (-1, 16))])
 
 
-def request(*inputs: tuple[str, str, NDArray[Any]], name: str = "simple", **options: Any) -> InferRequest:
+def request(
+    *inputs: tuple[str, str, NDArray[Any] | tuple[int, ...]], name: str = "simple", **options: Any
+) -> InferRequest:
     return decode_infer_request(encode_infer_request(name, inputs, **options))
+
+
+def answer(
+    outputs: list[tuple[str, str, NDArray[Any] | tuple[int, ...]]], *, raw: bool = True, **options: Any
+) -> bytes:
+    """An answer small enough to be one piece."""
+    message = encode_infer_response("m", "1", "", outputs, raw=raw, **options)
+    assert isinstance(message, bytes)
+    return message
 
 
 def int32(*shape: int) -> NDArray[np.int32]:
@@ -78,9 +89,8 @@ def test_every_datatype_makes_the_round_trip(datatype: str) -> None:
     tensor = request(("x", datatype, array)).inputs[0]
     assert tensor.array().dtype == NUMPY_DTYPES[datatype]
     assert tensor.array().tolist() == array.tolist()
-    answer = encode_infer_response("m", "", "", [("x", datatype, array)], raw=True)
-    assert isinstance(answer, bytes)
-    assert decode_infer_response(answer).outputs[0].array().tolist() == array.tolist()
+    body = answer([("x", datatype, array)])
+    assert decode_infer_response(body).outputs[0].array().tolist() == array.tolist()
 
 
 def test_an_array_of_no_dimension_and_one_without_elements_are_kept_apart() -> None:
@@ -268,10 +278,9 @@ def test_shared_memory_inputs_take_no_raw_contents() -> None:
 
 
 def test_a_response_can_leave_its_data_in_shared_memory() -> None:
-    body = encode_infer_response(
-        "m", "1", "", [("a", "FP32", (1, 4)), ("b", "INT32", int32(2))], raw=True,
-        output_parameters={"a": {"shared_memory_region": "r"}},
-    )  # fmt: skip
+    body = answer(
+        [("a", "FP32", (1, 4)), ("b", "INT32", int32(2))], output_parameters={"a": {"shared_memory_region": "r"}}
+    )
     message = inference_pb2.ModelInferResponse.FromString(body)
     assert list(message.outputs[0].shape) == [1, 4]
     assert list(message.raw_output_contents) == [b"", int32(2).tobytes()]
@@ -389,7 +398,7 @@ def test_large_outputs_of_made_contents_come_as_bytes() -> None:
 
 
 def test_a_typed_answer_with_a_raw_only_datatype_is_raw() -> None:
-    body = encode_infer_response("m", "", "", [("a", "FP16", np.ones(2, np.float16)), ("b", "FP32", ONE)], raw=False)
+    body = answer([("a", "FP16", np.ones(2, np.float16)), ("b", "FP32", ONE)], raw=False)
     message = inference_pb2.ModelInferResponse.FromString(body)
     assert len(message.raw_output_contents) == 2
     assert not message.outputs[1].HasField("contents")
@@ -397,9 +406,9 @@ def test_a_typed_answer_with_a_raw_only_datatype_is_raw() -> None:
 
 def test_strings_and_fixed_width_bytes_are_bytes_tensors() -> None:
     for array in (np.array(["a", "ü"], object), np.array(["a", "ü"]), np.array([b"a", "ü".encode()])):
-        body = encode_infer_response("m", "", "", [("x", "BYTES", array)], raw=True)
+        body = answer([("x", "BYTES", array)])
         assert decode_infer_response(body).outputs[0].array().tolist() == [b"a", "ü".encode()]
-        body = encode_infer_response("m", "", "", [("x", "BYTES", array)], raw=False)
+        body = answer([("x", "BYTES", array)], raw=False)
         assert list(inference_pb2.ModelInferResponse.FromString(body).outputs[0].contents.bytes_contents) == [
             b"a",
             "ü".encode(),
@@ -409,7 +418,7 @@ def test_strings_and_fixed_width_bytes_are_bytes_tensors() -> None:
 def test_arrays_of_any_layout_and_byte_order_are_written_right() -> None:
     base = np.arange(24, dtype=np.int32).reshape(4, 6)
     for array in (base.T, base[::2, ::-1], np.asfortranarray(base), base.astype(">i4"), base[1:1], base[0, 0:1]):
-        body = encode_infer_response("m", "", "", [("x", "INT32", array)], raw=True)
+        body = answer([("x", "INT32", array)])
         assert decode_infer_response(body).outputs[0].array().tolist() == array.tolist()
 
 
@@ -437,8 +446,8 @@ def test_parameters_of_no_kind_are_refused() -> None:
 
 
 def test_ten_outputs_are_written_in_order() -> None:
-    outputs = [(f"o{number}", "INT32", int32(number)) for number in range(10)]
-    body = encode_infer_response("m", "", "", outputs, raw=True)
+    outputs: list[Any] = [(f"o{number}", "INT32", int32(number)) for number in range(10)]
+    body = answer(outputs)
     assert [tensor.array().tolist() for tensor in decode_infer_response(body).outputs] == [
         list(range(number)) for number in range(10)
     ]
@@ -463,3 +472,24 @@ def test_nothing_is_leaked_over_many_calls() -> None:
     gc.collect()
     assert sys.getrefcount(body) == before
     assert sys.getallocatedblocks() - blocks < 200
+
+
+def test_an_input_may_take_further_datatypes_as_they_come() -> None:
+    signature = Signature([TensorSpec("x", "FP32", (-1, 2))], any_name=True, accepts={"x": ("FP64", "INT32", "BF16")})
+    for datatype, dtype in (("FP32", np.float32), ("FP64", np.float64), ("INT32", np.int32), ("BF16", np.float32)):
+        array = np.arange(4, dtype=dtype).reshape(2, 2)
+        bound = signature.bind(request(("name", datatype, array)))
+        assert bound["x"].dtype == dtype
+        assert bound["x"].tolist() == array.tolist()
+        assert signature.bind_arrays({"name": (datatype, array)})["x"].dtype == dtype
+    with refused("input 'name' for model 'simple': expected datatype FP32, got INT64"):
+        signature.bind(request(("name", "INT64", np.zeros((2, 2), np.int64))))
+    with pytest.raises(ValueError, match="FLOAT"):
+        Signature([TensorSpec("x", "FP32", (-1, 2))], accepts={"x": ("FLOAT",)})
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 2), (1, 2, 3, 4)])
+def test_an_input_without_a_shape_takes_any(shape: tuple[int, ...]) -> None:
+    signature = Signature([TensorSpec("x", "FP32", ())])
+    assert signature.bind(request(("x", "FP32", np.zeros(shape, np.float32))))["x"].shape == shape
+    assert signature.bind_arrays({"x": ("FP32", np.zeros(shape, np.float32))})["x"].shape == shape
