@@ -12,7 +12,10 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from mmcore._ext.v2codec import decode_infer_request, encode_infer_response
+from mmcore._ext.v2codec cimport (
+    InferRequest, Signature, id_of, model_name_of, model_version_of, output_names_of, read_request,
+)
+from mmcore._ext.v2encode cimport write_response
 
 cnp.import_array()
 
@@ -21,8 +24,6 @@ cdef enum:
     MEASURED_EVERY = 32
     SLOW_NS = 300000
 
-cdef object _decode = decode_infer_request
-cdef object _encode = encode_infer_response
 
 
 cdef inline int64_t now() noexcept nogil:
@@ -61,17 +62,17 @@ cdef class Prepared:
     """
 
     cdef readonly bint batched
-    cdef object bind
+    cdef Signature signature
     cdef object infer
     cdef object record
     cdef object fail
-    cdef object name
-    cdef object version
+    cdef str name
+    cdef str version
     cdef uint64_t allowed
     cdef int left
 
     def __init__(self, copy):
-        self.bind = copy.signature.bind
+        self.signature = copy.signature
         self.infer = copy.model.infer
         self.record = copy.statistics.record
         self.fail = copy.statistics.fail
@@ -125,15 +126,16 @@ cdef class CommonPath:
         cdef int64_t started = now()
         cdef int64_t bound, inferred, rows
         cdef Prepared prepared
-        request = _decode(body)
-        copy = self.lookup(request.model_name, request.model_version)
-        if copy is None or self.tracing or not request.plain or request.parameters:
+        cdef InferRequest request = read_request(body)
+        cdef dict inputs
+        copy = self.lookup(model_name_of(request), model_version_of(request))
+        if copy is None or self.tracing or not request.layout.plain or request.layout.has_parameters:
             return self.uncommon(call, request, copy, started)
         prepared = <Prepared?> copy.prepared if copy.prepared is not None else None
         if prepared is None:
             return self.uncommon(call, request, copy, started)
         try:
-            inputs = prepared.bind(request)
+            inputs = prepared.signature.bound(request)
         except Exception:
             prepared.fail(now() - started)
             raise
@@ -148,9 +150,11 @@ cdef class CommonPath:
             return self.measured(call, request, copy, inputs, started, bound)
         prepared.left -= 1
         try:
-            outputs = prepared.infer(inputs, request.output_names)
+            outputs = prepared.infer(inputs, output_names_of(request))
             inferred = now()
-            message = _encode(prepared.name, prepared.version, request.id, outputs, raw=request.raw)
+            message = write_response(
+                prepared.name, prepared.version, id_of(request), outputs, not request.layout.typed
+            )
         except Exception:
             prepared.fail(now() - started)
             raise

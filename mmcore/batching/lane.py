@@ -26,13 +26,15 @@ _WEIGHT_IN_THREAD: Final = 1 / 32
 class Pace:
     """How long inferences of about one size take; negative ``cost_ns`` before the first."""
 
-    __slots__ = ("_inline", "_next_stay", "_stay", "cost_ns")
+    __slots__ = ("_doubted", "_inline", "_next_stay", "_proven", "_stay", "cost_ns")
 
     def __init__(self, cost_ns: float = -1.0) -> None:
         self.cost_ns = cost_ns
         self._inline = False
+        self._doubted = False
         self._stay = 0
         self._next_stay = FIRST_STAY
+        self._proven = 0
 
     def runs_inline(self) -> bool:
         """Whether the next one should run on the loop."""
@@ -41,8 +43,20 @@ class Pace:
         return self._stay == 0 and 0 <= self.cost_ns < INLINE_BELOW_NS
 
     def ran_inline(self, elapsed_ns: int) -> None:
-        """Learn from an inference on the loop."""
+        """Learn from an inference on the loop.
+
+        One slow among fast ones does not count: on a busy machine that is the processor being taken away in the middle,
+        whatever the model. The next one tells.
+        """
         self._inline = True
+        slow = elapsed_ns > THREAD_ABOVE_NS
+        if slow and not self._doubted and 0 <= self.cost_ns < INLINE_BELOW_NS:
+            self._doubted = True
+            return
+        self._doubted = False
+        self._proven = 0 if slow else self._proven + 1
+        if self._proven == LONGEST_STAY:
+            self._next_stay = FIRST_STAY
         self.cost_ns += (elapsed_ns - self.cost_ns) * _WEIGHT if self.cost_ns >= 0 else elapsed_ns - self.cost_ns
         if self.cost_ns > THREAD_ABOVE_NS:
             self._inline = False
