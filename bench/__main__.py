@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Final
 
 from rich.console import Console
 
-from bench import confirm, micro, transport, v2
+from bench import confirm, idle, micro, transport, v2
 from bench.builds import FOLDER, NotMeasured
 from bench.comparison import Plan
 from bench.machine import cores
@@ -22,6 +23,7 @@ from bench.rows import Row, show, write
 SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
     "transport": transport.run,
     "v2": v2.run,
+    "idle": idle.run,
     "micro": micro.run,
     "confirm": confirm.run,
 }
@@ -42,6 +44,8 @@ def main() -> int:
     for name in arguments.suites:
         if name not in SUITES:
             parser.error(f"unknown suite {name!r}; known are {', '.join(SUITES)}")
+    # Ended from outside, the servers are ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(width=None if sys.stdout.isatty() else 150)
     if len(set(cores())) == 1:
         console.print("only one core: the generator takes it from the server, so read cpu and capacity alone")

@@ -23,6 +23,8 @@ UNITS: Final = {
     "cpu": "µs of CPU per request",
     "cpu_budget": "µs of CPU per request",
     "time": "µs",
+    "rss": "MB",
+    "ready": "ms",
 }
 
 

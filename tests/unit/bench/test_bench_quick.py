@@ -48,6 +48,23 @@ def test_the_transport_suite_writes_rows_of_ours_beside_a_peer(tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_an_instance_without_models_is_measured_against_its_budget(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "bench", "idle", "--quick", "--rounds", "1", "--out", str(tmp_path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "idle.json").read_text())
+    assert {(row["metric"], row["peer"]) for row in rows} >= {("rss", "budget"), ("ready", "budget")}
+    assert all(row["ours"] > 0 for row in rows)
+
+
+def test_an_unknown_suite_is_a_usage_error() -> None:
+    argv = [sys.executable, "-m", "bench", "transports"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "known are transport, v2" in done.stderr
+
+
+@pytest.mark.slow
 async def test_raw_c_echoes_for_other_people_s_clients(tmp_path: Path) -> None:
     import grpc
 
