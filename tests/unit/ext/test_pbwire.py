@@ -123,6 +123,12 @@ def test_malformed_messages_are_told() -> None:
         find_string(nested, (1,))
 
 
+def test_messages_above_what_protobuf_can_hold_are_refused() -> None:
+    """The memory is reserved and never touched."""
+    with pytest.raises(InvalidRequest, match="at most 2147483647 bytes, got 2147483648"):
+        find_field(bytes(2**31), (1,))
+
+
 @pytest.mark.parametrize("path", [(), (0,), (2**29,), (1,) * 9, (-1,)])
 def test_paths_that_cannot_be_are_refused(path: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"path|field numbers"):

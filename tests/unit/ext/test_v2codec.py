@@ -259,6 +259,17 @@ def test_typed_contents_that_contradict_their_tensor_are_told(
         decode_infer_request(message.SerializeToString()).inputs[0].array()
 
 
+def test_single_elements_are_checked_and_fields_of_another_wire_type_skipped() -> None:
+    def ints(*fields: bytes) -> InferTensor:
+        tensor = (wire.text(1, "x"), wire.text(2, "INT8"), wire.message(3, b"\x02"), wire.message(5, *fields))
+        return decode_infer_request(wire.message(5, *tensor)).inputs[0]
+
+    one, wide = wire.field(2, wire.VARINT, 1), wire.field(2, wire.VARINT, 128)
+    assert ints(one, wire.field(2, wire.FIXED32, b"abcd"), one).array().tolist() == [1, 1]
+    with refused("input 'x' for model '': expected elements that fit INT8, got a wider one at index 1"):
+        ints(one, wide).array()
+
+
 # ---- shared memory
 
 
@@ -355,6 +366,11 @@ def test_bind_arrays_makes_arrays_contiguous_and_checks_their_dtype() -> None:
         signature.bind_arrays({"x": ("FP32", given.astype(np.float64))}, model_name="m")
 
 
+def test_bind_arrays_takes_arrays_alone() -> None:
+    with pytest.raises(TypeError, match="input 'x' must be a numpy array, got list"):
+        Signature([TensorSpec("x", "FP32", (2,))]).bind_arrays({"x": ("FP32", [1.0, 2.0])})  # type: ignore[dict-item]
+
+
 def test_a_signature_refuses_what_no_model_has() -> None:
     with pytest.raises(ValueError, match="unknown datatype 'FP99'"):
         Signature([TensorSpec("x", "FP99", ())])
@@ -388,6 +404,26 @@ def test_large_outputs_leave_without_a_copy_and_stay_alive() -> None:
     assert list(message.raw_output_contents) == expected
     del pieces
     assert gone() is None
+
+
+def test_small_outputs_after_a_large_one_come_in_a_last_piece() -> None:
+    large = np.ones(5000, np.float32)
+    pieces = encode_infer_response("m", "", "", [("l", "FP32", large), ("s", "FP32", ONE)], raw=True)
+    assert [type(piece) for piece in pieces] == [bytes, memoryview, bytes]
+    message = inference_pb2.ModelInferResponse.FromString(b"".join(pieces))  # type: ignore[arg-type]  # a list
+    assert list(message.raw_output_contents) == [large.tobytes(), ONE.tobytes()]
+
+
+def test_messages_above_what_protobuf_can_hold_are_refused() -> None:
+    """The memory is reserved and never touched."""
+    huge = bytes(2**31)
+    with refused("expected a message of at most 2147483647 bytes, got 2147483648"):
+        decode_infer_request(huge)
+    array = np.zeros(2**31, np.uint8)
+    with pytest.raises(
+        InferenceFailed, match=r"a message has at most 2147483647 bytes, this one would have 21474836\d\d"
+    ):
+        encode_infer_response("m", "", "", [("x", "UINT8", array)], raw=True)
 
 
 def test_large_outputs_of_made_contents_come_as_bytes() -> None:
@@ -428,6 +464,7 @@ def test_arrays_of_any_layout_and_byte_order_are_written_right() -> None:
         (("x", "FP32", np.ones(2)), "output 'x': FP32 is made from float32, got float64"),
         (("x", "INT32", [1, 2]), "output 'x': INT32 is made from a numpy array, got list"),
         (("x", "FP99", ONE), "output 'x': unknown datatype 'FP99'"),
+        (("x", "FP32", (1,) * 33), "output 'x': more than 32 dimensions"),
         (("x", "BYTES", np.array([b"a", 5], object)), "output 'x': BYTES elements are bytes or str, got int"),
     ],
 )

@@ -63,7 +63,8 @@ def test_a_config_pbtxt_is_read() -> None:
 
 def test_the_classes_live_in_a_pool_of_their_own() -> None:
     assert inference_pb2.ModelInferRequest.DESCRIPTOR.file.pool is not descriptor_pool.Default()
-    assert reflection_pb2.ErrorResponse.DESCRIPTOR.full_name != reflection_v1alpha_pb2.ErrorResponse.DESCRIPTOR.full_name
+    v1, v1alpha = reflection_pb2.ErrorResponse.DESCRIPTOR, reflection_v1alpha_pb2.ErrorResponse.DESCRIPTOR
+    assert (v1.file.package, v1alpha.file.package) == ("grpc.reflection.v1", "grpc.reflection.v1alpha")
 
 
 def test_tritonclient_and_grpcio_share_the_process_in_either_order() -> None:
