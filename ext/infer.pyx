@@ -49,8 +49,8 @@ cdef extern from *:
 
 
 cdef inline int size_class(int64_t rows) noexcept:
-    """The number of binary digits of a number of rows, which is at least 1."""
-    return 64 - count_leading_zeros(<uint64_t> rows)
+    """The number of binary digits of a number of rows; of a batch without rows as well, whose digits C cannot count."""
+    return 64 - count_leading_zeros(<uint64_t> rows | 1)
 
 
 @cython.final
