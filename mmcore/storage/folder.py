@@ -183,7 +183,10 @@ class ModelFolder:
             self._without_name[entry] = name
             return changes
         self._without_name.pop(entry, None)
-        if name != entry:
+        if name == entry:
+            # One text for both; the path's own parts are interned, which costs a slot of a dictionary as well.
+            name = entry
+        else:
             self._name_of[entry] = name
             self._entry_of[name] = entry
         return [*changes, Change(name, layout, problem)]

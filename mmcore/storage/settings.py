@@ -54,9 +54,8 @@ def read_settings(folder: Path) -> Stated:
         (MODEL_SETTINGS, _read_model_settings),
         (MMCORE_YAML, _read_mmcore_yaml),
     ):
-        file = inside(folder, name, name)
-        if file.is_file():
-            stated = read(_text(file), folder).over(stated)
+        if (folder / name).is_file():
+            stated = read(_text(inside(folder, name, name)), folder).over(stated)
     return stated
 
 
