@@ -1,5 +1,6 @@
 """One HTTP/2 session that speaks gRPC, either side of it; see ext/h2.pyx."""
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.string cimport memcmp, strlen
@@ -71,6 +72,7 @@ cdef class Method:
     cdef bint streaming
 
 
+@cython.no_gc  # for subclasses in other modules, which see this declaration only
 cdef class Stream:
     cdef Session session
     cdef int32_t id
