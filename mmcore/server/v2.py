@@ -82,8 +82,9 @@ class V2Service:
         at_once("SystemSharedMemoryStatus", pb.SystemSharedMemoryStatusRequest, self._region_status)
         at_once("SystemSharedMemoryRegister", pb.SystemSharedMemoryRegisterRequest, self._register_region)
         at_once("SystemSharedMemoryUnregister", pb.SystemSharedMemoryUnregisterRequest, self._unregister_region)
-        for name in ("Status", "Register", "Unregister"):
-            server.add_unary(f"/{SERVICE}/CudaSharedMemory{name}", _no_cuda)
+        server.add_unary(f"/{SERVICE}/CudaSharedMemoryStatus", _no_cuda)
+        server.add_unary(f"/{SERVICE}/CudaSharedMemoryRegister", _no_cuda)
+        at_once("CudaSharedMemoryUnregister", pb.CudaSharedMemoryUnregisterRequest, self._unregister_cuda)
 
         waiting, repository = self._waiting, self._repository
         for name, handler in (
@@ -133,6 +134,13 @@ class V2Service:
     ) -> inference_pb2.SystemSharedMemoryUnregisterResponse:
         self._regions.unregister(request.name)
         return inference_pb2.SystemSharedMemoryUnregisterResponse()
+
+    def _unregister_cuda(
+        self, request: inference_pb2.CudaSharedMemoryUnregisterRequest
+    ) -> inference_pb2.CudaSharedMemoryUnregisterResponse:
+        # Clients of system shared memory (Triton's examples, perf_analyzer) unregister both kinds to begin afresh, and
+        # to forget a region that is not there is no error with either.
+        return inference_pb2.CudaSharedMemoryUnregisterResponse()
 
 
 def _no_cuda(call: ServerCall, body: bytes) -> bytes:
