@@ -17,9 +17,7 @@ from mmcore.storage.stated import Stated
 _PREFIX: Final = "file:"
 
 
-def override_origin(
-    name: str, folder: Path | None, config_json: str | None, files: Mapping[str, bytes]
-) -> FileOrigin:
+def override_origin(name: str, folder: Path | None, config_json: str | None, files: Mapping[str, bytes]) -> FileOrigin:
     """The origin of a model that a load request describes: its ``files``, or else ``folder``, with its configuration.
 
     The files' names are paths in a model folder (``1/model.onnx``), a leading ``file:`` is dropped; they are written

@@ -260,9 +260,7 @@ async def test_the_lease_outlasts_the_answer(execution: Execution) -> None:
     assert idle == [1]
 
 
-async def test_a_fault_in_answering_harms_nobody_else(
-    execution: Execution, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_fault_in_answering_harms_nobody_else(execution: Execution, caplog: pytest.LogCaptureFixture) -> None:
     copy = made_copy(FakeModel(), THREAD)
 
     def broken(*result: object) -> None:
