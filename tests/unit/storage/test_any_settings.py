@@ -22,17 +22,62 @@ SCALARS = (
     | st.sampled_from(["FP32", "..", "/etc/passwd", "model.onnx", "mlserver_sklearn.SKLearnModel", "64MiB", "thread"])
 )  # fmt: skip
 KEYS = st.sampled_from(
-    "name format version file max_batch_size inputs outputs execution size_bytes parameters implementation uri extra "
-    "datatype shape labels dims data_type input version_policy specific versions latest num_versions backend platform"
-    "".split()
+    [
+        "name",
+        "format",
+        "version",
+        "file",
+        "max_batch_size",
+        "inputs",
+        "outputs",
+        "execution",
+        "size_bytes",
+        "parameters",
+        "implementation",
+        "uri",
+        "extra",
+        "datatype",
+        "shape",
+        "labels",
+        "dims",
+        "data_type",
+        "input",
+        "version_policy",
+        "specific",
+        "versions",
+        "latest",
+        "num_versions",
+        "backend",
+        "platform",
+    ]
 )
 DOCUMENTS = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=5), inner, max_size=6)
 )
-PBTXT_WORDS = (
-    'name: "x" input { } [ ] , dims: -1 3 data_type: TYPE_FP32 backend: "onnxruntime" max_batch_size: version_policy '
-    "latest num_versions: \\ ' \x00"
-).split()
+PBTXT_WORDS = [
+    "name:",
+    '"x"',
+    "input",
+    "{",
+    "}",
+    "[",
+    "]",
+    ",",
+    "dims:",
+    "-1",
+    "3",
+    "data_type:",
+    "TYPE_FP32",
+    "backend:",
+    '"onnxruntime"',
+    "max_batch_size:",
+    "version_policy",
+    "latest",
+    "num_versions:",
+    "\\",
+    "'",
+    "\x00",
+]
 PBTXT = st.lists(st.sampled_from(PBTXT_WORDS), max_size=20).map(" ".join)
 
 
