@@ -379,6 +379,7 @@ class Cache:
         # Both would keep the model alive as long as anybody keeps the copy.
         del copy.model
         copy.prepared = None
+        copy.prepared = None
         self._close(model, copy.weight, copy)
 
     def _discard(self, model: LoadedModel, weight: int) -> None:

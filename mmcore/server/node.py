@@ -87,6 +87,7 @@ class Node:
     async def drain(self) -> None:
         """Take nothing new, finish what is under way within the grace, and let go of everything."""
         self._set_serving(serving=False)
+        self._health.close()
         self._service.drain()
         await self._server.drain(self._settings.grace_s)
         await self._router.close()

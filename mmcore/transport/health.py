@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from mmcore._ext.h2server import ServerCall
-from mmcore.errors import InvalidRequest, NotFound
+from mmcore.errors import InvalidRequest, NotFound, Unavailable
 from mmcore.pb.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from mmcore.transport.server import Server
 from mmcore.transport.streams import StreamCall
@@ -17,10 +17,17 @@ class Health:
     def __init__(self) -> None:
         self._serving: dict[str, bool] = {}
         self._changed: set[asyncio.Event] = set()
+        self._closed = False
 
     def set(self, service: str, serving: bool) -> None:
         """Note a service's health and tell those who watch."""
         self._serving[service] = serving
+        for event in self._changed:
+            event.set()
+
+    def close(self) -> None:
+        """End the watches: a client keeps one open for as long as it lives, which must not hold up a drain."""
+        self._closed = True
         for event in self._changed:
             event.set()
 
@@ -52,6 +59,8 @@ class Health:
                 if current != told:
                     told = current
                     await call.send(current.SerializeToString())
+                if self._closed:
+                    raise Unavailable("the server is shutting down")
                 await changed.wait()
         finally:
             self._changed.discard(changed)

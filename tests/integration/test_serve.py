@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 import signal
 import socket
@@ -373,6 +374,30 @@ def test_many_callers_of_an_unloaded_model_share_one_load(serve: Serve, models: 
     assert (tmp_path / "loads").read_text() == "x"
 
 
+def test_a_message_above_the_limit_is_refused_and_the_next_one_answered(serve: Serve, models: Path) -> None:
+    write_model(models, "scale", SCALE.replace("FACTOR", "2"))
+    instance = serve(models, "--max-message", "1MiB")
+    with triton.InferenceServerClient(instance.grpc) as client:
+        large = triton.InferInput("X", [300_000], "FP32")
+        large.set_data_from_numpy(np.zeros(300_000, np.float32))
+        with pytest.raises(InferenceServerException) as error:
+            client.infer("scale", [large])
+        assert error.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+    assert scale(instance) == 2.0
+
+
+def test_metadata_may_name_the_model(serve: Serve, models: Path) -> None:
+    write_model(models, "scale", SCALE.replace("FACTOR", "2"))
+    instance = serve(models)
+    with triton.InferenceServerClient(instance.grpc) as client:
+        x = triton.InferInput("X", [1], "FP32")
+        x.set_data_from_numpy(np.ones(1, np.float32))
+        for headers in ({"mm-model-id": "scale"}, {"mm-vmodel-id": "scale", "mm-model-id": "other"}):
+            assert client.infer("", [x], headers=headers).get_response().model_name == "scale"
+        with pytest.raises(InferenceServerException, match="names no model"):
+            client.infer("", [x])
+
+
 # Ending
 
 
@@ -395,6 +420,27 @@ def test_a_drain_finishes_what_is_under_way_and_takes_nothing_new(serve: Serve, 
     (tmp_path / "release").touch()
     assert under_way.result(WITHIN_S) == [True]
     assert instance.wait() == 0
+
+
+def test_idle_streams_do_not_hold_up_a_drain(serve: Serve, models: Path) -> None:
+    write_model(models, "scale", SCALE.replace("FACTOR", "2"))
+    instance = serve(models)
+    answers: queue.Queue[Any] = queue.Queue()
+    with grpc.insecure_channel(instance.grpc) as channel, triton.InferenceServerClient(instance.grpc) as client:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        client.start_stream(lambda result, error: answers.put(error))
+        x = triton.InferInput("X", [1], "FP32")
+        x.set_data_from_numpy(np.ones(1, np.float32))
+        client.async_stream_infer("scale", [x])
+        assert answers.get(timeout=WITHIN_S) is None
+        instance.signal()
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as ended:
+            next(watch)
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "shutting down" in str(answers.get(timeout=WITHIN_S))
+        assert instance.wait(10) == 0
 
 
 def test_grace_ends_a_drain(serve: Serve, models: Path, tmp_path: Path) -> None:
