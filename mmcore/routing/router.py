@@ -139,11 +139,16 @@ class Router:
         return registration.versions if registration is not None else ()
 
     def copies(self, name: str | None = None) -> list[Copy]:
-        """The loaded copies, of one model or of all."""
+        """The loaded copies: of one model in the order of its versions, or of all, the least recently used first."""
         if name is None:
             return [copy for copy in self.cache.lru if isinstance(copy, Copy)]
         registration = self._table.get(name)
-        return list(registration.loaded().values()) if registration is not None else []
+        if registration is None:
+            return []
+        loaded = registration.loaded()
+        # One that stands in for a version that is gone comes first.
+        order = {version: place for place, version in enumerate(registration.versions)}
+        return [loaded[version] for version in sorted(loaded, key=lambda version: order.get(version, -1))]
 
     def check(self, name: str, version: str = "") -> None:
         """Raise NotFound, with Triton's text, for a model or version that is not known or has been unloaded."""

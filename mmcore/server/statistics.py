@@ -31,7 +31,7 @@ def statistics_of(router: Router, name: str, version: str) -> inference_pb2.Mode
         raise NotFound(f"Request for unknown model: {asked} is not found")
     loaded = {copy.version: copy for copy in router.copies(name)}
     # Without a version the loaded ones answer; where there is none, the one that a request would load.
-    wanted = [version] if version else sorted(loaded, key=int) or [known[-1]]
+    wanted = [version] if version else list(loaded) or [known[-1]]
     for one in wanted:
         if one in loaded:
             response.model_stats.append(_of_copy(loaded[one]))

@@ -102,7 +102,7 @@ async def test_a_model_is_loaded_when_it_is_asked_for(instance: Instance) -> Non
     one = await router.load("m", "1")
     assert router.lookup("m", "1") is one
     assert router.lookup("m") is copy
-    assert router.copies("m") == [copy, one]
+    assert router.copies("m") == [one, copy]
     assert set(router.copies()) == {copy, one}
     assert (await router.source("m", "1")).path == instance.root / "m/1/model.onnx"
 
@@ -118,6 +118,16 @@ async def test_what_is_not_known_is_refused_at_once_in_tritons_words(instance: I
     assert instance.router.versions("x") == ()
     assert instance.router.copies("x") == []
     instance.router.check("m", "1")
+
+
+async def test_a_version_may_have_a_name_that_is_no_number(instance: Instance) -> None:
+    instance.put("m/clf.pkl")
+    instance.put("m/model-settings.json", '{"name": "iris", "parameters": {"version": "v0.1.0"}}')
+    await instance.router.start()
+    assert instance.router.versions("iris") == ("v0.1.0",)
+    copy = await instance.router.load("iris", "v0.1.0")
+    assert instance.router.lookup("iris") is copy
+    assert instance.router.copies("iris") == [copy]
 
 
 async def test_a_version_that_the_policy_forbids_is_not_known(instance: Instance) -> None:
