@@ -178,14 +178,16 @@ format: $(DEV_PACKAGES)
 
 ## Other kinds of build -----------------------------------------------------------------------------------------------
 
-# Each kind has a copy of the tree, so that it never disturbs the modules in use. $(call tree,KIND) refreshes the copy
-# and keeps the times of its files, by which only what changed is built again.
+# Each kind has a copy of the tree, so that it never disturbs the modules in use. $(call tree,KIND) makes the copy anew,
+# all but what was built there; files keep their times, by which only what changed is built again.
 define tree
-mkdir -p build/tree/$(1)
-for part in setup.py pyproject.toml README.md LICENSE mmcore ext protos deploy bench tests; do
-	if [ -d $$part ]; then mkdir -p build/tree/$(1)/$$part; cp -a --update $$part/. build/tree/$(1)/$$part/; fi
-	if [ -f $$part ]; then cp -a --update $$part build/tree/$(1)/; fi
+mkdir -p build/tree/$(1)/ext
+cp -a --update ext/. build/tree/$(1)/ext/
+for part in setup.py pyproject.toml README.md LICENSE mmcore protos deploy bench tests; do
+	rm -rf build/tree/$(1)/$$part
+	cp -a $$part build/tree/$(1)/
 done
+rm -f build/tree/$(1)/mmcore/_ext/*.so
 cd build/tree/$(1)
 endef
 
@@ -207,9 +209,11 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=1:halt_on_error=1 UBSAN_OPTIONS=print_stac
 	LSAN_OPTIONS=suppressions=$(CURDIR)/tests/meta/leaks.supp:print_suppressions=0 PYTHONMALLOC=malloc \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so.6)"
 SANITIZED_TESTS = $(wildcard tests/unit/ext tests/unit/transport tests/fuzz)
+SANITIZED_CLIENTS = $(wildcard tests/conformance/test_tritonclient_*.py)
 sanitize: $(DEV_PACKAGES)
 	$(call step,Sanitizer build in build/tree/sanitize,sanitize)
-	@cd build/tree/sanitize && $(SANITIZED) $(PY) -m pytest -m 'not slow' $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	@cd build/tree/sanitize && $(SANITIZED) $(PY) -m pytest --capture=sys -m 'not slow' $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	@cd build/tree/sanitize && $(SANITIZED) $(PY) -m pytest --capture=sys $(SANITIZED_CLIENTS) $(PYTEST_ARGS)
 
 define STEP_coverage
 $(PIP) install --group coverage
