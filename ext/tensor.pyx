@@ -2,8 +2,8 @@
 
 Raw contents are little-endian, row-major, without padding (Open Inference Protocol, "Tensor Data"); BYTES elements
 are each a uint32 length and that many bytes (Triton's binary data extension); BF16 is widened to float32 exactly
-and rounded from it to nearest even. Arrays over a buffer are read-only views which keep the buffer alive, and
-copies where the buffer is misaligned for the element.
+and rounded from it to nearest even. Arrays are read-only: views which keep the buffer alive where that can be,
+copies where the buffer is misaligned for the element or holds it differently.
 """
 
 import sys
@@ -166,19 +166,31 @@ cdef object array_over(int code, const int64_t* shape, int rank, const uint8_t* 
     if code == BF16:
         array = new_array(code, shape, rank)
         widen(<uint32_t*>cnp.PyArray_DATA(array), data, count)
-        return array
-    if size and (<uintptr_t>data & <uintptr_t>(item - 1)) == 0 and (code != BOOL or plain_bools(data, size)):
-        array = cnp.PyArray_New(
-            cnp.ndarray, rank, <cnp.npy_intp*>shape, TYPES[code], NULL, <void*>data, 0, VIEW, None
-        )
-        Py_INCREF(owner)
-        cnp.PyArray_SetBaseObject(array, owner)
-        return array
-    array = new_array(code, shape, rank)
-    if code == BOOL:
-        copy_bools(<uint8_t*>cnp.PyArray_DATA(array), data, size)
-    else:
-        copy(<uint8_t*>cnp.PyArray_DATA(array), data, size)
+        return read_only(array)
+    if (<uintptr_t>data & <uintptr_t>(item - 1)) or code == BOOL and not plain_bools(data, size):
+        # Not an array with memory of its own, which numpy takes twice as long to make.
+        owner = PyBytes_FromStringAndSize(NULL, size)
+        if code == BOOL:
+            copy_bools(<uint8_t*>PyBytes_AS_STRING(owner), data, size)
+        else:
+            copy(<uint8_t*>PyBytes_AS_STRING(owner), data, size)
+        data = <const uint8_t*>PyBytes_AS_STRING(owner)
+    return view_over(code, shape, rank, data, owner)
+
+
+cdef object view_over(int code, const int64_t* shape, int rank, const uint8_t* data, object owner):
+    """A read-only array over aligned data of the right size, with a reference to what holds it."""
+    if data == NULL:    # of an empty buffer
+        return read_only(new_array(code, shape, rank))
+    array = cnp.PyArray_New(cnp.ndarray, rank, <cnp.npy_intp*>shape, TYPES[code], NULL, <void*>data, 0, VIEW, None)
+    Py_INCREF(owner)
+    cnp.PyArray_SetBaseObject(array, owner)
+    return array
+
+
+cdef object read_only(object array):
+    """The same for arrays of their own memory: whether a model may write to its input must not hang on the request."""
+    cnp.PyArray_CLEARFLAGS(array, cnp.NPY_ARRAY_WRITEABLE)
     return array
 
 
@@ -250,7 +262,7 @@ cdef object bytes_array(const int64_t* shape, int rank, Py_ssize_t count, const 
         memcpy(&length, data + at, 4)
         put(slots + found, PyBytes_FromStringAndSize(<const char*>data + at + 4, length))
         at += 4 + <Py_ssize_t>length
-    return array
+    return read_only(array)
 
 
 cdef void put(PyObject** slot, object element) noexcept:
@@ -398,7 +410,7 @@ cdef object array_from_contents(int code, const int64_t* shape, int rank, const 
     misfit = fill(<uint8_t*>cnp.PyArray_DATA(array), code, tensor, size)
     if misfit >= 0:
         raise InvalidRequest(f"expected elements that fit {NAMES[code]}, got a wider one at index {misfit}")
-    return array
+    return read_only(array)
 
 
 # ---- out
@@ -601,8 +613,8 @@ cdef int read_shape(object shape, int64_t* dims) except -1:
 def array_from_raw(str datatype not None, shape, buffer):
     """Raw contents as an array of the datatype's dtype (mmcore.model.NUMPY_DTYPES) and ``shape``.
 
-    A read-only view that keeps ``buffer`` (any contiguous bytes-like object) alive; a copy for BYTES, BF16, BOOL with
-    bytes above 1, and misaligned data. Raises InvalidRequest when bytes, shape and datatype disagree.
+    Read-only: a view that keeps ``buffer`` (any contiguous bytes-like object) alive, or a copy for BYTES, BF16, BOOL
+    with bytes above 1, and misaligned data. Raises InvalidRequest when bytes, shape and datatype disagree.
     """
     cdef int64_t[MAX_RANK] dims
     cdef int code = code_of(datatype)
@@ -620,7 +632,7 @@ def array_from_raw(str datatype not None, shape, buffer):
 
 
 def parse_bytes_tensor(buffer, shape):
-    """BYTES raw contents as an object array of ``bytes``; InvalidRequest when framing or element count is wrong."""
+    """BYTES raw contents as a read-only object array of ``bytes``; InvalidRequest when framing or count is wrong."""
     return array_from_raw("BYTES", shape, buffer)
 
 

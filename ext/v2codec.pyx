@@ -310,7 +310,8 @@ def decode_infer_response(bytes body not None):
 cdef class Signature:
     """A model's inputs, ready to be compared with a request's.
 
-    ``accepts`` maps an input's name to datatypes that are taken beside its own; arrays come in the one they were sent in.
+    ``accepts`` maps an input's name to datatypes that are taken beside its own; arrays come in the one they were sent
+    in.
     """
 
     def __cinit__(self, inputs, *, bint any_name=False, accepts=None):

@@ -73,6 +73,7 @@ def test_misaligned_raw_contents_are_copied_and_aligned() -> None:
     for size in range(9):  # some of the names put the data where a double may not lie
         array = request(("n" * size, "FP64", np.array([1.5, -2.5]))).inputs[0].array()
         assert array.flags.aligned
+        assert not array.flags.writeable
         assert array.tolist() == [1.5, -2.5]
 
 
