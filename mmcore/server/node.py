@@ -21,6 +21,7 @@ from mmcore import pb
 from mmcore.config import ServeSettings
 from mmcore.errors import Unavailable
 from mmcore.routing import Router
+from mmcore.server.allocator import keep_freed_memory
 from mmcore.server.v2 import SERVICE, V2Service
 from mmcore.storage import ModelFolder
 from mmcore.transport import Server, add_health, add_reflection
@@ -105,6 +106,7 @@ class Node:
 
 def run(settings: ServeSettings) -> int:
     """Run one instance until it is told to end; the exit code: 0 drained, 1 failed or ended at once."""
+    keep_freed_memory()
     logs.configure(settings.log_level)
     log.info("mmcore %s, capacity %d bytes", mmcore.__version__, settings.capacity_bytes)
     with asyncio.Runner(loop_factory=_loop_factory(settings.event_loop)) as runner:
