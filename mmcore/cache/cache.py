@@ -13,13 +13,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import Final
 
 from mmcore._ext.lru import Lru
 from mmcore._ext.v2codec import Signature
 from mmcore.cache.copies import Copy, CopyState
 from mmcore.cache.failures import Failures
+from mmcore.cache.threads import LoaderThreads
 from mmcore.errors import Cancelled, LoadFailed, MmcoreError, Overloaded, Unavailable
 from mmcore.model import ModelSource
 from mmcore.runtimes import LoadedModel, load_model
@@ -27,13 +27,13 @@ from mmcore.runtimes.size import disk_size
 from mmcore.storage import Origin
 from mmcore.storage.signature import signature
 
-ResultT = TypeVar("ResultT")
-
 log = logging.getLogger(__name__)
 
 LOADER_THREADS: Final = 2
 #: How long a load waits for space that is in use before it gives up.
 ROOM_WAIT_S: Final = 30.0
+#: How long the instance waits for loads and unloads that run when it ends.
+CLOSE_WAIT_S: Final = 10.0
 #: A new copy is not evicted so soon: the request that waited for it must find it.
 RESIDENCY_S: Final = 0.05
 
@@ -111,7 +111,7 @@ class Cache:
         self.on_gone: Callable[[Copy], None] = lambda copy: None
         self._load_model = load
         self._bind = bind
-        self._threads = ThreadPoolExecutor(loader_threads, thread_name_prefix="mmcore-load")
+        self._threads = LoaderThreads(loader_threads)
         self._slots = asyncio.Semaphore(loader_threads)
         self._room_wait_s = room_wait_s
         self._residency_s = residency_s
@@ -173,7 +173,14 @@ class Cache:
                 waiter.set_exception(error)
                 return waiter
             load = self._start(name, version, origin, replacing=False)
-        return load.wait()
+        joined = load.wait()
+        joined.add_done_callback(self._left)
+        return joined
+
+    def _left(self, waiter: asyncio.Future[Copy]) -> None:
+        if waiter.cancelled():
+            # A load that waits for room looks whether anybody still waits for it.
+            self._wake()
 
     async def replace(self, name: str, version: str, origin: Origin) -> Copy:
         """Load the version afresh from ``origin``; the copy that is here serves until the new one is ready.
@@ -228,7 +235,7 @@ class Cache:
                 raise Unavailable("this instance is shutting down")
             self._check_wanted(load)
             load.state = CopyState.LOADING
-            source, files, predicted = await self._in_thread(_prepare, load)
+            source, files, predicted = await self._threads.run(_prepare, load)
             self._check_wanted(load)
             serving = self.lru.get((load.name, load.version))
             if isinstance(serving, Copy) and files and (serving.files, serving.source) == (files, source):
@@ -237,7 +244,7 @@ class Cache:
             self._check_size(source, predicted)
             reserved = await self._reserve(load, predicted)
             try:
-                model, bound = await self._in_thread(self._open, load, source)
+                model, bound = await self._threads.run(self._open, load, source)
             finally:
                 self._reserved_bytes -= reserved
                 self._wake()
@@ -259,7 +266,10 @@ class Cache:
 
     def _open(self, load: _Load, source: ModelSource) -> tuple[LoadedModel, Signature]:
         """In a loader thread: the model, checked to come from files that stayed as they were."""
-        model = self._load_model(source)
+        try:
+            model = self._load_model(source)
+        except SystemExit as error:
+            raise LoadFailed(f"model '{source.name}' ended with SystemExit: {error}") from error
         try:
             load.origin.confirm(load.name)
             return model, self._bind(model)
@@ -389,7 +399,7 @@ class Cache:
 
     def _close(self, model: LoadedModel, weight: int, copy: Copy | None) -> None:
         """Close a model in a loader thread; its space, counted as being unloaded, is free when that is done."""
-        closing = asyncio.get_running_loop().run_in_executor(self._threads, _close, model)
+        closing = self._threads.run(_close, model)
         self._closing.add(closing)
 
         def closed(_: object) -> None:
@@ -402,25 +412,27 @@ class Cache:
         closing.add_done_callback(closed)
 
     async def close(self) -> None:
-        """Give up queued loads, wait for those that run, and unload every copy that nobody uses."""
+        """Give up queued loads, wait for those that run, and unload every copy that nobody uses.
+
+        What has not ended after some seconds is left to its thread.
+        """
         self._closed = True
         for load in list(self._loads.values()):
             load.drop(Unavailable("this instance is shutting down"))
         self._wake()
         if self._tasks:
-            await asyncio.wait(list(self._tasks))
+            await asyncio.wait(list(self._tasks), timeout=CLOSE_WAIT_S)
         for copy in list(self.lru):
             assert isinstance(copy, Copy)
             self.unload(copy)
             self._end_residency(copy)
-        while self._closing:
-            await asyncio.wait(list(self._closing))
-        if not self._unloading:
-            # A copy whose lease never comes back is closed in a thread yet, if it does after all.
-            self._threads.shutdown(wait=False)
-
-    async def _in_thread(self, work: Callable[..., ResultT], *args: object) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        if self._closing:
+            await asyncio.wait(list(self._closing), timeout=CLOSE_WAIT_S)
+        left = len(self._tasks) + len(self._unloading)
+        if left:
+            log.warning("%d models are still being loaded, used or unloaded; leaving them behind", left)
+        else:
+            self._threads.stop()
 
 
 def _prepare(load: _Load) -> tuple[ModelSource, bytes, int]:

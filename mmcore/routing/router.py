@@ -11,6 +11,7 @@ import asyncio
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -91,7 +92,7 @@ class Router:
         #: Loads behind a copy that serves, the latest one of each version.
         self._replacing: dict[tuple[str, str], asyncio.Task[None]] = {}
         #: One explicit load or unload of a model at a time.
-        self._explicit: dict[str, asyncio.Lock] = {}
+        self._explicit: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         #: Origins of overrides, to be closed when they are replaced.
         self._own_origins: dict[str, FileOrigin] = {}
 
@@ -411,6 +412,9 @@ class Router:
     async def _replace(self, registration: Registration, version: str, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
+        known = self._table.get(registration.name) is registration and not registration.withdrawn
+        if not known or version not in registration.versions:
+            return
         try:
             await self.cache.replace(registration.name, version, registration.origin)
         except MmcoreError as error:
@@ -457,8 +461,6 @@ class Router:
         return version or registration.versions[-1]
 
     def _lock(self, name: str) -> asyncio.Lock:
-        for known in [known for known, lock in self._explicit.items() if not lock.locked()]:
-            del self._explicit[known]
         return self._explicit.setdefault(name, asyncio.Lock())
 
 

@@ -66,7 +66,7 @@ class Loader:
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
-        self.errors: dict[str, Exception] = {}
+        self.errors: dict[str, BaseException] = {}
         self.gates: dict[str, threading.Event] = {}
         self.entered: dict[str, threading.Event] = {}
         self.loads: list[str] = []

@@ -150,6 +150,12 @@ async def test_any_exception_becomes_a_failed_load(fixture: Fixture, caplog: pyt
     assert "Traceback" in caplog.text
 
 
+async def test_a_model_that_wants_to_end_the_process_only_fails(fixture: Fixture) -> None:
+    fixture.loader.errors["a"] = SystemExit(3)
+    with pytest.raises(LoadFailed, match="'a' ended with SystemExit: 3"):
+        await fixture.load("a")
+
+
 async def test_files_that_change_while_loading_void_the_load_and_are_not_remembered(fixture: Fixture) -> None:
     fixture.origin.fault = Unavailable("being changed")
     with pytest.raises(Unavailable, match="being changed"):
@@ -228,6 +234,19 @@ async def test_a_load_that_finds_no_room_is_refused_and_not_remembered() -> None
     first.release()
     assert (await fixture.load("b")).name == "b"
     await fixture.cache.close()
+
+
+async def test_a_load_that_waits_for_room_ends_when_nobody_waits_for_it(fixture: Fixture) -> None:
+    fixture.origin.settings = ModelSettings(size_bytes=60)
+    (first,) = await fixture.loaded("a")
+    first.acquire()
+    waiting = fixture.load("b")
+    await settled(lambda: fixture.cache.state("b", "1") is CopyState.LOADING)
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    await settled(lambda: fixture.cache.state("b", "1") is None)
+    assert fixture.loader.loads == ["a"]
+    first.release()
 
 
 async def test_a_model_above_the_capacity_is_refused_before_it_is_loaded(fixture: Fixture) -> None:
@@ -367,6 +386,25 @@ async def test_closing_ends_what_waits_and_unloads_the_rest() -> None:
     await settled(lambda: all(model.closed.is_set() for model in fixture.loader.models))
     assert len(fixture.loader.models) == 2
     assert copy.state is CopyState.UNLOADING
+
+
+async def test_an_instance_ends_although_a_load_does_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mmcore.cache.cache.CLOSE_WAIT_S", 0.01)
+    fixture = Fixture()
+    (copy,) = await fixture.loaded("a")
+    copy.acquire()
+    gate = fixture.loader.gate("b")
+    waiter = fixture.load("b")
+    await settled(fixture.loader.entered["b"].is_set)
+    await fixture.cache.close()
+    with pytest.raises(Unavailable):
+        await waiter
+    assert "2 models are still being loaded, used or unloaded" in caplog.text
+    gate.set()
+    copy.release()
+    await settled(lambda: len(fixture.loader.models) == 2 and all(one.closed.is_set() for one in fixture.loader.models))
 
 
 async def test_unloaded_models_are_let_go_of(fixture: Fixture) -> None:

@@ -360,6 +360,19 @@ async def test_an_unload_ends_the_wait_for_a_load(instance: Instance) -> None:
     assert instance.router.copies() == []
 
 
+async def test_a_model_unloaded_while_new_files_are_taken_stays_unloaded(instance: Instance) -> None:
+    instance.put("m/model.onnx")
+    await instance.router.start()
+    await instance.router.load("m")
+    instance.put("m/model.onnx", "other")
+    await instance.look()
+    await instance.router.unload("m")
+    await until(lambda: not instance.router._replacing)
+    await until(lambda: instance.router.cache.used_bytes == 0)
+    assert instance.router.copies() == []
+    assert instance.rows("m") == [("1", "UNAVAILABLE", "unloaded")]
+
+
 async def test_an_explicit_load_takes_new_files_and_tries_failures_again(instance: Instance) -> None:
     await instance.router.start()
     with pytest.raises(NotFound, match="failed to load 'm', failed to poll from model repository"):

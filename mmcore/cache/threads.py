@@ -1,0 +1,72 @@
+"""A few threads that load and close models; an instance can end although a framework never returns from one of them.
+
+That is why it is no ThreadPoolExecutor: the interpreter waits for those at its end, come what may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+ResultT = TypeVar("ResultT")
+
+
+class LoaderThreads:
+    """So many threads, started with the first work there is; work is begun in the order it comes."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._threads: list[threading.Thread] = []
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+    def run(self, work: Callable[..., ResultT], *args: object) -> asyncio.Future[ResultT]:
+        """Call ``work`` in one of the threads; on the loop. Cancelling the future does not stop the work."""
+        if not self._threads:
+            for number in range(self._count):
+                thread = threading.Thread(target=self._serve, name=f"mmcore-load-{number}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[ResultT] = loop.create_future()
+
+        def call() -> None:
+            result: Any = None
+            error: Exception | None = None
+            try:
+                result = work(*args)
+            except BaseException as raised:
+                # Those that would end the loop, or that a future does not take, come as an ordinary error.
+                ordinary = isinstance(raised, Exception) and not isinstance(raised, StopIteration)
+                error = raised if ordinary else RuntimeError(f"{type(raised).__name__}: {raised}")
+            try:
+                loop.call_soon_threadsafe(settle, result, error)
+            except RuntimeError:
+                # The loop is closed: the instance is gone and nobody waits.
+                pass
+            # Its traceback refers to this frame, and the frame to the model.
+            result = error = None
+
+        def settle(result: ResultT, error: Exception | None) -> None:
+            if answer.done():
+                return
+            if error is None:
+                answer.set_result(result)
+            else:
+                answer.set_exception(error)
+
+        self._work.put(call)
+        return answer
+
+    def stop(self) -> None:
+        """End the threads when they have done what was given to them before; returns at once."""
+        for _ in self._threads:
+            self._work.put(None)
+
+    def _serve(self) -> None:
+        while (call := self._work.get()) is not None:
+            call()
+            # What it refers to, a model perhaps, is not to wait for the next work.
+            del call
