@@ -6,6 +6,7 @@ That is why it is no ThreadPoolExecutor: the interpreter waits for those at its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -39,13 +40,13 @@ class LoaderThreads:
                 result = work(*args)
             except BaseException as raised:
                 # Those that would end the loop, or that a future does not take, come as an ordinary error.
-                ordinary = isinstance(raised, Exception) and not isinstance(raised, StopIteration)
-                error = raised if ordinary else RuntimeError(f"{type(raised).__name__}: {raised}")
-            try:
+                if isinstance(raised, Exception) and not isinstance(raised, StopIteration):
+                    error = raised
+                else:
+                    error = RuntimeError(f"{type(raised).__name__}: {raised}")
+            # Once the loop is closed the instance is gone and nobody waits.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(settle, result, error)
-            except RuntimeError:
-                # The loop is closed: the instance is gone and nobody waits.
-                pass
             # Its traceback refers to this frame, and the frame to the model.
             result = error = None
 
