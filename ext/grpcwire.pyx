@@ -97,6 +97,18 @@ cdef bytes percent_encode(str text):
     return encoded
 
 
+cdef str percent_cut(str text, Py_ssize_t limit):
+    """A text whose percent-encoded form is not above the limit in bytes: cut off, with an ellipsis, where it is."""
+    cdef bytes encoded = percent_encode(text)
+    cdef Py_ssize_t size = limit - 9
+    cdef Py_ssize_t escape
+    if len(encoded) <= limit:
+        return text
+    escape = encoded.rfind(b"%", size - 2, size)
+    kept = percent_decode(PyBytes_AS_STRING(encoded), escape if escape >= 0 else size)
+    return kept.rstrip("\N{REPLACEMENT CHARACTER}") + "\N{HORIZONTAL ELLIPSIS}"
+
+
 cdef int hex_digit(unsigned char c) noexcept:
     if c"0" <= c <= c"9":
         return c - c"0"
@@ -152,7 +164,8 @@ cdef bytes decode_binary(bytes value):
     Raises:
         ValueError: it is not base64.
     """
-    return binascii.a2b_base64(value + b"=" * (-len(value) % 4), strict_mode=True)
+    # Written so because C's remainder of a negative number is negative.
+    return binascii.a2b_base64(value + b"=" * ((4 - len(value) % 4) % 4), strict_mode=True)
 
 
 #: Message encodings taken and given ("gRPC over HTTP2", Message-Encoding); deflate is zlib's format there.

@@ -25,6 +25,7 @@ from mmcore._ext.h2memory cimport memory
 from mmcore._ext.nghttp2 cimport *
 from mmcore._ext.outbuf cimport IN_BYTES, REFERENCE_BYTES, Buffers, Part
 
+import re
 from collections import deque
 
 from mmcore._ext.grpcwire import compress, decompress
@@ -33,8 +34,9 @@ from mmcore.errors import MessageTooLong
 
 cdef enum:
     FRAME_BYTES = 256 * 1024       # longest DATA frame sent: few frames for a tensor, and no stream held up for long
-    UPDATE_BYTES = 256 * 1024      # received by a stream before its window is opened again
+    UPDATE_BYTES = 256 * 1024      # most that a stream receives before its window is opened again
     INBOX_BYTES = 1024 * 1024      # a stream's messages not taken by its handler, before its window is left closed
+    MESSAGE_COST = 64              # counted for a received message beside its bytes, about what its object takes
     OUT_LOW_BYTES = 64 * 1024      # a stream's unsent bytes at which its sender is woken
 
 cdef long live_streams = 0
@@ -53,26 +55,55 @@ cdef double now() noexcept:
     return <double>spec.tv_sec + <double>spec.tv_nsec * 1e-9
 
 
-cdef int add_metadata(nghttp2_nv *pairs, int count, object metadata, list keep) except -1:
-    """Append caller's metadata to a header array, base64 for ``-bin`` names; returns the new count.
+cdef object NAME = re.compile(r"[0-9a-z_.\-]+")
+cdef object TEXT = re.compile(r"[ -~]*")
+cdef frozenset RESERVED = frozenset((
+    "te", "content-type", "connection", "transfer-encoding", "keep-alive", "upgrade", "proxy-connection",
+    "grpc-timeout", "grpc-encoding", "grpc-accept-encoding", "grpc-status", "grpc-message",
+))
 
-    nghttp2 copies these (no NO_COPY flags), so ``keep`` lives only until the submit call.
+
+cdef list encode_metadata(object metadata):
+    """A caller's metadata as pairs of bytes, base64 for ``-bin`` names.
+
+    Raises:
+        ValueError: a name or a value cannot be sent, or there are too many.
+        TypeError: a value is not of the type its name asks for.
     """
-    cdef bytes raw_name, raw_value
+    cdef list encoded = []
+    cdef Py_ssize_t size = 0
+    cdef bytes raw
     for name, value in metadata:
-        if count == MAX_HEADERS:
-            raise ValueError(f"more than {MAX_HEADERS} headers in one call")
-        raw_name = name.encode("ascii")
-        if raw_name.endswith(b"-bin"):
-            raw_value = encode_binary(value)
+        if NAME.fullmatch(name) is None or name in RESERVED:
+            raise ValueError(f"{name!r} is no name for metadata")
+        if name.endswith("-bin"):
+            raw = encode_binary(value)
+        elif not isinstance(value, str):
+            raise TypeError(f"metadata {name!r} takes text, not {type(value).__name__}; names ending in -bin take bytes")
+        elif TEXT.fullmatch(value) is None:
+            raise ValueError(f"metadata {name!r} takes printable ASCII; names ending in -bin take bytes")
         else:
-            raw_value = value.encode("ascii") if isinstance(value, str) else bytes(value)
-        keep.append(raw_name)
-        keep.append(raw_value)
-        pairs[count].name = <uint8_t *>PyBytes_AS_STRING(raw_name)
-        pairs[count].namelen = PyBytes_GET_SIZE(raw_name)
-        pairs[count].value = <uint8_t *>PyBytes_AS_STRING(raw_value)
-        pairs[count].valuelen = PyBytes_GET_SIZE(raw_value)
+            raw = value.encode("ascii")
+        encoded.append((name.encode("ascii"), raw))
+        size += len(name) + len(raw) + 32
+    if len(encoded) > MAX_METADATA or size > MAX_METADATA_BYTES:
+        raise ValueError(f"metadata may be {MAX_METADATA} pairs and {MAX_METADATA_BYTES} bytes")
+    return encoded
+
+
+cdef int add_pairs(nghttp2_nv *pairs, int count, list encoded) except -1:
+    """Append encoded pairs to a header array; returns the new count.
+
+    nghttp2 copies these (no NO_COPY flags), so ``encoded`` need live only until the submit call.
+    """
+    cdef bytes name, value
+    for name, value in encoded:
+        if count == MAX_HEADERS:
+            raise ValueError(f"more than {MAX_HEADERS} headers in one block")
+        pairs[count].name = <uint8_t *>PyBytes_AS_STRING(name)
+        pairs[count].namelen = PyBytes_GET_SIZE(name)
+        pairs[count].value = <uint8_t *>PyBytes_AS_STRING(value)
+        pairs[count].valuelen = PyBytes_GET_SIZE(value)
         pairs[count].flags = NGHTTP2_NV_FLAG_NONE
         count += 1
     return count
@@ -97,6 +128,7 @@ cdef class Stream:
         global live_streams
         live_streams += 1
         self.grpc_status = -1
+        self.timeout_ns = NO_TIMEOUT
 
     def __dealloc__(self):
         global live_streams
@@ -138,8 +170,11 @@ cdef class Stream:
         self.out_bytes = 0
         self.out_left = 0
         self.out_owner = self.out_next = self.out_queue = None
-        if self.body is not None and not self.body_done:
-            session.receiving -= PyBytes_GET_SIZE(self.body)
+        self.release(self.held)
+        if self.target is not None:
+            self.path = self.target.path
+            self.target = None
+        if not self.body_done:
             self.body = None
         Py_DECREF(self)
         return 0
@@ -227,13 +262,13 @@ cdef class Stream:
                     return self.on_overflow(size)
                 if self.inbox is None and self.body is not None:
                     return self.on_bad_message(UNIMPLEMENTED, "a unary call takes one message, more were sent")
-                if session.receiving + <Py_ssize_t>size > session.max_receiving:
-                    return self.on_bad_message(
-                        RESOURCE_EXHAUSTED, "too many bytes of unfinished messages on this connection")
+                if self.hold(size + MESSAGE_COST) < 0:
+                    return -1
+                if self.discard:
+                    return 0
                 self.body = PyBytes_FromStringAndSize(NULL, size)
                 self.body_have = 0
                 self.body_done = False
-                session.receiving += size
             size = PyBytes_GET_SIZE(self.body)
             take = min(size - self.body_have, length)
             memcpy(PyBytes_AS_STRING(self.body) + self.body_have, data, take)
@@ -242,16 +277,32 @@ cdef class Stream:
             length -= take
             if <size_t>self.body_have < size:
                 return 0
-            session.receiving -= size
             self.body_done = True
             self.prefix_have = 0
             if self.take_message() < 0:
                 return -1
         return 0
 
+    cdef int hold(self, Py_ssize_t size) except -1:
+        """Count bytes the stream keeps until a handler takes them; too many of them on a server refuse the call."""
+        cdef Session session = self.session
+        if session.receiving + size > session.max_receiving and not session.client:
+            return self.on_bad_message(
+                RESOURCE_EXHAUSTED, "too many bytes of unfinished messages on this connection")
+        self.held += size
+        session.receiving += size
+        return 0
+
+    cdef void release(self, Py_ssize_t size) noexcept:
+        """Stop counting bytes that hold counted; all of them went when the stream was forgotten."""
+        size = min(size, self.held)
+        self.held -= size
+        self.session.receiving -= size
+
     cdef int take_message(self) except -1:
         """A whole message is there: decompress it, and hand it on."""
         cdef str encoding
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(self.body)
         if self.prefix[0] == 1:
             encoding = self.encoding
             if encoding is None or encoding == "identity":
@@ -262,9 +313,14 @@ cdef class Stream:
                 return self.on_overflow(0)
             except ValueError as error:
                 return self.on_bad_message(INTERNAL, f"a message is not valid {encoding}: {error}")
+            self.release(size)
+            if self.hold(PyBytes_GET_SIZE(self.body)) < 0:
+                return -1
+            if self.discard:
+                return 0
         if self.inbox is not None:
             self.inbox.append(self.body)
-            self.inbox_bytes += PyBytes_GET_SIZE(self.body)
+            self.inbox_bytes += PyBytes_GET_SIZE(self.body) + MESSAGE_COST
             self.body = None
             return self.queue_ready()
         return self.on_message()
@@ -284,8 +340,9 @@ cdef class Stream:
     def taken(self, Py_ssize_t size):
         """A message of the inbox was consumed: let the peer send as much again."""
         cdef Session session = self.session
-        self.inbox_bytes -= size
-        if self.withheld >= UPDATE_BYTES and self.inbox_bytes <= INBOX_BYTES and not self.closed and session.h2 != NULL:
+        self.inbox_bytes -= size + MESSAGE_COST
+        self.release(size + MESSAGE_COST)
+        if self.withheld >= self.session.update_bytes and self.inbox_bytes <= INBOX_BYTES and not self.closed and session.h2 != NULL:
             nghttp2_session_consume_stream(session.h2, self.id, self.withheld)
             self.withheld = 0
             session.want_flush()
@@ -415,11 +472,13 @@ cdef class Stream:
         if messages:
             self.inbox = []
             for message in messages:
+                if self.sink is None:  # it ended the call
+                    return 0
                 self.sink.on_message(message)
-        if self.received_end:
+        if self.received_end and self.sink is not None:
             self.received_end = False
             self.sink.on_end()
-        if self.want_writable and self.out_bytes <= OUT_LOW_BYTES:
+        if self.want_writable and self.out_bytes <= OUT_LOW_BYTES and self.sink is not None:
             self.want_writable = False
             self.sink.on_writable()
         return 0
@@ -472,6 +531,7 @@ cdef class Session:
         self.max_receiving = max(settings.max_receiving_bytes, 2 * settings.max_message_bytes)
         self.max_unsent = max(settings.max_unsent_bytes, 2 * settings.max_message_bytes)
         self.max_header = settings.max_header_bytes
+        self.update_bytes = min(UPDATE_BYTES, settings.stream_window_bytes // 2)
         self.control_burst = self.control_tokens = settings.control_frame_burst
         self.control_rate = settings.control_frames_per_s
         self.control_at = now()
@@ -582,14 +642,18 @@ cdef class Session:
         self.busy = self.inside = True
         used = nghttp2_session_mem_recv(self.h2, data, length)
         self.inside = False
-        if used < 0:
+        try:
+            if used == NGHTTP2_ERR_FLOODED:
+                # More acknowledgements wait to leave than one read event may cause.
+                self.terminate(NGHTTP2_ENHANCE_YOUR_CALM)
+            elif used < 0:
+                return self.fatal(<int>used)
+            if self.consumed:
+                nghttp2_session_consume_connection(self.h2, self.consumed)
+                self.consumed = 0
+            self.run_ready()
+        finally:
             self.busy = False
-            return self.fatal(<int>used)
-        if self.consumed:
-            nghttp2_session_consume_connection(self.h2, self.consumed)
-            self.consumed = 0
-        self.run_ready()
-        self.busy = False
         self.do_flush()
         return 0
 
@@ -597,16 +661,23 @@ cdef class Session:
         """Serve the streams that have something for Python."""
         cdef list ready
         cdef Stream stream
+        cdef Py_ssize_t served
         while self.ready:
             ready = self.ready
             self.ready = []
-            for item in ready:
-                stream = <Stream>item
-                stream.queued = False
-                try:
-                    stream.on_ready()
-                except Exception as error:  # a callback's fault must not cost the other streams their turn
-                    self.callback_failed(stream, error)
+            served = 0
+            try:
+                for item in ready:
+                    served += 1
+                    stream = <Stream>item
+                    stream.queued = False
+                    try:
+                        stream.on_ready()
+                    except Exception as error:  # a callback's fault must not cost the other streams their turn
+                        self.callback_failed(stream, error)
+            finally:
+                if served < len(ready):  # an interrupt: the others keep their turn
+                    self.ready = ready[served:] + self.ready
         return 0
 
     cdef int want_flush(self) except -1:
@@ -648,6 +719,7 @@ cdef class Session:
             while True:
                 if self.handed_over:
                     if self.paused or self.transport.get_write_buffer_size() > 0:
+                        self.run_ready()  # outcomes are told even while nothing can be sent
                         break
                     self.handed_over = False
                 self.full = False
@@ -668,7 +740,8 @@ cdef class Session:
                     continue
                 if self.resets:
                     for stream_id in self.resets:
-                        nghttp2_submit_rst_stream(self.h2, 0, stream_id, NGHTTP2_NO_ERROR)
+                        if nghttp2_session_get_stream_user_data(self.h2, stream_id) != NULL:
+                            nghttp2_submit_rst_stream(self.h2, 0, stream_id, NGHTTP2_NO_ERROR)
                     self.resets.clear()
                     continue
                 if not self.ready:
@@ -693,7 +766,7 @@ cdef class Session:
             buffers.seal()
             sent = buffers.send(self.fd)
             if sent < 0:
-                sent = total  # broken: the transport hears it from its own read and ends the connection
+                sent = 0  # broken: the transport is to find out, and to end the connection
         if <size_t>sent < total:
             rest = buffers.rest(sent)
             buffers.clear()
@@ -722,8 +795,11 @@ cdef class Session:
         cdef Stream stream
         self.transport = None
         self.fd = -1
+        self.broken = True
         while self.newest != NULL:
             stream = <Stream>self.newest
+            if self.h2 != NULL:
+                nghttp2_session_set_stream_user_data(self.h2, stream.id, NULL)
             self.close_stream(stream, NGHTTP2_CANCEL, reason)
         self.run_ready()
         if self.h2 != NULL and not self.inside:
@@ -764,7 +840,10 @@ cdef class Session:
         if earliest:
             self.arm(earliest)
         for item in late:
-            (<Stream>item).expire()
+            try:
+                (<Stream>item).expire()
+            except Exception as error:  # of a callback: the other calls end as well
+                self.callback_failed(item, error)
         self.run_ready()
         self.do_flush()
 
@@ -793,6 +872,7 @@ cdef class Session:
 
     def terminate(self, uint32_t code):
         """GOAWAY with an error; the connection closes once it is written."""
+        self.linger = False
         if self.h2 != NULL:
             nghttp2_session_terminate_session(self.h2, code)
             self.want_flush()
@@ -807,7 +887,20 @@ cdef class Session:
                 self.control_burst, self.control_tokens + (current - self.control_at) * self.control_rate)
             self.control_at = current
             if self.control_tokens < 0:
+                self.linger = False
                 nghttp2_session_terminate_session(self.h2, NGHTTP2_ENHANCE_YOUR_CALM)
+        return 0
+
+    cdef int refuse_waiting(self) except -1:
+        """The peer takes no new calls: end those that nghttp2 still holds back for want of a place."""
+        cdef Stream stream
+        cdef void *place = self.newest
+        while place != NULL:
+            stream = <Stream>place
+            place = stream.older
+            if nghttp2_session_get_stream_user_data(self.h2, stream.id) == NULL:
+                stream.on_close(NGHTTP2_REFUSED_STREAM, None)
+                nghttp2_submit_rst_stream(self.h2, 0, stream.id, NGHTTP2_REFUSED_STREAM)
         return 0
 
 cdef extern from "Python.h":
@@ -862,7 +955,7 @@ cdef int on_data_chunk(
     stream = <Stream>found
     # The stream's window is opened again once it is worth a frame; most calls end before.
     stream.withheld += length
-    if stream.withheld >= UPDATE_BYTES and (stream.inbox_bytes <= INBOX_BYTES or stream.discard):
+    if stream.withheld >= (<Session>user_data).update_bytes and (stream.inbox_bytes <= INBOX_BYTES or stream.discard):
         nghttp2_session_consume_stream(h2, stream_id, stream.withheld)
         stream.withheld = 0
     stream.feed(data, length)
@@ -885,6 +978,7 @@ cdef int on_frame(
         if found == NULL:
             return 0
         stream = <Stream>found
+        stream.peer_ended = end
         if kind == NGHTTP2_HEADERS:
             stream.on_headers_done(frame.headers.cat, end)
         if end:
@@ -894,14 +988,15 @@ cdef int on_frame(
             session.settled = True
             session.count_control()
     elif kind == NGHTTP2_PING:
+        session.count_control()
         if frame.hd.flags & NGHTTP2_FLAG_ACK:
             session.on_pong()
-        else:
-            session.count_control()
     elif kind == NGHTTP2_PRIORITY or kind == NGHTTP2_RST_STREAM:
         session.count_control()
     elif kind == NGHTTP2_GOAWAY:
         session.going_away = True
+        if session.client:
+            session.refuse_waiting()
         session.on_going_away()
     return 0
 
@@ -915,24 +1010,6 @@ cdef int on_stream_close(
         stream = <Stream>found
         if stream.opened:
             (<Session>user_data).close_stream(stream, code, None)
-    return 0
-
-
-cdef int on_frame_not_send(
-    nghttp2_session *h2, const nghttp2_frame *frame, int code, void *user_data
-) except NGHTTP2_ERR_CALLBACK_FAILURE:
-    # A request that cannot be sent any more (taken back, GOAWAY came first, ids ran out) has no stream to close.
-    cdef Session session = <Session>user_data
-    cdef void *place
-    cdef Stream stream
-    if frame.hd.type != NGHTTP2_HEADERS or not session.client:
-        return 0
-    place = session.newest
-    while place != NULL and (<Stream>place).id != frame.hd.stream_id:
-        place = (<Stream>place).older
-    if place != NULL:
-        stream = <Stream>place
-        session.close_stream(stream, NGHTTP2_REFUSED_STREAM, None)
     return 0
 
 
@@ -956,6 +1033,7 @@ cdef ssize_t on_read(
         return NGHTTP2_ERR_DEFERRED
     stream.out_bytes -= take
     (<Session>user_data).unsent -= take
+    (<Session>user_data).data_sent += take
     flags[0] |= NGHTTP2_DATA_FLAG_NO_COPY
     if stream.out_bytes == 0 and stream.out_end:
         flags[0] |= NGHTTP2_DATA_FLAG_EOF
@@ -989,8 +1067,6 @@ nghttp2_session_callbacks_set_on_header_callback(callbacks, <nghttp2_on_header_c
 nghttp2_session_callbacks_set_on_data_chunk_recv_callback(
     callbacks, <nghttp2_on_data_chunk_recv_callback>on_data_chunk)
 nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, <nghttp2_on_frame_recv_callback>on_frame)
-nghttp2_session_callbacks_set_on_frame_not_send_callback(
-    callbacks, <nghttp2_on_frame_not_send_callback>on_frame_not_send)
 nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, <nghttp2_on_stream_close_callback>on_stream_close)
 nghttp2_session_callbacks_set_send_data_callback(callbacks, <nghttp2_send_data_callback>on_send_data)
 nghttp2_session_callbacks_set_data_source_read_length_callback(callbacks, on_read_length)

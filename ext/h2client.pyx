@@ -10,7 +10,7 @@ from mmcore._ext.grpcwire cimport percent_decode
 from mmcore._ext.h2 cimport *
 from mmcore._ext.nghttp2 cimport *
 
-from mmcore._ext.grpcwire import format_timeout
+from mmcore._ext.grpcwire import ENCODINGS, format_timeout
 
 cdef bytes ACCEPTED = b"identity,deflate,gzip"
 
@@ -79,12 +79,22 @@ cdef class ClientCall(Stream):
         return self.keep(name, name_size, value, value_size)
 
     cdef int on_headers_done(self, int category, bint end) except -1:
-        if category == NGHTTP2_HCAT_RESPONSE and not end:
+        if not end:  # the answer's headers, or interim ones before them
             self.initial_bytes = self.metadata_bytes
         if self.header_flood:
             return self.on_bad_message(
                 RESOURCE_EXHAUSTED, f"metadata is above the limit of {self.session.max_header} bytes")
+        if not end and self.http_status >= 200 and (self.http_status != 200 or not self.content_type_ok):
+            self.not_grpc()
+            return self.on_bad_message(INTERNAL, "")
         return 0
+
+    cdef int not_grpc(self) except -1:
+        """The answer came from something else than a gRPC server."""
+        if self.http_status != 200:
+            return self.finish(
+                status_of_http(self.http_status), f"HTTP status {self.http_status} without grpc-status")
+        return self.finish(UNKNOWN, "the answer is not gRPC: its content-type is not application/grpc")
 
     cdef int on_bad_message(self, int status, str text) except -1:
         self.discard = True
@@ -104,14 +114,14 @@ cdef class ClientCall(Stream):
         if self.grpc_status < 0 or self.grpc_status > 16:
             if self.grpc_status > 16:
                 self.finish(UNKNOWN, details)
-            elif self.http_status != 200:
-                self.finish(status_of_http(self.http_status), f"HTTP status {self.http_status} without grpc-status")
-            elif not self.content_type_ok:
-                self.finish(UNKNOWN, "the answer is not gRPC: its content-type is not application/grpc")
+            elif self.http_status != 200 or not self.content_type_ok:
+                self.not_grpc()
             else:
                 self.finish(INTERNAL, "the answer ended without grpc-status")
+        elif self.grpc_status == OK and self.prefix_have:
+            self.finish(INTERNAL, "the answer ended in the middle of a message")
         elif self.grpc_status == OK and self.inbox is None and not self.body_done:
-            self.finish(UNIMPLEMENTED if self.prefix_have == 0 else INTERNAL, "the answer holds no whole message")
+            self.finish(UNIMPLEMENTED, "a unary call is answered by one message, none was sent")
         else:
             self.finish(self.grpc_status, details)
         if not self.closed and (self.out_bytes or not self.out_end):
@@ -257,11 +267,13 @@ cdef class ClientSession(Session):
 
         Raises:
             ConnectionError: the session takes no new calls.
+            ValueError: metadata or the encoding cannot be sent.
+            TypeError: the message or metadata is of no type that can be sent.
         """
         cdef ClientCall call = ClientCall.__new__(ClientCall)
         cdef nghttp2_nv[MAX_HEADERS] pairs
         cdef nghttp2_data_provider provider
-        cdef list keep = None
+        cdef list encoded = None
         cdef bytes timeout
         cdef int count = 7
         cdef int32_t stream_id
@@ -271,7 +283,10 @@ cdef class ClientSession(Session):
         call.target = method
         call.on_done = on_done
         call.sink = sink
-        call.send_encoding = encoding
+        if encoding is not None and encoding != "identity":
+            if encoding not in ENCODINGS:
+                raise ValueError(f"encoding {encoding!r} is not one of {', '.join(sorted(ENCODINGS))}")
+            call.send_encoding = encoding
         if sink is not None:
             call.inbox = []
         pairs[0] = static_nv(b":method", b"POST")
@@ -287,13 +302,12 @@ cdef class ClientSession(Session):
             pairs[count] = bytes_nv(
                 b"grpc-timeout", timeout, NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_INDEX)
             count += 1
-        if encoding is not None or metadata:
-            keep = []
-            if encoding is not None:
-                count = add_metadata(
-                    pairs, count, [("grpc-encoding", encoding), ("grpc-accept-encoding", ACCEPTED)], keep)
-            if metadata:
-                count = add_metadata(pairs, count, metadata, keep)
+        if encoding is not None:
+            encoded = [(b"grpc-encoding", encoding.encode("ascii")), (b"grpc-accept-encoding", ACCEPTED)]
+        if metadata:
+            encoded = encode_metadata(metadata) if encoded is None else encoded + encode_metadata(metadata)
+        if encoded is not None:
+            count = add_pairs(pairs, count, encoded)
         if message is not None:
             call.push(message)
             call.out_end = True

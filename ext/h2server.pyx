@@ -6,11 +6,14 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport INT64_MAX, int32_t, uint8_t, uint32_t
 from libc.string cimport memcmp
 
-from mmcore._ext.grpcwire cimport percent_encode, timeout_ns
+from mmcore._ext.grpcwire cimport percent_cut, percent_encode, timeout_ns
 from mmcore._ext.h2 cimport *
 from mmcore._ext.nghttp2 cimport *
 
 from mmcore._ext.grpcwire import ENCODINGS
+
+cdef enum:
+    DETAILS_BYTES = 5000    # of a status text; peers refuse more than 8 KiB of metadata, percent-encoded
 
 cdef nghttp2_nv[2] RESPONSE
 RESPONSE[0] = static_nv(b":status", b"200")
@@ -33,7 +36,7 @@ cdef class ServerCall(Stream):
     @property
     def method(self):
         """Path of the method called, ``/package.Service/Method``."""
-        return self.target.path if self.target is not None else ""
+        return self.target.path if self.target is not None else self.path or ""
 
     @property
     def metadata(self):
@@ -77,6 +80,8 @@ cdef class ServerCall(Stream):
                 self.encoding = (<const char *>value)[:value_size].decode("ascii", "replace")
             elif is_text(name, name_size, b"grpc-accept-encoding", 20):
                 self.accept_encoding = (<const char *>value)[:value_size].decode("ascii", "replace")
+            else:
+                return self.keep(name, name_size, value, value_size)
             return 0
         return self.keep(name, name_size, value, value_size)
 
@@ -93,16 +98,18 @@ cdef class ServerCall(Stream):
             return self.reject(b"415")
         if self.target is None:
             return self.refuse(UNIMPLEMENTED, "method is not served here")
-        if self.timeout_ns:
+        if self.timeout_ns != NO_TIMEOUT:
             if self.timeout_ns < 0:
                 return self.refuse(INTERNAL, "grpc-timeout is malformed")
+            if self.timeout_ns == 0:
+                return self.refuse(DEADLINE_EXCEEDED, "deadline exceeded")
             if self.timeout_ns != INT64_MAX:
                 self.deadline = now() + self.timeout_ns * 1e-9
+                if not end:
+                    session.arm(self.deadline)
         if self.encoding is not None and self.encoding not in ENCODINGS:
-            self.extra_headers = [("grpc-accept-encoding", "identity,deflate,gzip")]
+            self.extra_headers = [(b"grpc-accept-encoding", b"identity,deflate,gzip")]
             return self.refuse(UNIMPLEMENTED, f"grpc-encoding {self.encoding!r} is not known here")
-        if session.unsent > session.max_unsent:
-            return self.refuse(RESOURCE_EXHAUSTED, "earlier answers on this connection have not been read")
         if self.target.streaming:
             self.inbox = []
             self.queue_ready()
@@ -114,6 +121,16 @@ cdef class ServerCall(Stream):
         self.finished = self.discard = True
         pair[0] = static_nv(b":status", http_status)
         nghttp2_submit_response(self.session.h2, self.id, pair, 1, NULL)
+        return self.leave()
+
+    cdef int leave(self) except -1:
+        """The answer's end is submitted: what the client still has to send is not wanted (RFC 9113 section 8.1).
+
+        nghttp2 would drop frames queued before a reset, so that is submitted once they have left.
+        """
+        if not self.peer_ended:
+            self.discard = True
+            self.session.resets.append(self.id)
         return 0
 
     cdef int on_bad_message(self, int status, str text) except -1:
@@ -121,12 +138,7 @@ cdef class ServerCall(Stream):
         if self.inbox is not None and self.sink is not None:
             self.sink.on_error(status, text)
             return 0
-        self.refuse(status, text)
-        if not self.received_end:
-            # The rest of the message is not wanted: say so once the trailers are out (RFC 9113 section 8.1).
-            # nghttp2 would drop frames queued before a reset, so it is submitted once they have left.
-            self.session.resets.append(self.id)
-        return 0
+        return self.refuse(status, text)
 
     cdef int refuse(self, int status, str text) except -1:
         """End the call with a status before any handler has seen it."""
@@ -149,22 +161,29 @@ cdef class ServerCall(Stream):
             return 0
         if self.finished:
             return 0
-        if self.inbox is not None:
-            if not self.dispatched:
-                self.dispatched = True
+        if not self.dispatched:
+            self.dispatched = True
+            if session.unsent > session.max_unsent:
+                return self.refuse(RESOURCE_EXHAUSTED, "earlier answers on this connection have not been read")
+            if self.inbox is not None:
                 if self.deadline is not None:
                     session.arm(self.deadline)
-                self.sink = session.open_stream_call(self, self.target.handler)
+                try:
+                    self.sink = session.open_stream_call(self, self.target.handler)
+                except Exception as error:
+                    session.handler_failed(self, error)
+                    return 0
+        if self.inbox is not None:
             return self.deliver()
-        self.dispatched = True
+        self.release(self.held)
         try:
             answer = self.target.handler(self, self.body)
+            self.body = None
+            if answer is not None:
+                return self.answer(answer)
         except Exception as error:  # the boundary: every error leaves as a status
             session.handler_failed(self, error)
             return 0
-        self.body = None
-        if answer is not None:
-            return self.answer(answer)
         if self.deadline is not None and not self.finished:
             session.arm(self.deadline)
         return 0
@@ -189,48 +208,50 @@ cdef class ServerCall(Stream):
         cdef nghttp2_nv[MAX_HEADERS] pairs
         cdef nghttp2_nv *headers = RESPONSE
         cdef int count = 2
-        cdef list keep
+        cdef list encoding, status
         self.headers_sent = True
         provider.source.ptr = <void *>self
         provider.read_callback = read_callback
         if end or self.extra_headers is not None or self.send_encoding is not None:
-            keep = []
             headers = pairs
             pairs[0] = RESPONSE[0]
             pairs[1] = RESPONSE[1]
             if self.send_encoding is not None:
-                count = add_metadata(pairs, count, [("grpc-encoding", self.send_encoding)], keep)
+                # The pairs point into these bytes: they must live until they are submitted.
+                encoding = [(b"grpc-encoding", self.send_encoding.encode("ascii"))]
+                count = add_pairs(pairs, count, encoding)
             if self.extra_headers is not None:
-                count = add_metadata(pairs, count, self.extra_headers, keep)
+                count = add_pairs(pairs, count, self.extra_headers)
             if end:
-                count = add_metadata(pairs, count, self.status_pairs(), keep)
+                status = self.status_pairs()
+                count = add_pairs(pairs, count, status)
         nghttp2_submit_response(self.session.h2, self.id, headers, count, NULL if end else &provider)
-        return 0
+        return self.leave() if end else 0
 
     cdef list status_pairs(self):
-        cdef list pairs = [("grpc-status", str(self.grpc_status))]
+        cdef list pairs = [(b"grpc-status", b"%d" % self.grpc_status)]
         if self.grpc_message:
-            pairs.append(("grpc-message", percent_encode(self.grpc_message)))
+            pairs.append((b"grpc-message", percent_encode(self.grpc_message)))
         if self.extra_trailers is not None:
             pairs.extend(self.extra_trailers)
         return pairs
 
     cdef int submit_end(self) except -1:
         cdef nghttp2_nv[MAX_HEADERS] pairs
-        cdef list keep
+        cdef list status
         if self.grpc_status == OK and self.extra_trailers is None:
             nghttp2_submit_trailer(self.session.h2, self.id, TRAILER_OK, 1)
         else:
-            keep = []
-            nghttp2_submit_trailer(
-                self.session.h2, self.id, pairs, add_metadata(pairs, 0, self.status_pairs(), keep))
-        return 0
+            status = self.status_pairs()
+            nghttp2_submit_trailer(self.session.h2, self.id, pairs, add_pairs(pairs, 0, status))
+        return self.leave()
 
     cdef int answer(self, object message) except -1:
         if self.closed or self.finished:
             return 0
         self.push(message)
         self.finished = True
+        self.on_cancel = None
         self.grpc_status = OK
         self.out_end = True
         self.send_headers(False)
@@ -244,12 +265,17 @@ cdef class ServerCall(Stream):
             message: bytes, another contiguous buffer, or a list of those sent as one message without joining.
         """
         self.answer(message)
-        self.on_cancel = None
 
     def fail(self, int status, str details not None):
-        """End the call with a status other than OK. Nothing happens when the call is over."""
+        """End the call with a status other than OK. Nothing happens when the call is over.
+
+        Args:
+            details: text for people; a very long one is cut off.
+        """
         if self.closed or self.finished:
             return
+        if len(details) > DETAILS_BYTES // 12:  # a character takes twelve bytes at the most
+            details = percent_cut(details, DETAILS_BYTES)
         self.finished = True
         self.grpc_status = status
         self.grpc_message = details
@@ -288,18 +314,28 @@ cdef class ServerCall(Stream):
             self.session.want_flush()
 
     def set_initial_metadata(self, metadata):
-        """Metadata sent before the answer; ValueError once headers are out."""
+        """Metadata sent before the answer.
+
+        Raises:
+            ValueError: headers are out already, or what is given cannot be sent.
+            TypeError: a value is not of the type its name asks for.
+        """
         if self.headers_sent:
             raise ValueError("initial metadata was already sent")
-        self.extra_headers = list(metadata)
+        self.extra_headers = encode_metadata(metadata)
 
     def set_trailers(self, metadata):
-        """Metadata sent with the status."""
-        self.extra_trailers = list(metadata)
+        """Metadata sent with the status.
+
+        Raises:
+            ValueError: what is given cannot be sent.
+            TypeError: a value is not of the type its name asks for.
+        """
+        self.extra_trailers = encode_metadata(metadata)
 
     def set_compression(self, str encoding):
         """Compress what is sent with ``gzip`` or ``deflate`` if the client accepts it; returns whether it does."""
-        if self.headers_sent or self.accept_encoding is None:
+        if self.headers_sent or self.accept_encoding is None or encoding not in ENCODINGS:
             return False
         if encoding not in [name.strip() for name in self.accept_encoding.split(",")]:
             return False
@@ -313,13 +349,13 @@ cdef class ServerCall(Stream):
         return 0
 
     cdef bint running(self) noexcept:
-        return self.dispatched and not self.finished
+        return not self.finished
 
     cdef int expire(self) except -1:
         """The deadline passed: answer so, and let the handler stop."""
         callback = self.on_cancel
         sink = self.sink
-        self.fail(DEADLINE_EXCEEDED, "deadline exceeded")
+        self.refuse(DEADLINE_EXCEEDED, "deadline exceeded")
         if callback is not None:
             callback()
         if sink is not None:
@@ -338,6 +374,12 @@ cdef class ServerSession(Session):
     def __cinit__(self, buffers, settings, dict methods not None, *args, **kwargs):
         self.methods = methods
         self.open(False, settings)
+
+    def shut(self, str reason not None):
+        """The connection is gone: cancel every call, and let go of the handlers, which may hold calls."""
+        Session.shut(self, reason)
+        self.methods = {}
+        self.latest = None
 
     cdef Stream accept(self):
         return ServerCall.__new__(ServerCall)

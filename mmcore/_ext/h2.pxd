@@ -18,7 +18,10 @@ from mmcore._ext.outbuf cimport Buffers
 cdef enum:
     INLINE_METADATA = 96           # bytes of metadata kept without an allocation: a user-agent's
     STATIC = NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE
-    MAX_HEADERS = 128              # pairs of metadata sent with one call
+    MAX_HEADERS = 128              # header pairs sent in one block, our own included
+    MAX_METADATA = 48              # pairs of metadata given for one block
+    MAX_METADATA_BYTES = 16 * 1024 # of these, together; nghttp2 drops a block of headers above 64 KiB
+    NO_TIMEOUT = -2
 
 # gRPC statuses (grpc/doc/statuscodes.md), as the transport gives them.
 cdef enum:
@@ -61,7 +64,8 @@ cdef inline bint is_text(const uint8_t *data, size_t size, const char *text, siz
 
 
 cdef double now() noexcept
-cdef int add_metadata(nghttp2_nv *pairs, int count, object metadata, list keep) except -1
+cdef list encode_metadata(object metadata)
+cdef int add_pairs(nghttp2_nv *pairs, int count, list encoded) except -1
 cdef nghttp2_data_source_read_callback read_callback
 
 
@@ -78,14 +82,17 @@ cdef class Stream:
     cdef int32_t id
     cdef void *newer          # neighbours in the session's list of open streams
     cdef void *older
-    cdef Method target
+    cdef Method target        # of an open call: its handler may lead back here, which nothing would collect
+    cdef str path             # of the method, once the call is over
     # receiving
     cdef uint8_t prefix[5]
     cdef int prefix_have
     cdef bytes body            # the message being filled, or the one delivered (unary)
     cdef Py_ssize_t body_have
     cdef bint body_done
-    cdef bint received_end
+    cdef bint received_end     # and on_end of the sink is due
+    cdef bint peer_ended       # END_STREAM came
+    cdef Py_ssize_t held       # what it takes of session.receiving
     cdef bint discard         # whatever else comes is dropped
     cdef list inbox           # streaming: whole messages not handed over yet
     cdef Py_ssize_t inbox_bytes
@@ -130,6 +137,8 @@ cdef class Stream:
     cdef int keep(self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size) except -1
     cdef int feed(self, const uint8_t *data, size_t length) except -1
     cdef int take_message(self) except -1
+    cdef int hold(self, Py_ssize_t size) except -1
+    cdef void release(self, Py_ssize_t size) noexcept
     cdef int push(self, object message) except -1
     cdef int push_buffer(self, object piece) except -1
     cdef int advance(self) except -1
@@ -186,10 +195,12 @@ cdef class Session:
     cdef Py_ssize_t max_unsent
     cdef size_t max_header
     cdef size_t consumed            # of the connection's window, in this read event
-    cdef Py_ssize_t receiving       # bytes of messages half received
+    cdef size_t update_bytes        # received by a stream before its window is opened again
+    cdef Py_ssize_t receiving       # bytes of messages no handler has yet
     cdef readonly Py_ssize_t unsent
     cdef readonly int64_t bytes_received
     cdef readonly int64_t bytes_sent
+    cdef readonly int64_t data_sent   # bytes of messages put in frames
     cdef readonly int64_t calls
     cdef double next_deadline
     cdef double control_tokens
@@ -207,5 +218,6 @@ cdef class Session:
     cdef int do_flush(self) except -1
     cdef int write_out(self) except -1
     cdef int count_control(self) except -1
+    cdef int refuse_waiting(self) except -1
     cdef int fatal(self, int code) except -1
     cdef int arm(self, double deadline) except -1

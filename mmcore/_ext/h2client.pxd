@@ -8,6 +8,7 @@ cdef class ClientCall(Stream):
     cdef bint done
     cdef readonly bint refused
     cdef int http_status
+    cdef int not_grpc(self) except -1
     cdef int finish(self, int status, str text) except -1
 
 

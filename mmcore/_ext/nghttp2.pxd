@@ -116,6 +116,7 @@ cdef extern from "nghttp2/nghttp2.h":
         NGHTTP2_ERR_DEFERRED
         NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE
         NGHTTP2_ERR_CALLBACK_FAILURE
+        NGHTTP2_ERR_FLOODED
 
     ctypedef int (*nghttp2_on_begin_headers_callback)(nghttp2_session *, const nghttp2_frame *, void *) noexcept
     ctypedef int (*nghttp2_on_header_callback)(
@@ -124,8 +125,6 @@ cdef extern from "nghttp2/nghttp2.h":
     ctypedef int (*nghttp2_on_data_chunk_recv_callback)(
         nghttp2_session *, uint8_t, int32_t, const uint8_t *, size_t, void *) noexcept
     ctypedef int (*nghttp2_on_frame_recv_callback)(nghttp2_session *, const nghttp2_frame *, void *) noexcept
-    ctypedef int (*nghttp2_on_frame_not_send_callback)(
-        nghttp2_session *, const nghttp2_frame *, int, void *) noexcept
     ctypedef int (*nghttp2_on_stream_close_callback)(nghttp2_session *, int32_t, uint32_t, void *) noexcept
     ctypedef int (*nghttp2_send_data_callback)(
         nghttp2_session *, nghttp2_frame *, const uint8_t *, size_t, nghttp2_data_source *, void *) noexcept
@@ -140,8 +139,6 @@ cdef extern from "nghttp2/nghttp2.h":
         nghttp2_session_callbacks *, nghttp2_on_data_chunk_recv_callback)
     void nghttp2_session_callbacks_set_on_frame_recv_callback(
         nghttp2_session_callbacks *, nghttp2_on_frame_recv_callback)
-    void nghttp2_session_callbacks_set_on_frame_not_send_callback(
-        nghttp2_session_callbacks *, nghttp2_on_frame_not_send_callback)
     void nghttp2_session_callbacks_set_on_stream_close_callback(
         nghttp2_session_callbacks *, nghttp2_on_stream_close_callback)
     void nghttp2_session_callbacks_set_send_data_callback(nghttp2_session_callbacks *, nghttp2_send_data_callback)

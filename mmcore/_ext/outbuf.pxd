@@ -16,6 +16,7 @@ cdef enum:
     # From here on a piece is referenced where it lies instead of copied: about where memcpy costs more than an iovec.
     REFERENCE_BYTES = 16 * 1024
     IN_BYTES = 256 * 1024
+    GATHER_BYTES = 1024 * 1024     # written at once, about; what a full socket leaves of it is copied
 
 
 cdef class Part:
@@ -36,7 +37,10 @@ cdef class Buffers:
 
     cdef inline bint has_room(self, size_t length) noexcept:
         """Whether a frame of that length can still be taken before the next write."""
-        return self.used + length + 64 <= OUT_BYTES and self.count + 2 * (length // REFERENCE_BYTES) + 4 <= IOVECS
+        return (
+            self.used + length + 64 <= OUT_BYTES and self.count + 2 * (length // REFERENCE_BYTES) + 4 <= IOVECS
+            and self.total < GATHER_BYTES
+        )
 
     cdef void seal(self) noexcept
     cdef void copy(self, const uint8_t *data, size_t length) noexcept
