@@ -6,7 +6,7 @@ import asyncio
 
 from mmcore._ext.h2server import ServerCall
 from mmcore.errors import InvalidRequest, NotFound, Unavailable
-from mmcore.pb.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from mmcore.pb.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 from mmcore.transport.server import Server
 from mmcore.transport.streams import StreamCall
 
@@ -46,9 +46,18 @@ class Health:
             raise NotFound(f"unknown service {service!r}")
         return self._response(service).SerializeToString()
 
+    def list_all(self, call: ServerCall, body: bytes) -> bytes:
+        """``List``: every service's health."""
+        return HealthListResponse(
+            statuses={service: self._response(service) for service in self._serving}
+        ).SerializeToString()
+
     async def watch(self, call: StreamCall) -> None:
         """``Watch``: the health now and after each change; SERVICE_UNKNOWN until a service is named."""
-        service = _service(await anext(call))
+        request = await anext(call, None)
+        if request is None:
+            raise InvalidRequest("Watch takes one HealthCheckRequest, none was sent")
+        service = _service(request)
         changed = asyncio.Event()
         self._changed.add(changed)
         told: HealthCheckResponse | None = None
@@ -77,5 +86,6 @@ def add_health(server: Server) -> Health:
     """Serve ``grpc.health.v1.Health``; its answers are what the returned object is told."""
     health = Health()
     server.add_unary("/grpc.health.v1.Health/Check", health.check)
+    server.add_unary("/grpc.health.v1.Health/List", health.list_all)
     server.add_stream("/grpc.health.v1.Health/Watch", health.watch)
     return health
