@@ -187,4 +187,3 @@ def test_answers_are_written_as_json() -> None:
             {"name": "x", "datatype": "FP32", "shape": [1], "data": [0.5]},
         ],
     }
-
