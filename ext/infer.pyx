@@ -1,8 +1,9 @@
 """The common inference request, from bytes to bytes in one compiled call.
 
-Common means: its copy is loaded, all its tensors are in the message and it has no parameters, and the model is known to be
-fast enough for the event loop. Everything else is handed to the Python side, at the point where it turns out to be
-uncommon. Nothing is kept between requests but one :class:`Prepared` for each copy; calls are made on the loop's thread.
+Common means: its copy is loaded, all its tensors are in the message and it has no parameters, and the model is known
+to be fast enough for the event loop. Everything else is handed to the Python side, at the point where it turns out to
+be uncommon. Nothing is kept between requests but one :class:`Prepared` for each copy; calls are made on the loop's
+thread.
 """
 
 cimport cython
@@ -23,7 +24,6 @@ cdef enum:
     # Every so many requests one goes the way that measures the model and decides anew.
     MEASURED_EVERY = 32
     SLOW_NS = 300000
-
 
 
 cdef inline int64_t now() noexcept nogil:
@@ -101,8 +101,8 @@ cdef class CommonPath:
         tracing: whether requests are traced, for which all go the uncommon way.
 
     ``lookup`` is the routing table's. ``uncommon(call, request, copy, started)`` takes a request that is not common,
-    ``measured(call, request, copy, inputs, started, bound)`` one that is and shall be measured, or may not run on the loop;
-    both return the answer or None when it comes later. ``slow(copy, rows, elapsed)`` hears of inferences that took
+    ``measured(call, request, copy, inputs, started, bound)`` one that is and shall be measured, or may not run on
+    the loop; both return the answer or None when it comes later. ``slow(copy, rows, elapsed)`` hears of inferences that took
     longer than they should. Times are nanoseconds of the monotonic clock.
     """
 

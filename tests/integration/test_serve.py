@@ -443,6 +443,19 @@ def test_idle_streams_do_not_hold_up_a_drain(serve: Serve, models: Path) -> None
         assert instance.wait(10) == 0
 
 
+def test_a_signal_while_models_are_preloaded_ends_it_too(models: Path, tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    source = f"open({str(began)!r}, 'w').close()\n" + SLOW_LOAD
+    write_model(models, "slow", source, settings=f"parameters: {{release: {tmp_path / 'release'}}}\n")
+    flags = ("serve", "--models", models, "--grpc-port", 0, "--preload", "all", "--grace", "1s")
+    with subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        wait_until(began.exists, "the load begins")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WITHIN_S) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+
+
 def test_grace_ends_a_drain(serve: Serve, models: Path, tmp_path: Path) -> None:
     write_model(models, "waiting", WAITING, settings="execution: thread\n")
     instance = serve(models, "--grace", "300ms")
