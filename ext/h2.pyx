@@ -778,6 +778,11 @@ cdef class Session:
         self.bytes_sent += total
         return 0
 
+    @property
+    def waiting(self):
+        """Whether bytes wait for the peer to take them: for its windows to open, or its socket."""
+        return self.unsent > 0 or self.handed_over
+
     def continue_later(self):
         """Bytes were left to the transport: flush again when it has written them."""
 

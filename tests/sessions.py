@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 from mmcore._ext.h2 import Method, Stream
@@ -199,4 +200,4 @@ class Pair:
 def pieces(data: bytes, cuts: Iterable[int]) -> list[bytes]:
     """The data cut at these offsets."""
     edges = [0, *sorted(cuts), len(data)]
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(edges)]

@@ -77,9 +77,11 @@ class Channel:
         """Open all connections now.
 
         Raises:
-            RpcError: UNAVAILABLE, with the system's reason.
+            RpcError: UNAVAILABLE, with the system's reason, or as the channel is closed.
         """
-        if len(self._usable()) < self._wanted:
+        if self._closed:
+            raise RpcError(Status.UNAVAILABLE, "the channel is closed")
+        if self._usable() < self._wanted:
             await self._open_more(None)
 
     async def close(self) -> None:
@@ -191,8 +193,9 @@ class Channel:
             method = self._methods[path] = Method(path)
         return method
 
-    def _usable(self) -> list[ClientConnection]:
-        return [connection for connection in self._open if connection.request_allowed()]
+    def _usable(self) -> int:
+        """How many connections take new calls."""
+        return sum(connection.request_allowed() for connection in self._open)
 
     def _pick(self) -> ClientConnection | None:
         """The open connection with the fewest calls."""
@@ -239,15 +242,21 @@ class Channel:
         if self._connecting is None or self._connecting.done():
             loop = asyncio.get_running_loop()
             self._connecting = loop.create_task(self._open_missing(), name=f"connect {self.target}")
+        attempt = self._connecting
         async with asyncio.timeout_at(self._loop_time(deadline)):
-            await asyncio.shield(self._connecting)
+            try:
+                await asyncio.shield(attempt)
+            except asyncio.CancelledError:
+                if not attempt.cancelled():
+                    raise
+                raise RpcError(Status.UNAVAILABLE, "the channel is closed") from None
 
     async def _open_missing(self) -> None:
         loop = asyncio.get_running_loop()
-        self._open = self._usable()
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
-                while len(self._open) < self._wanted:
+                # Connections that take no more calls stay until those they have are answered.
+                for _ in range(self._wanted - self._usable()):
                     self._open.append(await self._open_one(loop))
         except (OSError, TimeoutError) as error:
             pause = min(self._settings.max_backoff_s, self._settings.backoff_s * 2**self._failures)
@@ -270,13 +279,16 @@ class Channel:
             return connection
         host, _, port = self.target.rpartition(":")
         authority = (self._server_name or self.target).encode()
-        _, connection = await loop.create_connection(
+        transport, connection = await loop.create_connection(
             lambda: ClientConnection(loop_buffers(loop), self._settings, loop, authority),
             host.strip("[]"),
             int(port),
             ssl=self._ssl,
-            server_hostname=(self._server_name or host) if self._ssl else None,
+            server_hostname=(self._server_name or host.strip("[]")) if self._ssl else None,
         )
+        if self._ssl and transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
+            connection.abort()
+            raise ConnectionError("the server does not offer HTTP/2 (ALPN h2)")
         return connection
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -287,6 +299,17 @@ class Channel:
                 self._open.remove(connection)
             else:
                 connection.tick(now)
+        # Replace lost ones of several while others serve; where none is left, the next call connects.
+        connecting = self._connecting is not None and not self._connecting.done()
+        if 0 < self._usable() < self._wanted and not connecting and now >= self._retry_at:
+            self._connecting = loop.create_task(self._open_missing(), name=f"connect {self.target}")
+            self._connecting.add_done_callback(_ignore_outcome)
+
+
+def _ignore_outcome(attempt: asyncio.Task[None]) -> None:
+    """Nobody waits for this attempt; what went wrong is told to the next call that needs a connection."""
+    if not attempt.cancelled():
+        attempt.exception()
 
 
 def _settle(done: asyncio.Future[None], call: ClientCall) -> None:

@@ -51,7 +51,7 @@ class Connection(_Base):
         self._transport: asyncio.Transport | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._made_at = self._heard_at = self._progress_at = time.monotonic()
-        self._heard_bytes = self._unsent_seen = self._sent_seen = 0
+        self._heard_bytes = self._sent_seen = 0
         self._pinged_at: float | None = None
 
     # -- asyncio.BufferedProtocol; get_buffer, buffer_updated, pause_writing and resume_writing are the session's
@@ -60,9 +60,10 @@ class Connection(_Base):
         """Attach the session to its socket and greet the peer."""
         transport = cast(asyncio.Transport, base)  # uvloop's are transports without being subclasses
         self._transport = transport
-        # High-water mark 0: resume_writing then means that everything handed over is written.
-        transport.set_write_buffer_limits(high=0)
         secure = transport.get_extra_info("ssl_object") is not None
+        # The low-water mark is then 0: resume_writing means that everything handed over is written. TLS transports
+        # pause at the high-water mark, others above it; one that pauses while empty has nothing to resume after.
+        transport.set_write_buffer_limits(high=1 if secure else 0)
         socket = transport.get_extra_info("socket")
         fd = -1 if secure or socket is None else socket.fileno()
         self.attach(transport, fd, _peer_name(transport), self.authority_name(), secure)
@@ -123,8 +124,9 @@ class Connection(_Base):
             return self._drop("no HTTP/2 preface and SETTINGS in time")
         if self.bytes_received != self._heard_bytes:
             self._heard_bytes, self._heard_at = self.bytes_received, now
-        if self.unsent == 0 or self.bytes_sent != self._sent_seen:
-            self._sent_seen, self._progress_at = self.bytes_sent, now
+        # Counted in messages' bytes: answers to PINGs are no progress. Our own calls may wait as long as they like.
+        if self.client or not self.waiting or self.data_sent != self._sent_seen:
+            self._sent_seen, self._progress_at = self.data_sent, now
         elif now - self._progress_at > settings.send_stall_timeout_s:
             return self._drop("the peer does not read what it asked for")
         if self._pinged_at is not None:

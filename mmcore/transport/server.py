@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import time
@@ -106,7 +107,9 @@ class Server:
         self._connections: set[ServerConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.TimerHandle | None = None
-        self._all_left: asyncio.Future[None] | None = None
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+        self._draining = self._closed = False
 
     @property
     def connections(self) -> int:
@@ -179,12 +182,18 @@ class Server:
     def joined(self, connection: ServerConnection) -> None:
         """A connection was accepted."""
         self._connections.add(connection)
+        self._none_open.clear()
+        # The loop may hand over connections that were accepted before the listeners closed.
+        if self._closed:
+            connection.abort()
+        elif self._draining:
+            connection.leave()
 
     def left(self, connection: ServerConnection) -> None:
         """A connection has ended."""
         self._connections.discard(connection)
-        if not self._connections and self._all_left is not None and not self._all_left.done():
-            self._all_left.set_result(None)
+        if not self._connections:
+            self._none_open.set()
 
     def start_task(self, stream: StreamCall, handler: StreamHandler) -> None:
         """Run a streaming handler until it ends or its call does."""
@@ -195,17 +204,19 @@ class Server:
 
     async def drain(self, grace_s: float) -> None:
         """Stop accepting, let calls in flight finish for up to ``grace_s`` seconds, then close everything."""
+        self._draining = True
         for listener in self._listeners:
             listener.close()
         for connection in list(self._connections):
             connection.leave()
-        if self._connections and grace_s > 0:
-            self._all_left = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._all_left], timeout=grace_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._none_open.wait()
         await self.close()
 
     async def close(self) -> None:
         """Close listeners and connections now; calls in flight end with UNAVAILABLE at their clients."""
+        self._closed = True
         if self._ticker is not None:
             self._ticker.cancel()
             self._ticker = None
@@ -215,11 +226,9 @@ class Server:
         for path in self._unix_paths:
             path.unlink(missing_ok=True)
         self._unix_paths.clear()
-        if self._connections:
-            self._all_left = asyncio.get_running_loop().create_future()
-            for connection in list(self._connections):
-                connection.abort()
-            await self._all_left
+        for connection in list(self._connections):
+            connection.abort()
+        await self._none_open.wait()
         if self._tasks:
             await asyncio.wait(self._tasks)
 

@@ -24,6 +24,7 @@ class MessageStream:
         self._loop = loop
         self._messages: deque[bytes] = deque()
         self._ended = False
+        self._over = False
         self._error: RpcError | None = None
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
@@ -65,7 +66,7 @@ class MessageStream:
     async def send(self, message: Message) -> None:
         """Queue one message; waits while more than a megabyte of this call has not left."""
         self._call.send(message)
-        while self._call.unsent > HIGH_WATER_BYTES and not self._call.cancelled:
+        while self._call.unsent > HIGH_WATER_BYTES and not self._over and not self._call.cancelled:
             self._writer = self._loop.create_future()
             self._call.notify_writable()
             await self._writer
@@ -134,7 +135,7 @@ class StreamCall(MessageStream):
 
     def on_close(self) -> None:
         """The client is gone or the deadline passed: the work stops."""
-        self._ended_early = True
+        self._ended_early = self._over = True
         if self.task is not None:
             self.task.cancel()
 
@@ -177,6 +178,6 @@ class ClientStream(MessageStream):
         call = self._call
         if call.status != Status.OK:
             self._error = RpcError(Status(call.status), call.details, call.trailers)
-        self._ended = True
+        self._ended = self._over = True
         self._wake_reader()
         self.on_writable()

@@ -141,10 +141,8 @@ def test_a_cancelled_call_stops_the_work(echo: Echoing, channel: grpc.Channel) -
 
 def test_a_closed_connection_stops_the_work(echo: Echoing) -> None:
     with grpc.insecure_channel(echo.target) as channel:
-        unary(channel, "Hold").future(b"")
-        stream = channel.stream_stream("/echo.Echo/HoldStream")(iter(()))
-        echo.service.wait_for("held", 2)
-        del stream
+        kept = [unary(channel, "Hold").future(b""), channel.stream_stream("/echo.Echo/HoldStream")(iter(()))]
+        echo.service.wait_for("held", len(kept))
     echo.service.wait_for("cancelled", 2)
 
 
