@@ -27,7 +27,7 @@ HERE: Final = Path(__file__).resolve().parent
 DEFAULT: Final = HERE.parents[1] / "build" / "samples"
 STAMP: Final = ".made-by"
 SEED: Final = 7
-FRAMEWORKS: Final = ("scikit-learn", "joblib", "onnx", "xgboost-cpu")
+FRAMEWORKS: Final = ("scikit-learn", "joblib", "lightgbm", "onnx", "xgboost-cpu")
 
 #: ONNX versions that every onnxruntime since 1.20 reads.
 OPSET: Final = 17
@@ -138,6 +138,18 @@ def iris_xgboost(folder: Path) -> None:
     booster.save_model(folder / "model.json")
 
 
+def iris_lightgbm(folder: Path) -> None:
+    """A booster of 3 × 10 trees: ``predict`` FP64 [n, 3], the probability of each species."""
+    import lightgbm
+
+    flowers, species = iris()
+    options: dict[str, Any] = {
+        "objective": "multiclass", "num_class": 3, "num_leaves": 7, "min_data_in_leaf": 5, "learning_rate": 0.3,
+        "seed": SEED, "deterministic": True, "num_threads": 1, "verbose": -1,
+    }  # fmt: skip
+    lightgbm.train(options, lightgbm.Dataset(flowers, species), num_boost_round=10).save_model(folder / "model.txt")
+
+
 def mlp_onnx(folder: Path) -> None:
     """A network of one hidden layer: ``input`` FP32 [batch, 4] to ``probabilities`` FP32 [batch, 3]."""
     import onnx
@@ -188,6 +200,7 @@ MODELS: Final[dict[str, tuple[Callable[[Path], None], str]]] = {
     "iris-sklearn": (iris_sklearn, "scikit-learn classifier, joblib"),
     "diabetes-sklearn": (diabetes_sklearn, "scikit-learn pipeline with a regressor, joblib"),
     "iris-xgboost": (iris_xgboost, "XGBoost booster, JSON"),
+    "iris-lightgbm": (iris_lightgbm, "LightGBM booster, text"),
     "mlp-onnx": (mlp_onnx, "ONNX network"),
     "identity": (python_class("identity"), "Python class: FP32 of any shape, answered as it is"),
     "simple": (python_class("simple"), "Python class: sum and difference of two INT32 tensors"),

@@ -30,6 +30,7 @@ class _Format:
 
 
 _FORMATS: Final[dict[str, _Format]] = {
+    "lightgbm": _Format("mmcore.runtimes.lightgbm", "lightgbm"),
     "onnx": _Format("mmcore.runtimes.onnx", "onnx"),
     "python": _Format("mmcore.runtimes.python"),
     "sklearn": _Format("mmcore.runtimes.sklearn", "sklearn"),

@@ -24,6 +24,7 @@ from xgboost.libpath import find_lib_path
 
 from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
+from mmcore.runtimes import trees
 from mmcore.runtimes.declared import method_outputs, single_input
 from mmcore.runtimes.failures import FailureReport
 from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor
@@ -128,6 +129,10 @@ class _Booster:
         """FP32 [n, columns]: what the objective makes of the trees' sum."""
         return self._predict(features, self._value_config)
 
+    def probabilities(self, features: Features) -> Array:
+        """FP32 [n, columns]: the values, but of each class where the objective chooses one."""
+        return _softmax(self.margins(features)) if self.objective == "multi:softmax" else self.values(features)
+
     def margins(self, features: Features) -> Array:
         """FP32 [n, classes]: the trees' sum itself."""
         return self._predict(features, self._margin_config)
@@ -166,13 +171,19 @@ def load(source: ModelSource) -> LoadedModel:
     # What the library warns of (a model of an old version) is raised inside a C callback: it must not be an error.
     warnings.filterwarnings("always", message=r"\[\d\d:\d\d:\d\d\] WARNING", category=UserWarning)
     booster = _Booster(_read(source.path, source.settings.parameters.get("nthread", "1")))
-    methods = _methods(booster)
+    backend = trees.TreeBackend.configured(source.settings.parameters)
+    if backend is None:
+        input_name, default = _INPUT, "predict"
+        methods = _methods(booster)
+    else:
+        input_name, default = trees.INPUT, trees.OUTPUT
+        methods = {default: ("FP32", *backend.method(booster.probabilities, booster.columns))}
     found = tuple(TensorSpec(name, datatype, (-1, columns)) for name, (datatype, columns, _) in methods.items())
-    outputs, names, default_output = method_outputs(found, "predict", source.settings.outputs)
+    outputs, names, default_output = method_outputs(found, default, source.settings.outputs)
     return XgboostModel(
         source.name,
         {spec.name: _typed(methods[names[spec.name]], spec.datatype) for spec in outputs},
-        single_input(TensorSpec(_INPUT, "FP32", (-1, booster.width)), source.settings.inputs),
+        single_input(TensorSpec(input_name, "FP32", (-1, booster.width)), source.settings.inputs),
         outputs,
         default_output=default_output,
         size_bytes=estimated_size(source, source.path, factor=_SIZE_FACTOR, base=_SIZE_BASE),

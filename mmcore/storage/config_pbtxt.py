@@ -110,7 +110,7 @@ def _stated(config: model_config_pb2.ModelConfig, folder: Path, file: str) -> St
             for output in config.output
             if output.label_filename
         },
-        parameters={key: value.string_value for key, value in config.parameters.items()},
+        parameters=_parameters(config),
         policy=_policy(config.version_policy, file),
     )
 
@@ -129,6 +129,12 @@ def _format(config: model_config_pb2.ModelConfig, file: str) -> str | None:
                 raise InvalidModel(f"{file}: {field}: '{stated}' is not built in; known are {', '.join(known)}")
             return known[stated]
     return None
+
+
+def _parameters(config: model_config_pb2.ModelConfig) -> dict[str, str]:
+    stated = {key: value.string_value for key, value in config.parameters.items()}
+    # The tree backend's first parameter, written out: it is how a runtime tells that backend's models from others.
+    return {"output_class": "false", **stated} if config.backend == "fil" else stated
 
 
 def _tensors(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import lightgbm
 import numpy as np
 import onnxruntime
 import pytest
@@ -70,6 +71,7 @@ def test_every_sample_is_found_and_loaded(samples: Path) -> None:
         "iris-sklearn": "sklearn",
         "diabetes-sklearn": "sklearn",
         "iris-xgboost": "xgboost",
+        "iris-lightgbm": "lightgbm",
         "mlp-onnx": "onnxruntime_onnx",
         "identity": "python",
         "simple": "python",
@@ -113,6 +115,13 @@ def test_the_xgboost_sample_answers_each_class(samples: Path) -> None:
     datatype, values = ask(load(samples / "iris-xgboost"), [("predict", "FP32", FLOWERS)])["predict"]
     assert datatype == "FP32"
     np.testing.assert_array_equal(values, booster.inplace_predict(FLOWERS))
+
+
+def test_the_lightgbm_sample_answers_each_class(samples: Path) -> None:
+    booster = lightgbm.Booster(model_file=samples / "iris-lightgbm" / "model.txt")
+    datatype, values = ask(load(samples / "iris-lightgbm"), [("predict", "FP32", FLOWERS)])["predict"]
+    assert datatype == "FP64"
+    np.testing.assert_array_equal(values, booster.predict(FLOWERS))
 
 
 def test_the_onnx_sample_knows_its_irises(samples: Path) -> None:

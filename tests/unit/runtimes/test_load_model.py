@@ -24,11 +24,13 @@ class Model:
 
 
 def test_the_formats_that_are_served_are_listed() -> None:
-    assert set(FORMATS) == {"onnx", "python", "sklearn", "xgboost"}
+    assert set(FORMATS) == {"lightgbm", "onnx", "python", "sklearn", "xgboost"}
 
 
 def test_a_format_without_a_runtime_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(LoadFailed, match=r"model 'm': the format 'pmml' is not served; these are: onnx, python"):
+    with pytest.raises(
+        LoadFailed, match=r"model 'm': the format 'pmml' is not served; these are: lightgbm, onnx, python"
+    ):
         load_model(ModelSource("m", "1", "pmml", tmp_path))
 
 
@@ -47,6 +49,14 @@ def test_a_missing_framework_is_named_with_what_installs_it(
     monkeypatch.setitem(sys.modules, framework, None)  # what Python does where there is no such module
     with pytest.raises(LoadFailed, match=rf"{framework}.*pip install 'mmcore\[{served}\]'"):
         load_model(ModelSource("m", "1", served, tmp_path / "model"))
+
+
+def test_lightgbm_is_looked_for_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "mmcore.runtimes.lightgbm", raising=False)
+    monkeypatch.delitem(sys.modules, "lightgbm", raising=False)
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(LoadFailed, match=r"No module named 'lightgbm'.*pip install 'mmcore\[lightgbm\]'"):
+        load_model(ModelSource("m", "1", "lightgbm", tmp_path / "model.txt"))
 
 
 def test_no_framework_is_imported_for_a_python_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
