@@ -102,8 +102,8 @@ cdef class CommonPath:
 
     ``lookup`` is the routing table's. ``uncommon(call, request, copy, started)`` takes a request that is not common,
     ``measured(call, request, copy, inputs, started, bound)`` one that is and shall be measured, or may not run on
-    the loop; both return the answer or None when it comes later. ``slow(copy, rows, elapsed)`` hears of inferences that took
-    longer than they should. Times are nanoseconds of the monotonic clock.
+    the loop; both return the answer or None when it comes later. ``slow(copy, rows, elapsed)`` hears of inferences
+    that took longer than they should. Times are nanoseconds of the monotonic clock.
     """
 
     cdef public bint tracing
