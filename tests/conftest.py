@@ -1,13 +1,24 @@
-"""Fixtures for tests of a running instance; what they give is in ``tests/serving.py``."""
+"""The event loops of asynchronous tests, and running instances for tests (``tests/serving.py``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from tests.serving import Instances, Serve
+
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, LoopFactory]:
+    """Modules that say ``EVERY_LOOP = True`` run their tests on each kind of loop we serve on."""
+    if getattr(getattr(item, "module", None), "EVERY_LOOP", False):
+        return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture
