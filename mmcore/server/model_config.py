@@ -22,8 +22,8 @@ CONFIG_DATATYPES: Final = {
     )
 } | {"BYTES": "TYPE_STRING"}
 
-#: Platform to Triton's backend name, where it has one for the format.
-_BACKENDS: Final = {"onnxruntime_onnx": "onnxruntime"}
+#: Platform to the backend that config.pbtxt names; Triton's "python" is a contract of its own, which is not ours.
+_BACKENDS: Final = {"onnxruntime_onnx": "onnxruntime", "python": "mmcore_python"}
 
 
 def model_config(name: str, model: LoadedModel, settings: ModelSettings, filename: str) -> model_config_pb2.ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,6 +104,15 @@ def test_every_sample_has_a_configuration_and_statistics(client: triton.Inferenc
         assert config.input
         assert config.output
         assert len(client.get_inference_statistics(row.name).model_stats) == 1
+
+
+def test_a_configuration_can_be_given_back_with_a_load(client: triton.InferenceServerClient) -> None:
+    for row in client.get_model_repository_index().models:
+        config = client.get_model_config(row.name, as_json=True)["config"]
+        client.load_model(row.name, config=json.dumps(config))
+        again = client.get_model_config(row.name, as_json=True)["config"]
+        assert again == config
+        client.load_model(row.name)
 
 
 def test_a_wrong_number_of_features_is_the_callers_fault(client: triton.InferenceServerClient) -> None:
