@@ -10,9 +10,12 @@ import click
 from google.protobuf.message import Message
 
 from mmcore.cli.serve import DURATION
+from mmcore.config import TransportSettings
 from mmcore.errors import RpcError, Status
 from mmcore.transport import Channel
 
+#: The instance's own limit is the one that matters; this keeps a wrong address from filling the memory.
+ANSWER_LIMIT_BYTES: Final = 2**30
 SERVICE: Final = "/inference.GRPCInferenceService"
 
 ResultT = TypeVar("ResultT")
@@ -64,7 +67,7 @@ def ask(target: str, timeout_s: float, work: Callable[[Connection], Awaitable[Re
     """
 
     async def run() -> ResultT:
-        channel = Channel(target)
+        channel = Channel(target, settings=TransportSettings(max_message_bytes=ANSWER_LIMIT_BYTES))
         try:
             return await work(Connection(channel, timeout_s))
         except RpcError as error:

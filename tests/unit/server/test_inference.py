@@ -67,7 +67,7 @@ class Bench:
 
     async def ask(self, body: bytes, call: FakeCall | None = None) -> Any:
         call = call or FakeCall()
-        message = self.infer(call, body)  # type: ignore[arg-type]  # see FakeCall
+        message = self.infer(call, body)
         if message is None:
             await asyncio.wait_for(call.ended.wait(), 10)
             message = call.message
@@ -76,7 +76,7 @@ class Bench:
 
     async def refused(self, body: bytes, call: FakeCall | None = None) -> tuple[int, str]:
         call = call or FakeCall()
-        assert self.infer(call, body) is None  # type: ignore[arg-type]  # see FakeCall
+        assert self.infer(call, body) is None
         await asyncio.wait_for(call.ended.wait(), 10)
         assert call.error is not None
         return call.error
@@ -118,7 +118,7 @@ async def test_the_first_request_loads_and_the_next_are_answered(bench: Bench) -
 async def test_inline_requests_are_answered_at_once_on_the_loops_thread(inline: Bench) -> None:
     model = await inline.load()
     for _ in range(100):
-        assert inline.infer(FakeCall(), body()) is not None  # type: ignore[arg-type]  # see FakeCall
+        assert inline.infer(FakeCall(), body()) is not None
     assert set(model.threads) == {threading.current_thread().name}
 
 
@@ -159,7 +159,7 @@ async def test_every_request_is_counted_with_its_rows(bench: Bench) -> None:
 async def test_waiting_for_the_load_is_time_in_the_queue(inline: Bench) -> None:
     gate = inline.loader.gate("m")
     call = FakeCall()
-    assert inline.infer(call, body()) is None  # type: ignore[arg-type]  # see FakeCall
+    assert inline.infer(call, body()) is None
     begun = time.monotonic_ns()
     await asyncio.to_thread(inline.loader.entered["m"].wait, 10)
     await asyncio.sleep(0.02)
@@ -177,9 +177,9 @@ async def test_a_wrong_request_is_refused_and_counted(bench: Bench) -> None:
     wrong = encode_infer_request("m", [("Z", "FP32", np.zeros(1, np.float32))])
     for _ in range(2):
         with pytest.raises(InvalidRequest, match="Z"):
-            bench.infer(FakeCall(), wrong)  # type: ignore[arg-type]  # see FakeCall
+            bench.infer(FakeCall(), wrong)
     with pytest.raises(InvalidRequest, match="malformed"):
-        bench.infer(FakeCall(), b"\xff\xff")  # type: ignore[arg-type]  # see FakeCall
+        bench.infer(FakeCall(), b"\xff\xff")
     assert bench.copy.statistics.snapshot().fail.count == 2
 
 
@@ -192,7 +192,7 @@ async def test_what_a_model_raises_inline_reaches_the_caller(inline: Bench) -> N
     model.work = fail
     for _ in range(50):
         with pytest.raises(InferenceFailed, match="I will not"):
-            inline.infer(FakeCall(), body())  # type: ignore[arg-type]  # see FakeCall
+            inline.infer(FakeCall(), body())
     model.work = lambda: None
     await inline.ask(body())
     counted = inline.copy.statistics.snapshot()
@@ -221,7 +221,7 @@ async def test_a_caller_who_leaves_during_the_load_is_not_answered(inline: Bench
     gate = inline.loader.gate("m")
     leaving, staying = FakeCall(), FakeCall()
     for call in (leaving, staying):
-        assert inline.infer(call, body()) is None  # type: ignore[arg-type]  # see FakeCall
+        assert inline.infer(call, body()) is None
     await asyncio.to_thread(inline.loader.entered["m"].wait, 10)
     leaving.on_cancel()
     gate.set()
