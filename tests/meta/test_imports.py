@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-FRAMEWORKS = {"joblib", "onnxruntime", "pandas", "scipy", "sklearn", "xgboost"}
+FRAMEWORKS = {"joblib", "lightgbm", "onnxruntime", "pandas", "scipy", "sklearn", "skops", "xgboost"}
 NEVER = {"grpc", "tritonclient", "tests", "bench"}
 
 

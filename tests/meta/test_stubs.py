@@ -78,7 +78,9 @@ def differences(where: str, declared: dict[str, list[ast.stmt]], owner: object, 
         value = getattr(owner, name)
         match nodes:
             case [ast.ClassDef(body=body)]:
-                members = {member for member in vars(value) if not member.startswith("_")}
+                # What overrides a base's is declared there.
+                inherited = {member for base in value.__mro__[1:] for member in vars(base)}
+                members = {member for member in vars(value) if not member.startswith("_")} - inherited
                 found += differences(f"{where}.{name}", names_declared(body), value, members)
             case [ast.FunctionDef() | ast.AsyncFunctionDef() as node] if not node.decorator_list:
                 compiled = compiled_parameters(value)
