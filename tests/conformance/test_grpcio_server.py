@@ -450,10 +450,15 @@ async def test_tls(start: StartPeer, open_channel: Open, tmp_path: Path) -> None
     for size in (0, 10, 602_112, 10_000_000):
         assert await channel.unary("/e.E/Unary", bytes(size), timeout_s=WITHIN_S) == bytes(size)
     stream = await channel.stream("/e.E/Bidi", timeout_s=WITHIN_S)
-    for _ in range(20):
-        await stream.send(bytes(500_000))
-    await stream.end()
+
+    async def send() -> None:
+        for _ in range(20):
+            await stream.send(bytes(500_000))
+        await stream.end()
+
+    sender = asyncio.create_task(send())  # beside the reader: who does not read is not sent to
     assert sum([len(one) async for one in stream]) == 10_000_000
+    await sender
     stranger = open_channel(peer.target, ssl=ssl.create_default_context(), server_name="localhost")
     error = await failure(stranger.unary("/e.E/Unary", b""))
     assert error.status == Status.UNAVAILABLE
