@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from mmcore.errors import InvalidRequest, MmcoreError, RpcError, Status
+from mmcore.errors import InvalidRequest, MmcoreError, RpcError
+from mmcore.transport.server import status_of
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,9 @@ class Answer(Protocol):
 
 def refuse(call: Answer, error: BaseException, what: str) -> None:
     """Answer ``error`` with its status and text; ``what`` names the work in the log when the error is a surprise."""
-    if isinstance(error, (MmcoreError, RpcError)):
-        call.fail(error.status, str(error))
-    else:
+    if not isinstance(error, MmcoreError | RpcError):
         log.error("%s failed", what, exc_info=error)
-        call.fail(Status.INTERNAL, f"{type(error).__name__}: {error}")
+    call.fail(*status_of(error))
 
 
 def parse(request_type: type[RequestT], body: bytes) -> RequestT:

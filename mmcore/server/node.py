@@ -142,6 +142,7 @@ async def _serve(settings: ServeSettings) -> int:
         await ending
     else:
         starting.cancel()
+        await asyncio.wait([starting])
     log.info("draining, for %g seconds at most", settings.grace_s)
     await node.drain()
     return 0

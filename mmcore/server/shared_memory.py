@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -146,9 +145,6 @@ class SharedMemory:
         if region is None:
             raise NotFound(f"Unable to find system shared memory region: '{name}'")
         return [region]
-
-    def __iter__(self) -> Iterator[Region]:
-        return iter(self._regions.values())
 
     def _open(self, name: str, key: str) -> int:
         file = key.removeprefix("/")
