@@ -14,7 +14,7 @@ Threads: everything runs on the thread of one event loop.
 import cython
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.exc cimport PyErr_Fetch, PyErr_Restore
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.string cimport memcpy
@@ -79,7 +79,7 @@ cdef list encode_metadata(object metadata):
         if name.endswith("-bin"):
             raw = encode_binary(value)
         elif not isinstance(value, str):
-            raise TypeError(f"metadata {name!r} takes text, not {type(value).__name__}; names ending in -bin take bytes")
+            raise TypeError(f"metadata {name!r} takes text, not {type(value).__name__}; -bin names take bytes")
         elif TEXT.fullmatch(value) is None:
             raise ValueError(f"metadata {name!r} takes printable ASCII; names ending in -bin take bytes")
         else:
@@ -342,7 +342,10 @@ cdef class Stream:
         cdef Session session = self.session
         self.inbox_bytes -= size + MESSAGE_COST
         self.release(size + MESSAGE_COST)
-        if self.withheld >= self.session.update_bytes and self.inbox_bytes <= INBOX_BYTES and not self.closed and session.h2 != NULL:
+        if (
+            self.withheld >= session.update_bytes and self.inbox_bytes <= INBOX_BYTES
+            and not self.closed and session.h2 != NULL
+        ):
             nghttp2_session_consume_stream(session.h2, self.id, self.withheld)
             self.withheld = 0
             session.want_flush()
@@ -506,8 +509,8 @@ cdef class Stream:
 cdef class Session:
     """One connection's HTTP/2 state and its way to the socket.
 
-    Subclassed by h2server and h2client, and those in Python (mmcore/transport/connection.py) by a protocol that owns timers and the event loop; the
-    methods named there (``plan_flush`` and those raising nothing) are its hooks.
+    Subclassed by h2server and h2client, and those in Python (mmcore/transport/connection.py) by a protocol that owns
+    timers and the event loop; the methods named there (``plan_flush`` and those raising nothing) are its hooks.
 
     Args:
         buffers: the loop's shared buffers.
@@ -568,8 +571,11 @@ cdef class Session:
         entries[1].value = settings.max_frame_bytes
         entries[2].settings_id = NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE
         entries[2].value = settings.max_header_bytes
-        entries[3].settings_id = NGHTTP2_SETTINGS_ENABLE_PUSH if self.client else NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS
-        entries[3].value = 0 if self.client else settings.max_concurrent_streams
+        if self.client:
+            entries[3].settings_id, entries[3].value = NGHTTP2_SETTINGS_ENABLE_PUSH, 0
+        else:
+            entries[3].settings_id = NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS
+            entries[3].value = settings.max_concurrent_streams
         # Nobody sets gRPC priorities, and nghttp2's dependency tree costs a call more than its queue does.
         entries[4].settings_id = NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES
         entries[4].value = 1

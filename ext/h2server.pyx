@@ -3,7 +3,7 @@
 import cython
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport INT64_MAX, int32_t, uint8_t, uint32_t
+from libc.stdint cimport INT64_MAX, uint8_t, uint32_t
 from libc.string cimport memcmp
 
 from mmcore._ext.grpcwire cimport percent_cut, percent_encode, timeout_ns

@@ -20,7 +20,7 @@ cdef enum:
     STATIC = NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE
     MAX_HEADERS = 128              # header pairs sent in one block, our own included
     MAX_METADATA = 48              # pairs of metadata given for one block
-    MAX_METADATA_BYTES = 16 * 1024 # of these, together; nghttp2 drops a block of headers above 64 KiB
+    MAX_METADATA_BYTES = 16 * 1024  # of these, together; nghttp2 drops a block of headers above 64 KiB
     NO_TIMEOUT = -2
 
 # gRPC statuses (grpc/doc/statuscodes.md), as the transport gives them.

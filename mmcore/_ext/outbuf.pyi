@@ -1,7 +1,5 @@
 """The buffers that all connections of one event loop share."""
 
-
-
 class Part:
     def __init__(self, source: bytes | bytearray | memoryview) -> None: ...
 

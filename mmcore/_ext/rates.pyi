@@ -23,6 +23,7 @@ class Statistics(NamedTuple):
     batches: tuple[BatchStatistics, ...]
 
 def now_ns() -> int: ...
+
 @final
 class ModelStatistics:
     def record(self, batch: int, queue_ns: int, input_ns: int, infer_ns: int, output_ns: int) -> None: ...

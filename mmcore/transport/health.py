@@ -35,9 +35,7 @@ class Health:
         serving = self._serving.get(service)
         if serving is None:
             return HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN)
-        return HealthCheckResponse(
-            status=HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
-        )
+        return HealthCheckResponse(status=HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING)
 
     def check(self, call: ServerCall, body: bytes) -> bytes:
         """``Check``: NOT_FOUND for a service nobody has named."""
