@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from rich.console import Console
+
 from bench.load.job import Job, Outcome
 from bench.peers.paths import MODEL_INFER
 from bench.processes import Generator, PeerFailed, Process
 from bench.rows import Row, compare
 
 OURS: Final = "mmcore"
+#: The share of one core from which other processes' work is worth a warning.
+DISTURBED: Final = 0.1
 
 METRICS: Final[dict[str, Callable[[Outcome], float]]] = {
     "throughput": lambda outcome: outcome.per_s,
@@ -79,6 +83,7 @@ def measure(
     servers: Mapping[str, Process],
     generator: Generator,
     plan: Plan,
+    console: Console,
     *,
     between: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, str], Summary]:
@@ -95,6 +100,11 @@ def measure(
                     outcome = _window(case, name, server, generator, plan)
                     outcomes.setdefault((case.name, name), []).append(outcome)
         between()
+    others = statistics.median(outcome.others_busy for measured in outcomes.values() for outcome in measured)
+    if others > DISTURBED:
+        console.print(
+            f"other processes took {others:.0%} of a core meanwhile: the figures are disturbed", style="yellow"
+        )
     metrics = {case.name: case.metrics for case in cases}
     return {key: _summary(metrics[key[0]], measured) for key, measured in outcomes.items()}
 

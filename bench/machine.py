@@ -41,6 +41,13 @@ def cpu_ns(pids: Iterable[int]) -> int:
     return total
 
 
+def busy_ns() -> int:
+    """CPU time that all cores have spent on anything since boot, in ns, to a tick of 10 ms."""
+    ticks = [int(field) for field in _lines(Path("/proc/stat"))[0].split()[1:]]
+    idle, waiting, guest = ticks[3], ticks[4], sum(ticks[8:])  # guest time is contained in user time
+    return (sum(ticks) - idle - waiting - guest) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
 def card() -> dict[str, str | int]:
     """What the figures were taken on."""
     model = next(

@@ -41,7 +41,7 @@ def run(console: Console, plan: Plan) -> list[Row]:
                 console.print(f"{name}: not measured: {missing}")
         generator = running.enter_context(Generator(load_core))
         cases = [case for case in _cases(tuple(servers)) if plan.wants_case(case.name)]
-        return rows(cases, PEERS, measure(cases, servers, generator, plan))
+        return rows(cases, PEERS, measure(cases, servers, generator, plan, console))
 
 
 def _cases(servers: tuple[str, ...]) -> list[Case]:

@@ -58,7 +58,7 @@ def run(console: Console, plan: Plan) -> list[Row]:
             for name, loop in running.frameworks.items():
                 loops[name].append(json.loads(loop.ask(str(plan.duration_s / 2), plan.duration_s + 60)))
 
-        summaries = measure(cases, running.servers, running.generator, plan, between=call_frameworks)
+        summaries = measure(cases, running.servers, running.generator, plan, console, between=call_frameworks)
     return rows(cases, ("grpc-aio",), summaries) + _framework_rows(summaries, loops)
 
 

@@ -63,6 +63,8 @@ class Outcome:
     #: Share of one core that the server and the generator took.
     server_busy: float = 0.0
     load_busy: float = 0.0
+    #: What everything else on the machine took, as a share of one core: it disturbs the figures.
+    others_busy: float = 0.0
     error: str = ""
 
     def to_json(self) -> str:

@@ -13,7 +13,7 @@ from bench.load.histogram import Histogram
 from bench.load.job import Job, Outcome
 from bench.load.loops import ClosedLoop, OpenLoop
 from bench.load.schedule import intended_times_ns
-from bench.machine import cpu_ns
+from bench.machine import busy_ns, cpu_ns
 from mmcore.transport import Channel
 
 #: How long a server may take for connecting, and for the answers still due when a window ends.
@@ -22,15 +22,16 @@ PATIENCE_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Clocks:
-    """Wall, server and generator time at one moment, in ns."""
+    """Wall time, and the CPU time of the server, the generator and the whole machine at one moment, in ns."""
 
     wall: int
     server: int
     load: int
+    machine: int
 
     @classmethod
     def read(cls, pids: Sequence[int]) -> _Clocks:
-        return cls(time.perf_counter_ns(), cpu_ns(pids), time.process_time_ns())
+        return cls(time.perf_counter_ns(), cpu_ns(pids), time.process_time_ns(), busy_ns())
 
 
 async def measure(job: Job) -> Outcome:
@@ -95,6 +96,7 @@ def _outcome(latencies_ns: list[int], began: _Clocks, ended: _Clocks, error: str
     percents = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9, "max": 100.0}
     wall = ended.wall - began.wall
     server = ended.server - began.server
+    load = ended.load - began.load
     return Outcome(
         requests=len(latencies_ns),
         seconds=wall / 1e9,
@@ -102,5 +104,6 @@ def _outcome(latencies_ns: list[int], began: _Clocks, ended: _Clocks, error: str
         latency_us={name: histogram.percentile_ns(percent) / 1e3 for name, percent in percents.items()},
         server_cpu_us=server / 1e3 / len(latencies_ns),
         server_busy=server / wall,
-        load_busy=(ended.load - began.load) / wall,
+        load_busy=load / wall,
+        others_busy=max(0, ended.machine - began.machine - server - load) / wall,
     )
