@@ -23,7 +23,7 @@ DEFAULT_VERSION: Final = "1"
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 _NAMED_IN_ERRORS: Final = 5
 #: Folders and files that hold no model whatever their suffix.
-_NOT_MODELS: Final = SETTINGS_FILES | {"__pycache__", "_schema.json", "requirements.txt", "labels.txt"}
+_NOT_MODELS: Final = SETTINGS_FILES | {"__pycache__", "requirements.txt", "labels.txt"}
 
 
 @dataclass(frozen=True, slots=True)

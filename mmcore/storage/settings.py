@@ -1,4 +1,6 @@
-"""A model folder's own settings: ``config.pbtxt``, ``model-settings.json`` and ``mmcore.yaml``, the last one winning.
+"""A model folder's own settings, each file winning over those before it.
+
+They are ``config.pbtxt``, ``model-settings.json``, the archived stack's ``_schema.json`` and ``mmcore.yaml``.
 
 It reads and checks what they state; which files are the model is ``layout``'s to find.
 """
@@ -18,8 +20,9 @@ from mmcore.storage.containment import inside
 from mmcore.storage.stated import Reader, Stated, known_format
 
 MODEL_SETTINGS: Final = "model-settings.json"
+SCHEMA: Final = "_schema.json"
 MMCORE_YAML: Final = "mmcore.yaml"
-SETTINGS_FILES: Final = frozenset({CONFIG_PBTXT, MODEL_SETTINGS, MMCORE_YAML})
+SETTINGS_FILES: Final = frozenset({CONFIG_PBTXT, MODEL_SETTINGS, SCHEMA, MMCORE_YAML})
 
 #: Settings are small; what is larger is no settings file.
 LIMIT_BYTES: Final = 4 * 2**20
@@ -52,11 +55,23 @@ def read_settings(folder: Path) -> Stated:
     for name, read in (
         (CONFIG_PBTXT, read_config_pbtxt),
         (MODEL_SETTINGS, _read_model_settings),
+        (SCHEMA, _read_schema),
         (MMCORE_YAML, _read_mmcore_yaml),
     ):
         if (folder / name).is_file():
             stated = read(_text(inside(folder, name, name)), folder).over(stated)
+            if name == SCHEMA and stated.max_batch_size:
+                _check_batched(stated)
     return stated
+
+
+def _check_batched(stated: Stated) -> None:
+    """The archived stack's rule for a schema beside a config.pbtxt: shapes are whole, the batch dimension included."""
+    for spec in (*stated.inputs, *stated.outputs):
+        if spec.shape[:1] != (-1,):
+            raise InvalidModel(
+                f"{SCHEMA}: '{spec.name}': its first dimension must be -1, for {CONFIG_PBTXT} states max_batch_size"
+            )
 
 
 def _text(file: Path) -> str:
@@ -72,11 +87,7 @@ def _text(file: Path) -> str:
 
 def _read_model_settings(text: str, folder: Path) -> Stated:
     """MLServer's ``model-settings.json`` (its documentation, "Model Settings")."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidModel(f"{MODEL_SETTINGS}: is not JSON: {error}") from error
-    reader = Reader(values, MODEL_SETTINGS)
+    reader = _json(text, MODEL_SETTINGS)
     parameters = reader.mapping("parameters")
     uri = parameters.text("uri")
     if uri is not None:
@@ -92,6 +103,21 @@ def _read_model_settings(text: str, folder: Path) -> Stated:
         outputs=reader.tensors("outputs"),
         parameters=parameters.texts("extra"),
     )
+
+
+def _read_schema(text: str, folder: Path) -> Stated:
+    """The archived stack's schema of a model (ModelMesh Serving's documentation, "Model Schema")."""
+    del folder
+    reader = _json(text, SCHEMA)
+    reader.only(("inputs", "outputs"))
+    return Stated(inputs=reader.tensors("inputs"), outputs=reader.tensors("outputs"))
+
+
+def _json(text: str, file: str) -> Reader:
+    try:
+        return Reader(json.loads(text), file)
+    except (ValueError, RecursionError) as error:
+        raise InvalidModel(f"{file}: is not JSON: {error}") from error
 
 
 def _implemented(reader: Reader, implementation: str | None) -> str | None:
