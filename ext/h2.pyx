@@ -226,11 +226,6 @@ cdef class Stream:
                     continue  # not base64: the pair says nothing, as in gRPC's own libraries
         return tuple(found)
 
-    cdef int on_header(
-        self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size, int category,
-    ) except -1:
-        return 0
-
     cdef int on_headers_done(self, int category, bint end) except -1:
         return 0
 
@@ -539,7 +534,7 @@ cdef class Session:
         self.control_rate = settings.control_frames_per_s
         self.control_at = now()
 
-    cdef int open(self, bint client, settings) except -1:
+    cdef int open(self, bint client, nghttp2_session_callbacks *callbacks, settings) except -1:
         """Make the nghttp2 session; called by the subclass that knows the side."""
         cdef nghttp2_option *option = NULL
         self.client = client
@@ -921,14 +916,6 @@ cdef extern from "Python.h":
 # -- nghttp2's callbacks. One that raises returns NGHTTP2_ERR_CALLBACK_FAILURE with the exception pending; nghttp2
 # -- then unwinds without calling another, and receive or do_flush finds the exception.
 
-cdef inline void *find_stream(Session session, int32_t stream_id) noexcept:
-    """The stream of this id, borrowed, or NULL; most callbacks come for the same one in a row."""
-    if stream_id != session.last_id:
-        session.last_id = stream_id
-        session.last_stream = nghttp2_session_get_stream_user_data(session.h2, stream_id)
-    return session.last_stream
-
-
 cdef int on_begin_headers(
     nghttp2_session *h2, const nghttp2_frame *frame, void *user_data
 ) except NGHTTP2_ERR_CALLBACK_FAILURE:
@@ -942,16 +929,6 @@ cdef int on_begin_headers(
     nghttp2_session_set_stream_user_data(h2, frame.hd.stream_id, <void *>stream)
     session.last_id = frame.hd.stream_id
     session.last_stream = <void *>stream
-    return 0
-
-
-cdef int on_header(
-    nghttp2_session *h2, const nghttp2_frame *frame, const uint8_t *name, size_t name_size, const uint8_t *value,
-    size_t value_size, uint8_t flags, void *user_data,
-) except NGHTTP2_ERR_CALLBACK_FAILURE:
-    cdef void *stream = find_stream(<Session>user_data, frame.hd.stream_id)
-    if stream != NULL:
-        (<Stream>stream).on_header(name, name_size, value, value_size, frame.headers.cat)
     return 0
 
 
@@ -1070,14 +1047,20 @@ cdef int on_send_data(
 
 
 cdef nghttp2_data_source_read_callback read_callback = <nghttp2_data_source_read_callback>on_read
-cdef nghttp2_session_callbacks *callbacks = NULL
-if nghttp2_session_callbacks_new(&callbacks) != 0:
-    raise MemoryError
-nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, <nghttp2_on_begin_headers_callback>on_begin_headers)
-nghttp2_session_callbacks_set_on_header_callback(callbacks, <nghttp2_on_header_callback>on_header)
-nghttp2_session_callbacks_set_on_data_chunk_recv_callback(
-    callbacks, <nghttp2_on_data_chunk_recv_callback>on_data_chunk)
-nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, <nghttp2_on_frame_recv_callback>on_frame)
-nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, <nghttp2_on_stream_close_callback>on_stream_close)
-nghttp2_session_callbacks_set_send_data_callback(callbacks, <nghttp2_send_data_callback>on_send_data)
-nghttp2_session_callbacks_set_data_source_read_length_callback(callbacks, on_read_length)
+
+cdef nghttp2_session_callbacks *new_callbacks(nghttp2_on_header_callback on_header) except NULL:
+    """The callbacks of one side; its headers are the one thing each side reads in its own way."""
+    cdef nghttp2_session_callbacks *callbacks = NULL
+    if nghttp2_session_callbacks_new(&callbacks) != 0:
+        raise MemoryError
+    nghttp2_session_callbacks_set_on_begin_headers_callback(
+        callbacks, <nghttp2_on_begin_headers_callback>on_begin_headers)
+    nghttp2_session_callbacks_set_on_header_callback(callbacks, on_header)
+    nghttp2_session_callbacks_set_on_data_chunk_recv_callback(
+        callbacks, <nghttp2_on_data_chunk_recv_callback>on_data_chunk)
+    nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, <nghttp2_on_frame_recv_callback>on_frame)
+    nghttp2_session_callbacks_set_on_stream_close_callback(
+        callbacks, <nghttp2_on_stream_close_callback>on_stream_close)
+    nghttp2_session_callbacks_set_send_data_callback(callbacks, <nghttp2_send_data_callback>on_send_data)
+    nghttp2_session_callbacks_set_data_source_read_length_callback(callbacks, on_read_length)
+    return callbacks

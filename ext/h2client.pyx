@@ -236,11 +236,24 @@ cdef int status_of_reset(uint32_t code) noexcept:
     return INTERNAL
 
 
+cdef int on_header(
+    nghttp2_session *h2, const nghttp2_frame *frame, const uint8_t *name, size_t name_size, const uint8_t *value,
+    size_t value_size, uint8_t flags, void *user_data,
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
+    cdef void *call = find_stream(<Session>user_data, frame.hd.stream_id)
+    if call != NULL:
+        (<ClientCall>call).on_header(name, name_size, value, value_size, frame.headers.cat)
+    return 0
+
+
+cdef nghttp2_session_callbacks *callbacks = new_callbacks(<nghttp2_on_header_callback>on_header)
+
+
 cdef class ClientSession(Session):
     """The client's side of one connection."""
 
     def __cinit__(self, buffers, settings, *args, **kwargs):
-        self.open(True, settings)
+        self.open(True, callbacks, settings)
 
     def request_allowed(self):
         """Whether a new call may be started on this session."""

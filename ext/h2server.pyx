@@ -363,6 +363,19 @@ cdef class ServerCall(Stream):
         return 0
 
 
+cdef int on_header(
+    nghttp2_session *h2, const nghttp2_frame *frame, const uint8_t *name, size_t name_size, const uint8_t *value,
+    size_t value_size, uint8_t flags, void *user_data,
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
+    cdef void *call = find_stream(<Session>user_data, frame.hd.stream_id)
+    if call != NULL:
+        (<ServerCall>call).on_header(name, name_size, value, value_size, frame.headers.cat)
+    return 0
+
+
+cdef nghttp2_session_callbacks *callbacks = new_callbacks(<nghttp2_on_header_callback>on_header)
+
+
 cdef class ServerSession(Session):
     """The server's side of one connection.
 
@@ -373,7 +386,7 @@ cdef class ServerSession(Session):
 
     def __cinit__(self, buffers, settings, dict methods not None, *args, **kwargs):
         self.methods = methods
-        self.open(False, settings)
+        self.open(False, callbacks, settings)
 
     def shut(self, str reason not None):
         """The connection is gone: cancel every call, and let go of the handlers, which may hold calls."""

@@ -10,7 +10,10 @@ from mmcore._ext.nghttp2 cimport (
     NGHTTP2_NV_FLAG_NO_COPY_VALUE,
     nghttp2_data_source_read_callback,
     nghttp2_nv,
+    nghttp2_on_header_callback,
     nghttp2_session,
+    nghttp2_session_callbacks,
+    nghttp2_session_get_stream_user_data,
 )
 from mmcore._ext.outbuf cimport Buffers
 
@@ -147,9 +150,6 @@ cdef class Stream:
     cdef int queue_ready(self) except -1
     cdef int forget(self) except -1
     cdef tuple metadata_between(self, size_t first, size_t last)
-    cdef int on_header(
-        self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size, int category,
-    ) except -1
     cdef int on_headers_done(self, int category, bint end) except -1
     cdef int on_overflow(self, size_t length) except -1
     cdef int on_bad_message(self, int status, str text) except -1
@@ -212,7 +212,7 @@ cdef class Session:
     cdef int greet(self, settings) except -1
     cdef int close_stream(self, Stream stream, uint32_t code, str reason) except -1
     cdef Stream accept(self)
-    cdef int open(self, bint client, settings) except -1
+    cdef int open(self, bint client, nghttp2_session_callbacks *callbacks, settings) except -1
     cdef int want_flush(self) except -1
     cdef int run_ready(self) except -1
     cdef int do_flush(self) except -1
@@ -221,3 +221,14 @@ cdef class Session:
     cdef int refuse_waiting(self) except -1
     cdef int fatal(self, int code) except -1
     cdef int arm(self, double deadline) except -1
+
+
+cdef inline void *find_stream(Session session, int32_t stream_id) noexcept:
+    """The stream of this id, borrowed, or NULL; most callbacks come for the same one in a row."""
+    if stream_id != session.last_id:
+        session.last_id = stream_id
+        session.last_stream = nghttp2_session_get_stream_user_data(session.h2, stream_id)
+    return session.last_stream
+
+
+cdef nghttp2_session_callbacks *new_callbacks(nghttp2_on_header_callback on_header) except NULL

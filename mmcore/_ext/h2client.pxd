@@ -1,5 +1,7 @@
 """The client side of a session; see ext/h2client.pyx."""
 
+from libc.stdint cimport uint8_t
+
 from mmcore._ext.h2 cimport Session, Stream
 
 
@@ -10,6 +12,9 @@ cdef class ClientCall(Stream):
     cdef int http_status
     cdef int not_grpc(self) except -1
     cdef int finish(self, int status, str text) except -1
+    cdef int on_header(
+        self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size, int category,
+    ) except -1
 
 
 cdef class ClientSession(Session):

@@ -1,5 +1,7 @@
 """The server side of a session; see ext/h2server.pyx."""
 
+from libc.stdint cimport uint8_t
+
 from mmcore._ext.h2 cimport Method, Session, Stream
 
 
@@ -16,6 +18,9 @@ cdef class ServerCall(Stream):
     cdef int refuse(self, int status, str text) except -1
     cdef int reject(self, const char *http_status) except -1
     cdef list status_pairs(self)
+    cdef int on_header(
+        self, const uint8_t *name, size_t name_size, const uint8_t *value, size_t value_size, int category,
+    ) except -1
 
 
 cdef class ServerSession(Session):
