@@ -56,6 +56,12 @@ class ModelSettings:
     execution: str = "auto"
     #: Memory the loaded model takes, in bytes, where its owner states it.
     size_bytes: int | None = None
+    #: ``process`` for a worker process of its own, ``none`` for the serving process where the instance allows it.
+    isolation: str = "none"
+    #: Private memory that a worker process may have, in bytes.
+    isolation_memory_bytes: int | None = None
+    #: How long an inference in a worker process may take, in seconds.
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

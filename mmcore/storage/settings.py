@@ -13,11 +13,11 @@ from typing import Final
 
 import yaml
 
-from mmcore.config import parse_size
+from mmcore.config import parse_duration, parse_size
 from mmcore.errors import InvalidModel
 from mmcore.storage.config_pbtxt import CONFIG_PBTXT, read_config_pbtxt
 from mmcore.storage.containment import inside
-from mmcore.storage.stated import Reader, Stated, known_format
+from mmcore.storage.stated import ISOLATIONS, Reader, Stated, known_format
 
 MODEL_SETTINGS: Final = "model-settings.json"
 SCHEMA: Final = "_schema.json"
@@ -41,7 +41,7 @@ _IMPLEMENTATIONS: Final = {
 }
 _YAML_FIELDS: Final = (
     *("name", "format", "version", "file", "max_batch_size", "inputs", "outputs"),
-    *("execution", "size_bytes", "parameters"),
+    *("execution", "size_bytes", "isolation", "isolation_memory", "timeout", "parameters"),
 )
 
 
@@ -158,7 +158,10 @@ def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
         labels=_labels(reader),
         parameters=reader.texts("parameters"),
         execution=execution,
-        size_bytes=_size(reader),
+        size_bytes=_size(reader, "size_bytes"),
+        isolation=_isolation(reader),
+        isolation_memory_bytes=_size(reader, "isolation_memory"),
+        timeout_s=_duration(reader, "timeout"),
     )
 
 
@@ -175,13 +178,34 @@ def _labels(reader: Reader) -> dict[str, tuple[str, ...]]:
     return labels
 
 
-def _size(reader: Reader) -> int | None:
-    stated = reader.values.get("size_bytes")
+def _isolation(reader: Reader) -> str | None:
+    stated = reader.text("isolation")
+    if stated is not None and stated not in ISOLATIONS:
+        raise InvalidModel(f"{reader.where('isolation')}: expected one of {', '.join(ISOLATIONS)}, got '{stated}'")
+    return stated
+
+
+def _size(reader: Reader, key: str) -> int | None:
+    stated = reader.values.get(key)
     if stated is None:
         return None
     if isinstance(stated, str | int) and not isinstance(stated, bool):
         try:
             return parse_size(str(stated))
         except ValueError as error:
-            raise InvalidModel(f"{reader.where('size_bytes')}: {error}") from error
-    raise InvalidModel(f"{reader.where('size_bytes')}: expected a size such as 64MiB, got {stated!r}")
+            raise InvalidModel(f"{reader.where(key)}: {error}") from error
+    raise InvalidModel(f"{reader.where(key)}: expected a size such as 64MiB, got {stated!r}")
+
+
+def _duration(reader: Reader, key: str) -> float | None:
+    stated = reader.values.get(key)
+    if stated is None:
+        return None
+    if isinstance(stated, str | int | float) and not isinstance(stated, bool):
+        try:
+            seconds = parse_duration(str(stated))
+        except ValueError as error:
+            raise InvalidModel(f"{reader.where(key)}: {error}") from error
+        if seconds > 0:
+            return seconds
+    raise InvalidModel(f"{reader.where(key)}: expected a time such as 30s, got {stated!r}")

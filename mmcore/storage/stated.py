@@ -24,6 +24,9 @@ FORMAT_ALIASES: Final = {
     "scikit-learn": "sklearn",
 }
 
+#: Where a model may ask to be run.
+ISOLATIONS: Final = ("none", "process")
+
 
 @dataclass(frozen=True, slots=True)
 class VersionPolicy:
@@ -62,6 +65,9 @@ class Stated:
     parameters: Mapping[str, str] = field(default_factory=dict)
     execution: str | None = None
     size_bytes: int | None = None
+    isolation: str | None = None
+    isolation_memory_bytes: int | None = None
+    timeout_s: float | None = None
     policy: VersionPolicy | None = None
 
     def over(self, below: Stated) -> Stated:
@@ -83,7 +89,17 @@ class Stated:
             parameters=dict(self.parameters),
             execution=self.execution or "auto",
             size_bytes=self.size_bytes,
+            isolation=self._isolation(),
+            isolation_memory_bytes=self.isolation_memory_bytes,
+            timeout_s=self.timeout_s,
         )
+
+    def _isolation(self) -> str:
+        """As stated, or as one of the free parameters, which is where files of other servers have room for it."""
+        stated = self.isolation or self.parameters.get("isolation", ISOLATIONS[0])
+        if stated not in ISOLATIONS:
+            raise InvalidModel(f"isolation: expected one of {', '.join(ISOLATIONS)}, got '{stated}'")
+        return stated
 
 
 class Reader:

@@ -1,0 +1,11 @@
+"""Models in processes of their own, so that one that crashes, hangs or eats memory harms only itself.
+
+The serving process keeps an :class:`IsolatedModel`, which looks like any loaded model and hands each inference to its
+worker, a fresh interpreter that has loaded the files. The worker runs code of the model's owner and is not trusted:
+whatever it answers is checked. It is no sandbox for the file system or the network.
+"""
+
+from mmcore.runtimes.isolation.model import IsolatedModel
+from mmcore.runtimes.isolation.policy import POLICIES, policy_loader
+
+__all__ = ["POLICIES", "IsolatedModel", "policy_loader"]
