@@ -587,6 +587,10 @@ cdef class Session:
     def abort(self):
         """Drop the connection at once."""
 
+    def finish(self):
+        """All is said: close the connection so that the peer can read the last of it."""
+        self.transport.close()
+
     def deadline_changed(self, double deadline):
         """The earliest deadline is now this one (monotonic seconds)."""
 
@@ -755,7 +759,8 @@ cdef class Session:
         if self.broken or self.linger or self.handed_over:
             return 0
         if not nghttp2_session_want_read(self.h2) and not nghttp2_session_want_write(self.h2):
-            self.transport.close()
+            self.broken = True
+            self.finish()
         return 0
 
     cdef int write_out(self) except -1:

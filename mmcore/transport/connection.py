@@ -23,6 +23,8 @@ Message = bytes | bytearray | memoryview | list[bytes | memoryview]
 
 #: How often connections are looked at for the slow things: keepalive, stalls, age.
 TICK_S = 1.0
+#: How long a connection that has said its last word waits for the peer to close it.
+LINGER_S = 1.0
 
 _buffers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Buffers] = weakref.WeakKeyDictionary()
 
@@ -50,6 +52,7 @@ class Connection(_Base):
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
         self._made_at = self._heard_at = self._progress_at = time.monotonic()
         self._heard_bytes = self._sent_seen = 0
         self._pinged_at: float | None = None
@@ -79,8 +82,9 @@ class Connection(_Base):
 
     def connection_lost(self, error: Exception | None) -> None:
         """End every call that is open."""
-        if self._deadline_timer is not None:
-            self._deadline_timer.cancel()
+        for timer in (self._deadline_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()
         self.shut(f"connection lost: {error}" if error else "connection closed by the other side")
         self._transport = None
 
@@ -98,6 +102,25 @@ class Connection(_Base):
         """Drop the connection at once."""
         if self._transport is not None:
             self._transport.abort()
+
+    def finish(self) -> None:
+        """Close our side; the rest when the peer has closed its own.
+
+        Closing at once, with bytes of the peer's unread, would make the kernel drop our last frames at its side: a
+        flooding peer would never read the GOAWAY that tells it why.
+        """
+        transport = self._transport
+        if transport is None:
+            return
+        if not transport.can_write_eof():  # TLS says its own goodbye
+            transport.close()
+            return
+        try:
+            transport.write_eof()
+        except OSError:  # the peer was faster
+            transport.abort()
+            return
+        self._linger_timer = self._loop.call_later(LINGER_S, transport.abort)
 
     def deadline_changed(self, deadline: float) -> None:
         """Wake up when the earliest deadline has passed."""

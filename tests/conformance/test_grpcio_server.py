@@ -345,7 +345,9 @@ async def test_a_target_that_is_not_there_fails_fast_and_says_why(open_channel: 
         assert error.status == Status.DEADLINE_EXCEEDED
 
 
-async def test_wait_for_ready_lasts_until_the_server_comes(start: StartPeer, open_channel: Open, tmp_path: Path) -> None:
+async def test_wait_for_ready_lasts_until_the_server_comes(
+    start: StartPeer, open_channel: Open, tmp_path: Path
+) -> None:
     address = f"unix:{tmp_path}/socket"
     channel = open_channel(address, settings=replace(SETTINGS, backoff_s=0.01, max_backoff_s=0.02))
     assert (await failure(channel.unary("/e.E/Unary", b""))).status == Status.UNAVAILABLE
