@@ -14,6 +14,9 @@ from typing import Final
 #: What loaded models may take when nobody says: this share of the memory limit, the rest is for requests and for us.
 CAPACITY_SHARE: Final = 0.8
 
+#: Which models an instance can demand to be run in worker processes.
+ISOLATION_POLICIES: Final = ("none", "untrusted", "all")
+
 _UNITS: Final = {
     "": 1, "b": 1,
     "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
@@ -73,6 +76,7 @@ class ServeSettings:
         uds: path of a Unix socket to listen on as well.
         capacity_bytes: what loaded models may take together.
         preload: names of models to load before the instance is ready; ``("all",)`` means every one.
+        isolate: the models to be run in worker processes whatever they say: ``none``, ``untrusted`` formats or ``all``.
         server_name: what ServerMetadata calls this server.
         log_level: name of a level of :mod:`logging`, in lower case.
         grace_s: how long a draining instance waits for calls in flight.
@@ -86,6 +90,7 @@ class ServeSettings:
     uds: Path | None = None
     capacity_bytes: int = 2**30
     preload: tuple[str, ...] = ()
+    isolate: str = "none"
     server_name: str = "mmcore"
     log_level: str = "info"
     grace_s: float = 90.0

@@ -23,6 +23,7 @@ from mmcore.cache import Copy, CopyState
 from mmcore.errors import Cancelled, DeadlineExceeded, InferenceFailed, MmcoreError, Overloaded, Unavailable
 from mmcore.runtimes import OutputTensor
 from mmcore.runtimes.interface import Array
+from mmcore.runtimes.isolation import IsolatedModel
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,9 @@ class Job:
         self.queue_ns = started - self.submitted_ns
         try:
             refuse_late(self.caller)
-            self.outputs = self.copy.model.infer(self.inputs, self.names)
+            model = self.copy.model
+            infer = model.infer_for([self.caller]) if isinstance(model, IsolatedModel) else model.infer
+            self.outputs = infer(self.inputs, self.names)
         except (Exception, SystemExit) as error:
             self.error = error
         self.infer_ns = now_ns() - started
@@ -123,6 +126,8 @@ class Execution:
         self._turns: SimpleQueue[Lane | None] = SimpleQueue()
         self._finished: deque[Job] = deque()
         self._wake_pending = False
+        #: Threads that wait for a worker process.
+        self._lent = 0
         self._stopped = False
         self._logged_at: dict[str, float] = {}
 
@@ -150,7 +155,7 @@ class Execution:
             raise Unavailable(f"model '{copy.name}' is being unloaded; try again")
         lane: Lane = copy.lane
         if lane is None:
-            lane = copy.lane = Lane(copy.source.settings.execution)
+            lane = copy.lane = Lane(copy.source.settings.execution, isolated=isinstance(copy.model, IsolatedModel))
         pace = lane.pace(rows_of(inputs))
         if not lane.runs_inline(pace):
             self._submit(Job(copy, pace, inputs, outputs, done, caller))
@@ -180,16 +185,22 @@ class Execution:
         job.copy.acquire()
         with self._lock:
             lane.jobs.append(job)
-            if not lane.scheduled and lane.running < self._share:
+            if not lane.scheduled and lane.running < self._most_running(lane):
                 lane.scheduled = True
                 self._turns.put(lane)
 
     def _start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        for number in range(self._thread_count):
-            thread = threading.Thread(target=self._serve_turns, name=f"mmcore-infer-{number}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        for _ in range(self._thread_count):
+            self._add_thread()
+
+    def _add_thread(self) -> None:
+        thread = threading.Thread(target=self._serve_turns, name=f"mmcore-infer-{len(self._threads)}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _most_running(self, lane: Lane) -> int:
+        return 1 if lane.isolated else self._share
 
     # In the inference threads.
 
@@ -199,7 +210,9 @@ class Execution:
                 job = lane.jobs.popleft()
                 lane.running += 1
                 # Back to the end of the line, so that lanes take turns.
-                lane.scheduled = bool(lane.jobs) and lane.running < self._share
+                if lane.isolated:
+                    self._lend()
+                lane.scheduled = bool(lane.jobs) and lane.running < self._most_running(lane)
                 if lane.scheduled:
                     self._turns.put(lane)
             if self._stopped:
@@ -208,11 +221,18 @@ class Execution:
                 job.work()
             with self._lock:
                 lane.running -= 1
+                self._lent -= lane.isolated
                 if lane.jobs and not lane.scheduled:
                     lane.scheduled = True
                     self._turns.put(lane)
             self._finish(job)
             del job, lane
+
+    def _lend(self) -> None:
+        """With the lock: let a thread wait for a worker process, and see that no fewer are left to the others."""
+        self._lent += 1
+        if self._lent > len(self._threads) - self._thread_count and not self._stopped:
+            self._add_thread()
 
     def _finish(self, job: Job) -> None:
         self._finished.append(job)

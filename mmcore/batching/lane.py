@@ -78,16 +78,18 @@ class Lane:
 
     Attributes:
         execution: ``auto``, ``inline`` or ``thread``, as its settings say.
+        isolated: whether it runs in a worker process, which takes one request at a time.
         jobs: inferences that wait for a thread.
         waiting: those and the ones at work.
         running: those at work.
         scheduled: whether the threads know that there are jobs.
     """
 
-    __slots__ = ("_paces", "execution", "jobs", "running", "scheduled", "waiting")
+    __slots__ = ("_paces", "execution", "isolated", "jobs", "running", "scheduled", "waiting")
 
-    def __init__(self, execution: str) -> None:
+    def __init__(self, execution: str, *, isolated: bool = False) -> None:
         self.execution = execution
+        self.isolated: Final = isolated
         self.jobs: deque[Job] = deque()
         self.waiting = 0
         self.running = 0
@@ -108,4 +110,6 @@ class Lane:
 
     def runs_inline(self, pace: Pace) -> bool:
         """Whether an inference of that pace should run on the loop."""
+        if self.isolated:
+            return False
         return pace.runs_inline() if self.execution == "auto" else self.execution == "inline"

@@ -10,9 +10,11 @@ there) and what is being unloaded, which is not free before the model is closed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from mmcore._ext.lru import Lru
@@ -23,6 +25,7 @@ from mmcore.cache.threads import LoaderThreads
 from mmcore.errors import Cancelled, LoadFailed, MmcoreError, Overloaded, Unavailable
 from mmcore.model import ModelSource
 from mmcore.runtimes import LoadedModel, load_model
+from mmcore.runtimes.isolation import IsolatedModel
 from mmcore.runtimes.size import disk_size
 from mmcore.storage import Origin
 from mmcore.storage.signature import signature
@@ -34,6 +37,8 @@ LOADER_THREADS: Final = 2
 ROOM_WAIT_S: Final = 30.0
 #: How long the instance waits for loads and unloads that run when it ends.
 CLOSE_WAIT_S: Final = 10.0
+#: How long a model stays given up that has made its worker processes crash again and again.
+BROKEN_EXPIRY_S: Final = 60.0
 #: A new copy is not evicted so soon: the request that waited for it must find it.
 RESIDENCY_S: Final = 0.05
 
@@ -307,9 +312,19 @@ class Cache:
         copy.pin()
         asyncio.get_running_loop().call_later(self._residency_s, self._end_residency, copy)
         log.info("loaded model %s version %s, %d bytes", copy.name, copy.version, copy.weight)
+        if isinstance(copy.model, IsolatedModel):
+            loop = asyncio.get_running_loop()
+            copy.model.watch_broken(partial(_call_soon, loop, self._broken, copy))
         self.on_loaded(copy)
         if before is not None:
             self._let_go(before)
+
+    def _broken(self, copy: Copy, error: LoadFailed) -> None:
+        """A copy's worker process cannot be kept: the copy goes, and its loads are answered with that for a while."""
+        if copy.state is CopyState.LOADED:
+            self.failures.remember(copy.name, copy.version, error, first_s=BROKEN_EXPIRY_S)
+            log.warning("model %s version %s is given up: %s", copy.name, copy.version, error)
+            self.unload(copy)
 
     def _end_residency(self, copy: Copy) -> None:
         if copy.resident:
@@ -433,6 +448,12 @@ class Cache:
             log.warning("%d models are still being loaded, used or unloaded; leaving them behind", left)
         else:
             self._threads.stop()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
+    """From another thread: have ``call`` made on the loop, unless that is closed and nothing is left to be told."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *args)
 
 
 def _prepare(load: _Load) -> tuple[ModelSource, bytes, int]:

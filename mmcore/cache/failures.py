@@ -27,10 +27,10 @@ class Failures:
         self._clock = clock
         self._failures: dict[tuple[str, str], _Failure] = {}
 
-    def remember(self, name: str, version: str, error: MmcoreError) -> None:
-        """Keep ``error`` as the answer to the version's loads for a while."""
+    def remember(self, name: str, version: str, error: MmcoreError, *, first_s: float = FIRST_EXPIRY_S) -> None:
+        """Keep ``error`` as the answer to the version's loads for ``first_s``, longer where it failed before."""
         before = self._failures.get((name, version))
-        expiry_s = FIRST_EXPIRY_S if before is None else min(before.expiry_s * 2, LONGEST_EXPIRY_S)
+        expiry_s = first_s if before is None else min(before.expiry_s * 2, LONGEST_EXPIRY_S)
         # Tracebacks hold the frames of the load, and with them the half-made model.
         kept = type(error)(str(error))
         self._failures[name, version] = _Failure(kept, self._clock() + expiry_s, expiry_s)

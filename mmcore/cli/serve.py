@@ -13,7 +13,14 @@ from typing import Any, Final
 import click
 
 from mmcore import log
-from mmcore.config import ServeSettings, TransportSettings, default_capacity, parse_duration, parse_size
+from mmcore.config import (
+    ISOLATION_POLICIES,
+    ServeSettings,
+    TransportSettings,
+    default_capacity,
+    parse_duration,
+    parse_size,
+)
 
 _TRANSPORT: Final = TransportSettings()
 
@@ -96,6 +103,12 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @option("--max-message", type=SIZE, default=str(_TRANSPORT.max_message_bytes), help="Longest message taken.")
 @option("--preload", multiple=True, help="Load this model before being ready; repeat it, or say 'all'.")
+@option(
+    "--isolate",
+    type=click.Choice(ISOLATION_POLICIES),
+    default=ISOLATION_POLICIES[0],
+    help="Models to run in worker processes whatever their settings say; untrusted are pickles and Python classes.",
+)
 @option("--server-name", default="mmcore", help="The server's name in ServerMetadata ('triton' for clients that ask).")
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
 @option("--grace", type=DURATION, default="90s", help="How long calls in flight may finish after SIGTERM.")
@@ -110,6 +123,7 @@ def command(
     capacity: int | None,
     max_message: int,
     preload: tuple[str, ...],
+    isolate: str,
     server_name: str,
     log_level: str,
     grace: float,
@@ -132,6 +146,7 @@ def command(
             uds=uds,
             capacity_bytes=capacity or default_capacity(),
             preload=preload,
+            isolate=isolate,
             server_name=server_name,
             log_level=log_level,
             grace_s=grace,

@@ -21,6 +21,7 @@ from mmcore import pb
 from mmcore.config import ServeSettings
 from mmcore.errors import Unavailable
 from mmcore.routing import Router
+from mmcore.runtimes.isolation import policy_loader
 from mmcore.server.allocator import keep_freed_memory
 from mmcore.server.v2 import SERVICE, V2Service
 from mmcore.storage import ModelFolder
@@ -47,7 +48,9 @@ class Node:
         self._server = Server(settings=settings.transport)
         self._health = add_health(self._server)
         self._router = Router(
-            capacity_bytes=settings.capacity_bytes, folder=ModelFolder(settings.models) if settings.models else None
+            capacity_bytes=settings.capacity_bytes,
+            folder=ModelFolder(settings.models) if settings.models else None,
+            load=policy_loader(settings.isolate),
         )
         self._service = V2Service(self._router, server_name=settings.server_name)
         self._service.register(self._server)

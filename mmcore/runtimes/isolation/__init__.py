@@ -6,6 +6,6 @@ whatever it answers is checked. It is no sandbox for the file system or the netw
 """
 
 from mmcore.runtimes.isolation.model import IsolatedModel
-from mmcore.runtimes.isolation.policy import POLICIES, policy_loader
+from mmcore.runtimes.isolation.policy import policy_loader
 
-__all__ = ["POLICIES", "IsolatedModel", "policy_loader"]
+__all__ = ["IsolatedModel", "policy_loader"]

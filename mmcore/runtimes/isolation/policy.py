@@ -11,9 +11,6 @@ from mmcore.runtimes.interface import LoadedModel
 from mmcore.runtimes.isolation.model import IsolatedModel
 from mmcore.runtimes.loading import load_model
 
-#: What an instance can demand. A model's own settings can ask for more, never for less.
-POLICIES: Final = ("none", "untrusted", "all")
-
 #: Formats that are programs: reading one runs what its author put in it.
 _UNTRUSTED: Final = frozenset({"python", "sklearn"})
 #: A file of such a format that is data all the same.
@@ -21,7 +18,10 @@ _DATA_SUFFIX: Final = ".skops"
 
 
 def policy_loader(policy: str) -> Callable[[ModelSource], LoadedModel]:
-    """What takes the place of ``load_model`` in an instance that runs with ``--isolate POLICY``."""
+    """What takes the place of ``load_model`` in an instance with one of ``config.ISOLATION_POLICIES``.
+
+    A model's own settings can ask for more than the policy, never for less.
+    """
     return partial(_load, policy)
 
 
