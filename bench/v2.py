@@ -49,9 +49,9 @@ class Running:
 
 def run(console: Console, plan: Plan) -> list[Row]:
     """Train the samples where they are missing, start everything, measure."""
-    models = [sample for sample in samples(console) if plan.wants_case(sample.case)]
+    models = [sample for sample in samples(console) if any(map(plan.wants_case, _case_names(sample)))]
     with started(models) as running:
-        cases = [_case(sample, running) for sample in models]
+        cases = [case for sample in models for case in _cases(sample, running) if plan.wants_case(case.name)]
         loops: dict[str, list[dict[str, float]]] = {name: [] for name in running.frameworks}
 
         def call_frameworks() -> None:
@@ -98,14 +98,23 @@ def request_of(sample: Sample) -> bytes:
     return infer_request(sample.model, sample.input, sample.datatype, sample.array)
 
 
-def _case(sample: Sample, running: Running) -> Case:
+def _case_names(sample: Sample) -> tuple[str, str]:
+    return sample.case, f"{sample.case}-1x1"
+
+
+def _cases(sample: Sample, running: Running) -> list[Case]:
+    """64 callers, whose requests mmcore may answer in batches, and one alone."""
     body = request_of(sample)
     right = right_outputs(running.frameworks[sample.case])
     exchanges = {
         name: Exchange(body, _checked_answer(f"case {sample.case}, {name}", server.target, body, right))
         for name, server in running.servers.items()
     }
-    return Case(sample.case, exchanges, CONNECTIONS, STREAMS, ("throughput", "p99", "cpu", "capacity"))
+    many, one = _case_names(sample)
+    return [
+        Case(many, exchanges, CONNECTIONS, STREAMS, ("throughput", "p99", "cpu", "capacity")),
+        Case(one, exchanges, 1, 1, ("throughput", "p50", "p99", "cpu")),
+    ]
 
 
 def _checked_answer(what: str, target: str, body: bytes, right: Mapping[str, tuple[str, bytes]]) -> bytes:
@@ -135,6 +144,8 @@ def _framework_rows(
     for case, runs in loops.items():
         if case == "identity":
             continue  # no framework is called
+        if (case, OURS) not in summaries:
+            continue
         ours = summaries[case, OURS].values
         cpu_us = statistics.median(run["cpu_us"] for run in runs)
         per_s = statistics.median(run["calls"] / run["seconds"] for run in runs)
