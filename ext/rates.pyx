@@ -121,6 +121,34 @@ cdef class ModelStatistics:
             counters.infer_ns += infer_ns
             counters.output_ns += output_ns
 
+    def record_part(
+        self, int64_t batch, int64_t rows, bint leads,
+        int64_t queue_ns, int64_t input_ns, int64_t infer_ns, int64_t output_ns,
+    ) -> None:
+        """Count one request of ``rows`` rows, answered by an inference over ``batch`` rows, others' among them.
+
+        ``infer_ns`` is that inference's whole time, which each of its requests took; exactly one of them ``leads``,
+        with which the inference is counted.
+        """
+        cdef BatchCounters* counters
+        self.succeeded += 1
+        self.rows += rows
+        self.queue_ns += queue_ns
+        self.input_ns += input_ns
+        self.infer_ns += infer_ns
+        self.output_ns += output_ns
+        self.success_ns += queue_ns + input_ns + infer_ns + output_ns
+        self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
+        if leads:
+            self.executions += 1
+        counters = self.counters(batch)
+        if counters != NULL:
+            counters.input_ns += input_ns
+            counters.output_ns += output_ns
+            if leads:
+                counters.count += 1
+                counters.infer_ns += infer_ns
+
     def fail(self, int64_t total_ns) -> None:
         """Count one request that was answered with an error after ``total_ns`` nanoseconds."""
         self.failed += 1

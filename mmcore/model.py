@@ -42,6 +42,58 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """What becomes of requests that wait for a model (Triton, ModelQueuePolicy); times in microseconds."""
+
+    #: Requests that may wait; 0: the instance's limit.
+    limit: int = 0
+    #: How long one may wait; 0: for as long as its caller does.
+    timeout_us: int = 0
+    #: Whether one that has waited too long is put behind all others instead of being refused.
+    delays: bool = False
+    #: Whether a request may bring a shorter timeout of its own.
+    takes_timeouts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How requests for one model are put together and queued (Triton, ModelDynamicBatching)."""
+
+    #: How long the first of a batch waits for others, in microseconds; 0: only for as long as the model is busy.
+    delay_us: int = 0
+    #: Numbers of rows at which a batch does not wait any longer, ascending.
+    preferred: tuple[int, ...] = ()
+    #: Whether answers leave in the order of the requests.
+    ordered: bool = False
+    #: Levels 1, the most urgent, to this one; 0: all requests are alike.
+    levels: int = 0
+    default_level: int = 0
+    policy: QueuePolicy = QueuePolicy()
+    #: By level, where it differs from ``policy``.
+    policies: dict[int, QueuePolicy] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupInput:
+    """One input of a warm-up request: its full shape, and the file of its raw bytes or what it is filled with."""
+
+    datatype: str
+    shape: tuple[int, ...]
+    #: Values drawn at random instead of zeros.
+    random: bool = False
+    data: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """A request that a model must have answered ``count`` times before it is called ready."""
+
+    name: str
+    inputs: dict[str, WarmupInput]
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSettings:
     """What config.pbtxt, model-settings.json and mmcore.yaml say of a model; defaults where they are silent."""
 
@@ -62,6 +114,10 @@ class ModelSettings:
     isolation_memory_bytes: int | None = None
     #: How long an inference in a worker process may take, in seconds.
     timeout_s: float | None = None
+    #: Whether requests may be put together; None where nothing is said: by the format and the shapes.
+    merges: bool | None = None
+    batching: Batching = Batching()
+    warmups: tuple[Warmup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

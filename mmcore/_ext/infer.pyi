@@ -1,15 +1,19 @@
 """The common inference request, from bytes to bytes in one compiled call."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, final
 
 from numpy.typing import NDArray
 
 from mmcore._ext.v2codec import InferRequest
+from mmcore.batching.merging import Merging
+
+@final
+class Gathered: ...
 
 @final
 class Prepared:
-    def __init__(self, copy: Any) -> None: ...
+    def __init__(self, copy: Any, merging: Merging | None = None, most_rows: int = 0) -> None: ...
     @property
     def batched(self) -> bool: ...
     def allow(self, rows: int, allowed: bool) -> None: ...
@@ -21,7 +25,9 @@ class CommonPath:
         self,
         lookup: Callable[..., Any],
         uncommon: Callable[[Any, InferRequest, Any, int], Any],
-        measured: Callable[[Any, InferRequest, Any, Mapping[str, NDArray[Any]], int, int], Any],
+        measured: Callable[[Any, InferRequest, Any, dict[str, NDArray[Any]], int, int], Any],
         slow: Callable[[Any, int, int], None],
+        refuse: Callable[[Any, BaseException, str], None],
     ) -> None: ...
+    def turn_ended(self, prepared: Prepared) -> None: ...
     def infer(self, call: Any, body: bytes) -> Any: ...

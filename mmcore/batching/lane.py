@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TYPE_CHECKING, Final
+import asyncio
+from typing import Final
 
-if TYPE_CHECKING:
-    from mmcore.batching.execution import Job
+from mmcore.batching.merging import Merging
+from mmcore.batching.waiting import Waiting
+from mmcore.model import Batching, QueuePolicy
 
 #: A hand-off to a thread and back costs about 100 µs of both processors and two switches; below a few times that the
 #: loop is better off doing the work, above it requests of other models wait too long behind it.
@@ -79,21 +80,40 @@ class Lane:
     Attributes:
         execution: ``auto``, ``inline`` or ``thread``, as its settings say.
         isolated: whether it runs in a worker process, which takes one request at a time.
+        batching: what its settings say of batches and of the queue.
+        merging: how its requests are merged; None where they are not.
+        most_rows: what one request may have, where the settings say so; 0: any number.
         jobs: inferences that wait for a thread.
-        waiting: those and the ones at work.
-        running: those at work.
+        running: inferences at work, a merged one counting once.
         scheduled: whether the threads know that there are jobs.
+        held: while its jobs wait for more to join them.
+        hopeless: requests in a row that were refused because their deadline would pass.
     """
 
-    __slots__ = ("_paces", "execution", "isolated", "jobs", "running", "scheduled", "waiting")
+    __slots__ = (
+        *("__weakref__", "_paces", "batching", "execution", "held", "hopeless", "isolated", "jobs", "merging"),
+        *("most_rows", "running", "scheduled"),
+    )
 
-    def __init__(self, execution: str, *, isolated: bool = False) -> None:
+    def __init__(
+        self,
+        execution: str,
+        *,
+        isolated: bool = False,
+        merging: Merging | None = None,
+        batching: Batching | None = None,
+        most_rows: int = 0,
+    ) -> None:
         self.execution = execution
         self.isolated: Final = isolated
-        self.jobs: deque[Job] = deque()
-        self.waiting = 0
+        self.batching: Final = batching or Batching()
+        self.merging: Final = merging
+        self.most_rows: Final = most_rows
+        self.jobs = Waiting(self.batching.levels)
         self.running = 0
         self.scheduled = False
+        self.held: asyncio.TimerHandle | None = None
+        self.hopeless = 0
         #: By the number of binary digits of the number of rows: twice the rows may well take twice the time.
         self._paces: dict[int, Pace] = {}
 
@@ -108,8 +128,41 @@ class Lane:
             pace = self._paces[size] = Pace(cost_ns)
         return pace
 
+    @property
+    def merges(self) -> bool:
+        """Whether its requests are merged."""
+        return self.merging is not None and self.merging.active
+
+    @property
+    def delays(self) -> bool:
+        """Whether a request waits for others although it could run."""
+        return self.batching.delay_us > 0 and self.merges
+
+    def ripe(self) -> bool:
+        """Whether so many rows wait that a batch waits for no more."""
+        assert self.merging is not None
+        wanted = self.batching.preferred[0] if self.batching.preferred else self.merging.most_rows
+        return self.jobs.rows >= wanted or len(self.jobs) >= self.merging.most_requests
+
+    def batch_rows(self) -> int:
+        """The rows to merge now: the largest preferred number that waits, or what one inference may have."""
+        assert self.merging is not None
+        reached = [size for size in self.batching.preferred if size <= self.jobs.rows]
+        return reached[-1] if reached else self.merging.most_rows
+
+    def level(self, priority: int) -> int:
+        """The level of a request's priority, from 1; an absent or unknown one is the default."""
+        levels = self.batching.levels
+        if not levels:
+            return 1
+        return priority if 1 <= priority <= levels else self.batching.default_level
+
+    def policy(self, level: int) -> QueuePolicy:
+        """What becomes of the requests of a level that wait."""
+        return self.batching.policies.get(level, self.batching.policy)
+
     def runs_inline(self, pace: Pace) -> bool:
         """Whether an inference of that pace should run on the loop."""
-        if self.isolated:
+        if self.delays or self.isolated:
             return False
         return pace.runs_inline() if self.execution == "auto" else self.execution == "inline"

@@ -7,7 +7,7 @@ has parameters, comes here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from numpy.typing import NDArray
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from mmcore._ext.infer import CommonPath, Prepared
 from mmcore._ext.rates import now_ns
 from mmcore._ext.v2codec import InferRequest, encode_infer_response
-from mmcore.batching.execution import rows_of
+from mmcore.batching.execution import Ran, rows_of
 from mmcore.cache import Copy
 from mmcore.errors import InvalidRequest
 from mmcore.routing import Router
 from mmcore.runtimes import OutputTensor
 from mmcore.server.calls import Answer, Body, Waiting, refuse
 from mmcore.server.shared_memory import SharedMemory
-from mmcore.server.tensors import answer_with_parameters, bind_tensors
+from mmcore.server.tensors import answer_with_parameters, bind_tensors, schedule_of
 from mmcore.server.tracing import Tracing
 
 #: Metadata that names the model where the message does not (ModelMesh: a vmodel goes before a model).
@@ -42,7 +42,7 @@ class Inference:
         self._regions = regions
         self._tracing = tracing
         self._waiting = waiting
-        self._path = CommonPath(router.lookup, self._uncommon, self._run, self._slow)
+        self._path = CommonPath(router.lookup, self._uncommon, self._run, self._slow, self._refuse)
         self.infer: Callable[[Answer, bytes], Body | None] = self._path.infer
         tracing.on_change = self._follow_tracing
 
@@ -68,7 +68,9 @@ class Inference:
         self, call: Answer, request: InferRequest, copy: Copy, started: int, queue_ns: int
     ) -> Body | None:
         if copy.prepared is None:
-            copy.prepared = Prepared(copy)
+            lane = self._router.execution.lane(copy)
+            # Requests that wait for others by the clock do so in the execution.
+            copy.prepared = Prepared(copy, None if lane.delays else lane.merging, lane.most_rows)
         try:
             inputs = copy.signature.bind(request) if request.plain else bind_tensors(request, copy, self._regions)
         except Exception:
@@ -81,7 +83,7 @@ class Inference:
         call: Answer,
         request: InferRequest,
         copy: Copy,
-        inputs: Mapping[str, NDArray[Any]],
+        inputs: dict[str, NDArray[Any]],
         started: int,
         bound: int,
         queue_ns: int = 0,
@@ -93,7 +95,16 @@ class Inference:
         under_way = UnderWay(self, call, request, copy, inputs, started, bound, queue_ns)
         rows = rows_of(inputs)
         try:
-            outputs = self._router.infer(copy, inputs, request.output_names, under_way.done, call)
+            priority, timeout_us = schedule_of(request)
+            outputs = self._router.infer(
+                copy,
+                inputs,
+                request.output_names,
+                under_way.done,
+                call,
+                priority=priority,
+                timeout_us=timeout_us,
+            )
             if outputs is None:
                 copy.prepared.allow(rows, False)
                 return None
@@ -107,8 +118,12 @@ class Inference:
         """An inference in the compiled path took longer than one should there."""
         copy.lane.pace(rows).ran_inline(elapsed_ns)
 
-    def answer(self, done: UnderWay, outputs: Sequence[OutputTensor], infer_ns: int) -> Body:
-        """Encode the outputs and count the request."""
+    def _refuse(self, call: Answer, error: BaseException, what: str) -> None:
+        """Answer a gathered request with the error that it or its model has raised."""
+        refuse(call, error, what)
+
+    def answer(self, done: UnderWay, outputs: Sequence[OutputTensor], infer_ns: int, ran: Ran | None = None) -> Body:
+        """Encode the outputs and count the request; ``ran``: with others perhaps."""
         request, copy = done.request, done.copy
         ended = now_ns()
         message: Body
@@ -119,7 +134,10 @@ class Inference:
         encoded = now_ns()
         input_ns = done.bound - done.started - done.queue_ns
         rows = rows_of(done.inputs) if copy.prepared.batched else 1
-        copy.statistics.record(rows, done.queue_ns, input_ns, infer_ns, encoded - ended)
+        if ran is None or ran.rows <= rows:
+            copy.statistics.record(rows, done.queue_ns, input_ns, infer_ns, encoded - ended)
+        else:
+            copy.statistics.record_part(ran.rows, rows, ran.leads, done.queue_ns, input_ns, infer_ns, encoded - ended)
         if self._tracing.active:
             self._trace(done, infer_ns, ended, encoded)
         return message
@@ -149,7 +167,7 @@ class UnderWay:
         call: Answer,
         request: InferRequest,
         copy: Copy,
-        inputs: Mapping[str, NDArray[Any]],
+        inputs: dict[str, NDArray[Any]],
         started: int,
         bound: int,
         queue_ns: int,
@@ -163,18 +181,16 @@ class UnderWay:
         self.bound = bound
         self.queue_ns = queue_ns
 
-    def done(
-        self, outputs: Sequence[OutputTensor] | None, error: BaseException | None, queue_ns: int, infer_ns: int
-    ) -> None:
+    def done(self, outputs: Sequence[OutputTensor] | None, error: BaseException | None, ran: Ran) -> None:
         """Take the result of an inference that ran in a thread, and answer the caller."""
         try:
             if error is not None:
                 raise error
             assert outputs is not None
             # What it waited for a thread lies after the binding; it is moved to the front with the rest of the queue.
-            self.queue_ns += queue_ns
-            self.started -= queue_ns
-            self.call.reply(self._inference.answer(self, outputs, infer_ns))
+            self.queue_ns += ran.queue_ns
+            self.started -= ran.queue_ns
+            self.call.reply(self._inference.answer(self, outputs, ran.infer_ns, ran))
         except Exception as failure:
             self.copy.statistics.fail(now_ns() - self.started)
             refuse(self.call, failure, f"inference of model {self.copy.name}")

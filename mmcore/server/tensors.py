@@ -24,9 +24,12 @@ BYTE_SIZE: Final = "shared_memory_byte_size"
 OFFSET: Final = "shared_memory_offset"
 CLASSIFICATION: Final = "classification"
 
+_PRIORITY: Final = "priority"
+_TIMEOUT: Final = "timeout"
+
 #: Parameters of a request that tell this server something; they are not for the answer (Triton, parameters extension).
 _INSTRUCTIONS: Final = frozenset(
-    {"sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output"}
+    {"sequence_id", "sequence_start", "sequence_end", _PRIORITY, _TIMEOUT, "headers", "binary_data_output"}
 )
 _RESERVED_PREFIX: Final = "triton_"
 
@@ -79,6 +82,19 @@ def answer_with_parameters(
         parameters=echoed(request.parameters),
         output_parameters=parameters,
     )
+
+
+def schedule_of(request: InferRequest) -> tuple[int, int]:
+    """Priority and timeout in microseconds as a request's parameters say (Triton, schedule policy extension), else 0.
+
+    Raises:
+        InvalidRequest: one of them is no whole number.
+    """
+    parameters = request.parameters
+    if not parameters:
+        return 0, 0
+    priority = _whole(parameters, _PRIORITY, "request", absent=0)
+    return priority, _whole(parameters, _TIMEOUT, "request", absent=0)
 
 
 def echoed(parameters: Mapping[str, Param]) -> dict[str, Param]:

@@ -1,12 +1,13 @@
 """Triton's ``config.pbtxt``: what of it mmcore acts upon, and a refusal of what would change the answers if ignored.
 
 Fields are those of model_config.proto. Scheduling hints that do not change an answer (instance groups, optimisation,
-dynamic batching, warm-up, rate limits) are accepted and left to mmcore's own judgement.
+rate limits) are accepted and left to mmcore's own judgement.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -14,7 +15,7 @@ from typing import Final
 from google.protobuf import json_format, text_format
 
 from mmcore.errors import InvalidModel
-from mmcore.model import TensorSpec
+from mmcore.model import Batching, QueuePolicy, TensorSpec, Warmup, WarmupInput
 from mmcore.pb import model_config_pb2
 from mmcore.storage.containment import inside
 from mmcore.storage.stated import Stated, VersionPolicy
@@ -24,6 +25,8 @@ CONFIG_PBTXT: Final = "config.pbtxt"
 CONFIG_OVERRIDE: Final = "config"
 
 _LABELS_LIMIT_BYTES: Final = 16 * 2**20
+_MOST_LEVELS: Final = 64
+_COMMENT: Final = re.compile(r"#[^\n]*")
 
 #: Format by platform (older configurations) and by backend; None: whatever the folder holds.
 _PLATFORMS: Final[dict[str, str | None]] = {
@@ -69,7 +72,7 @@ def read_config_pbtxt(text: str, folder: Path) -> Stated:
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
     except (text_format.ParseError, UnicodeError) as error:
         raise InvalidModel(f"{CONFIG_PBTXT}: {error}") from error
-    return _stated(config, folder, CONFIG_PBTXT)
+    return _stated(config, folder, CONFIG_PBTXT, sized="max_batch_size" in _COMMENT.sub("", text))
 
 
 def read_config_json(text: str, folder: Path) -> Stated:
@@ -85,10 +88,12 @@ def read_config_json(text: str, folder: Path) -> Stated:
         config = json_format.ParseDict(values, model_config_pb2.ModelConfig(), max_recursion_depth=20)
     except (json_format.ParseError, ValueError, RecursionError) as error:
         raise InvalidModel(f"{CONFIG_OVERRIDE}: {error}") from error
-    return _stated(config, folder, CONFIG_OVERRIDE)
+    sized = "max_batch_size" in values or "maxBatchSize" in values
+    return _stated(config, folder, CONFIG_OVERRIDE, sized=sized)
 
 
-def _stated(config: model_config_pb2.ModelConfig, folder: Path, file: str) -> Stated:
+def _stated(config: model_config_pb2.ModelConfig, folder: Path, file: str, *, sized: bool) -> Stated:
+    """What the message says; ``sized``: a batch size is stated, if only 0, which the message does not tell."""
     if config.WhichOneof("scheduling_choice") in ("sequence_batching", "ensemble_scheduling"):
         raise InvalidModel(f"{file}: {config.WhichOneof('scheduling_choice')}: is not supported")
     if config.model_transaction_policy.decoupled:
@@ -112,7 +117,70 @@ def _stated(config: model_config_pb2.ModelConfig, folder: Path, file: str) -> St
         },
         parameters=_parameters(config),
         policy=_policy(config.version_policy, file),
+        merges=batched if sized else None,
+        batching=_batching(config, file),
+        warmups=tuple(_warmup(config, warmup, folder, file) for warmup in config.model_warmup),
     )
+
+
+def _batching(config: model_config_pb2.ModelConfig, file: str) -> Batching | None:
+    if not config.HasField("dynamic_batching"):
+        return None
+    stated = config.dynamic_batching
+    where = f"{file}: dynamic_batching"
+    if any(size <= 0 or size > config.max_batch_size for size in stated.preferred_batch_size):
+        raise InvalidModel(f"{where}.preferred_batch_size: must be from 1 to max_batch_size")
+    if stated.priority_levels > _MOST_LEVELS:
+        raise InvalidModel(f"{where}.priority_levels: must not be above {_MOST_LEVELS}")
+    levels = stated.priority_levels
+    if levels and not 1 <= stated.default_priority_level <= levels:
+        raise InvalidModel(f"{where}.default_priority_level: must be from 1 to priority_levels")
+    if any(not 1 <= level <= levels for level in stated.priority_queue_policy):
+        raise InvalidModel(f"{where}.priority_queue_policy: has a level that is not from 1 to priority_levels")
+    return Batching(
+        delay_us=stated.max_queue_delay_microseconds,
+        preferred=tuple(sorted(stated.preferred_batch_size)),
+        ordered=stated.preserve_ordering,
+        levels=levels,
+        default_level=stated.default_priority_level,
+        policy=_queue_policy(stated.default_queue_policy),
+        policies={level: _queue_policy(policy) for level, policy in stated.priority_queue_policy.items()},
+    )
+
+
+def _queue_policy(stated: model_config_pb2.ModelQueuePolicy) -> QueuePolicy:
+    return QueuePolicy(
+        limit=stated.max_queue_size,
+        timeout_us=stated.default_timeout_microseconds,
+        delays=stated.timeout_action == model_config_pb2.ModelQueuePolicy.DELAY,
+        # Without a timeout of the owner's there is none for a request to override.
+        takes_timeouts=stated.allow_timeout_override or not stated.default_timeout_microseconds,
+    )
+
+
+def _warmup(
+    config: model_config_pb2.ModelConfig, stated: model_config_pb2.ModelWarmup, folder: Path, file: str
+) -> Warmup:
+    where = f"{file}: model_warmup '{stated.name}'"
+    inputs: dict[str, WarmupInput] = {}
+    for name, tensor in stated.inputs.items():
+        named = f"{where}: input '{name}'"
+        if tensor.data_type not in _DATATYPES:
+            raise InvalidModel(f"{named}: data_type: is missing")
+        if any(dim < 0 for dim in tensor.dims):
+            raise InvalidModel(f"{named}: dims: must not be negative, got {list(tensor.dims)}")
+        shape = (max(1, stated.batch_size), *tensor.dims) if config.max_batch_size > 0 else tuple(tensor.dims)
+        data = None
+        match tensor.WhichOneof("input_data_type"):
+            case "input_data_file":
+                # Files of raw tensor bytes lie in the folder "warmup" (Triton, "Model Warmup").
+                data = inside(folder, f"warmup/{tensor.input_data_file}", f"{named}: input_data_file")
+            case None:
+                raise InvalidModel(f"{named}: states neither zero_data nor random_data nor input_data_file")
+        inputs[name] = WarmupInput(_DATATYPES[tensor.data_type], shape, tensor.random_data, data)
+    if not inputs:
+        raise InvalidModel(f"{where}: inputs: are missing")
+    return Warmup(stated.name, inputs, max(1, stated.count))
 
 
 def _format(config: model_config_pb2.ModelConfig, file: str) -> str | None:

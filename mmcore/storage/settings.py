@@ -15,6 +15,7 @@ import yaml
 
 from mmcore.config import parse_duration, parse_size
 from mmcore.errors import InvalidModel
+from mmcore.model import Batching, QueuePolicy
 from mmcore.storage.config_pbtxt import CONFIG_PBTXT, read_config_pbtxt
 from mmcore.storage.containment import inside
 from mmcore.storage.stated import ISOLATIONS, Reader, Stated, known_format
@@ -41,7 +42,8 @@ _IMPLEMENTATIONS: Final = {
 }
 _YAML_FIELDS: Final = (
     *("name", "format", "version", "file", "max_batch_size", "inputs", "outputs"),
-    *("execution", "size_bytes", "isolation", "isolation_memory", "timeout", "parameters"),
+    *("execution", "size_bytes", "isolation", "isolation_memory", "timeout"),
+    *("parameters", "max_queue_delay_us", "queue_limit"),
 )
 
 
@@ -144,6 +146,7 @@ def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
         inside(folder, file, reader.where("file"))
     if execution is not None and execution not in EXECUTIONS:
         raise InvalidModel(f"{reader.where('execution')}: expected one of {', '.join(EXECUTIONS)}, got '{execution}'")
+    most_rows = reader.count("max_batch_size")
     version = reader.values.get("version")
     if type(version) is int:
         reader.values["version"] = str(version)
@@ -152,7 +155,7 @@ def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
         format=known_format(stated_format) if stated_format else None,
         version=reader.text("version"),
         file=file,
-        max_batch_size=reader.count("max_batch_size"),
+        max_batch_size=most_rows,
         inputs=reader.tensors("inputs"),
         outputs=reader.tensors("outputs"),
         labels=_labels(reader),
@@ -162,7 +165,16 @@ def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
         isolation=_isolation(reader),
         isolation_memory_bytes=_size(reader, "isolation_memory"),
         timeout_s=_duration(reader, "timeout"),
+        merges=None if most_rows is None else most_rows > 0,
+        batching=_batching(reader),
     )
+
+
+def _batching(reader: Reader) -> Batching | None:
+    delay_us, limit = reader.count("max_queue_delay_us"), reader.count("queue_limit")
+    if delay_us is None and limit is None:
+        return None
+    return Batching(delay_us=delay_us or 0, policy=QueuePolicy(limit=limit or 0))
 
 
 def _labels(reader: Reader) -> dict[str, tuple[str, ...]]:

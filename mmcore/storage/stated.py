@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from mmcore.errors import InvalidModel
-from mmcore.model import NUMPY_DTYPES, ModelSettings, TensorSpec
+from mmcore.model import NUMPY_DTYPES, Batching, ModelSettings, TensorSpec, Warmup
 
 #: Names under which other servers know our formats.
 FORMAT_ALIASES: Final = {
@@ -69,6 +69,9 @@ class Stated:
     isolation_memory_bytes: int | None = None
     timeout_s: float | None = None
     policy: VersionPolicy | None = None
+    merges: bool | None = None
+    batching: Batching | None = None
+    warmups: tuple[Warmup, ...] = ()
 
     def over(self, below: Stated) -> Stated:
         """This laid over ``below``: what is stated here wins, free parameters and labels are joined."""
@@ -92,6 +95,9 @@ class Stated:
             isolation=self._isolation(),
             isolation_memory_bytes=self.isolation_memory_bytes,
             timeout_s=self.timeout_s,
+            merges=self.merges,
+            batching=self.batching or Batching(),
+            warmups=self.warmups,
         )
 
     def _isolation(self) -> str:

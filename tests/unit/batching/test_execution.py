@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mmcore.batching import Execution
-from mmcore.batching.execution import rows_of
+from mmcore.batching.execution import Ran, rows_of
 from mmcore.cache import Copy, CopyState
 from mmcore.errors import (
     Cancelled,
@@ -38,12 +38,10 @@ class Answers:
         self.thread = ""
         self.changed = asyncio.Event()
 
-    def __call__(
-        self, outputs: Sequence[Any] | None, error: BaseException | None, queue_ns: int, infer_ns: int
-    ) -> None:
+    def __call__(self, outputs: Sequence[Any] | None, error: BaseException | None, ran: Ran) -> None:
         self.outputs.append(outputs)
         self.errors.append(error)
-        self.times.append((queue_ns, infer_ns))
+        self.times.append((ran.queue_ns, ran.infer_ns))
         self.thread = threading.current_thread().name
         self.changed.set()
 
@@ -173,22 +171,23 @@ async def test_a_full_queue_refuses_and_other_models_are_unaffected(execution: E
     gate = Gate()
     slow, other = made_copy(FakeModel(work=gate), THREAD, "slow"), made_copy(FakeModel(), THREAD, "other")
     answers, others = Answers(), Answers()
+    execution.run(slow, rows(1), (), answers)
+    await gate.wait_entered()
     for _ in range(4):
         execution.run(slow, rows(1), (), answers)
-    await gate.wait_entered()
     with pytest.raises(Overloaded, match="model 'slow' has 4 requests waiting, which is its limit; try again later"):
         execution.run(slow, rows(1), (), answers)
-    assert slow.in_flight == 4
+    assert slow.in_flight == 5
     for count in range(1, 4):
         execution.run(other, rows(1), (), others)
         await others.count(count)
     assert answers.outputs == []
     gate.opened.set()
-    await answers.count(4)
+    await answers.count(5)
     await asyncio.sleep(0)
     assert slow.in_flight == other.in_flight == 0
     execution.run(slow, rows(1), (), answers)
-    await answers.count(5)
+    await answers.count(6)
 
 
 async def test_models_take_turns() -> None:

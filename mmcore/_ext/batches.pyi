@@ -1,0 +1,13 @@
+"""Requests of one model put together along their first axis, and their answer taken apart again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+def rows_together(inputs: dict[str, NDArray[Any]]) -> int: ...
+def can_merge(one: dict[str, NDArray[Any]], other: dict[str, NDArray[Any]]) -> bool: ...
+def merge(members: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]: ...
+def part(
+    outputs: Sequence[tuple[str, str, NDArray[Any]]], rows: list[int]
+) -> list[list[tuple[str, str, NDArray[Any]]]] | None: ...
