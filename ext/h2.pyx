@@ -28,7 +28,7 @@ from mmcore._ext.outbuf cimport IN_BYTES, REFERENCE_BYTES, Buffers, Part
 import re
 from collections import deque
 
-from mmcore._ext.grpcwire import compress, decompress
+from mmcore._ext.grpcwire import ENCODINGS, compress, decompress
 
 from mmcore.errors import MessageTooLong
 
@@ -302,6 +302,8 @@ cdef class Stream:
             encoding = self.encoding
             if encoding is None or encoding == "identity":
                 return self.on_bad_message(INTERNAL, "a message is marked compressed, but grpc-encoding names nothing")
+            if encoding not in ENCODINGS:
+                return self.on_bad_message(INTERNAL, f"grpc-encoding {encoding!r} is not known here")
             try:
                 self.body = decompress(encoding, self.body, self.session.max_message)
             except MessageTooLong:
@@ -760,6 +762,7 @@ cdef class Session:
             return 0
         if not nghttp2_session_want_read(self.h2) and not nghttp2_session_want_write(self.h2):
             self.broken = True
+            self.end_streams("the connection was ended for an HTTP/2 error")
             self.finish()
         return 0
 
@@ -803,19 +806,23 @@ cdef class Session:
 
     def shut(self, str reason not None):
         """The connection is gone: end every call with UNAVAILABLE, or cancel it on a server."""
-        cdef Stream stream
         self.transport = None
         self.fd = -1
         self.broken = True
+        self.end_streams(reason)
+        if self.h2 != NULL and not self.inside:
+            nghttp2_session_del(self.h2)
+            self.h2 = NULL
+
+    cdef int end_streams(self, str reason) except -1:
+        """Close the streams that are left on a connection that carries nothing any more, and tell their callers."""
+        cdef Stream stream
         while self.newest != NULL:
             stream = <Stream>self.newest
             if self.h2 != NULL:
                 nghttp2_session_set_stream_user_data(self.h2, stream.id, NULL)
             self.close_stream(stream, NGHTTP2_CANCEL, reason)
-        self.run_ready()
-        if self.h2 != NULL and not self.inside:
-            nghttp2_session_del(self.h2)
-            self.h2 = NULL
+        return self.run_ready()
 
     cdef int close_stream(self, Stream stream, uint32_t code, str reason) except -1:
         """A stream has closed: settle its outcome, and drop nghttp2's reference."""

@@ -189,7 +189,7 @@ class RawServer:
         """The next connection, its preface read and greeted."""
         peer = await asyncio.wait_for(self._accepted.get(), WITHIN_S)
         assert await peer._reader.readexactly(len(PREFACE)) == PREFACE
-        peer.send(SettingsFrame(0, settings=settings or {}))
+        peer.send(SettingsFrame(0, settings=settings or {}), SettingsFrame(0, flags=["ACK"]))
         return peer
 
     async def close(self) -> None:

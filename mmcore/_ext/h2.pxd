@@ -219,6 +219,7 @@ cdef class Session:
     cdef int write_out(self) except -1
     cdef int count_control(self) except -1
     cdef int refuse_waiting(self) except -1
+    cdef int end_streams(self, str reason) except -1
     cdef int fatal(self, int code) except -1
     cdef int arm(self, double deadline) except -1
 

@@ -96,6 +96,7 @@ class Channel:
             connection.abort()
         if lost:
             await asyncio.wait(lost)
+        self._open.clear()
 
     async def unary(
         self,
