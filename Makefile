@@ -8,6 +8,7 @@ VENV        ?= .venv
 SUITE       ?=
 ONCE        ?=
 PYTEST_ARGS ?=
+TORCH       ?= torch==2.13.0
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -91,7 +92,11 @@ $(RUN_PACKAGES): pyproject.toml | $(PY)
 	$(call step,Python packages to build and run,packages_to_run)
 	@touch $@
 
-STEP_packages_to_test = $(PIP) install --group test --group lint
+# Every framework, so that every format is tested; of PyTorch the release that the tests were written with.
+define STEP_packages_to_test
+$(PIP) install --group test --group lint
+MMCORE_EXT=none $(PIP) install --no-build-isolation '$(TORCH)' -e '.[samples,client,all-formats]'
+endef
 $(DEV_PACKAGES): $(RUN_PACKAGES)
 	$(call step,Python packages to test and lint,packages_to_test)
 	@touch $@

@@ -1,6 +1,6 @@
 """Trains the sample models and writes them where a server can be pointed at them.
 
-    python deploy/samples/train.py [DIR]          # build/samples by default
+    python deploy/samples/train.py [--all] [DIR]          # build/samples by default
 
 Everything is small and seeded, and learned from data that scikit-learn brings along: nothing is downloaded. A second
 run does nothing unless this script, the classes beside it or a framework's version has changed. Each model's folder
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +30,7 @@ HERE: Final = Path(__file__).resolve().parent
 DEFAULT: Final = HERE.parents[1] / "build" / "samples"
 STAMP: Final = ".made-by"
 SEED: Final = 7
-FRAMEWORKS: Final = ("scikit-learn", "joblib", "lightgbm", "onnx", "xgboost-cpu")
+FRAMEWORKS: Final = ("scikit-learn", "joblib", "lightgbm", "onnx", "xgboost-cpu", "openvino", "torch")
 
 #: ONNX versions that every onnxruntime since 1.20 reads.
 OPSET: Final = 17
@@ -40,18 +43,22 @@ def main() -> int:
     parser.add_argument(
         "folder", type=Path, nargs="?", default=DEFAULT, help="where to write them (default: %(default)s)"
     )
+    parser.add_argument("--all", action="store_true", help="those of large frameworks too, where they are installed")
     parser.add_argument("--force", action="store_true", help="make them again")
     options = parser.parse_args()
     folder: Path = options.folder
 
-    recipe = recipe_digest()
+    wanted = dict(MODELS)
+    if options.all:
+        wanted |= {name: (make, what) for name, (make, what, module) in LARGE_MODELS.items() if find_spec(module)}
+    recipe = recipe_digest(wanted)
     stamp = folder / STAMP
-    if not options.force and made(folder, stamp, recipe):
+    if not options.force and made(folder, stamp, recipe, wanted):
         print(f"The sample models in {folder} are up to date")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
-    for name, (make, what) in MODELS.items():
+    for name, (make, what) in wanted.items():
         began = time.monotonic()
         try:
             install(folder, name, make)
@@ -60,13 +67,13 @@ def main() -> int:
             return 1
         print(f"  {name:<20} {what} ({time.monotonic() - began:.1f} s)", flush=True)
     stamp.write_text(recipe)
-    print(f"{len(MODELS)} sample models are in {folder}")
+    print(f"{len(wanted)} sample models are in {folder}")
     return 0
 
 
-def recipe_digest() -> str:
-    """A digest of all that decides what is written: this folder's sources and the frameworks' versions."""
-    digest = hashlib.sha256()
+def recipe_digest(wanted: Iterable[str]) -> str:
+    """A digest of all that decides what is written: names, this folder's sources and the frameworks' versions."""
+    digest = hashlib.sha256(repr(sorted(wanted)).encode())
     for source in (Path(__file__), *files(HERE / "python")):
         digest.update(source.read_bytes())
     for framework in FRAMEWORKS:
@@ -77,9 +84,9 @@ def recipe_digest() -> str:
     return digest.hexdigest()
 
 
-def made(folder: Path, stamp: Path, recipe: str) -> bool:
+def made(folder: Path, stamp: Path, recipe: str, wanted: Iterable[str]) -> bool:
     """Whether an earlier run has finished with the same recipe and all its models are still there."""
-    return stamp.is_file() and stamp.read_text() == recipe and all((folder / name).is_dir() for name in MODELS)
+    return stamp.is_file() and stamp.read_text() == recipe and all((folder / name).is_dir() for name in wanted)
 
 
 def install(folder: Path, name: str, make: Callable[[Path], None]) -> None:
@@ -150,18 +157,22 @@ def iris_lightgbm(folder: Path) -> None:
     lightgbm.train(options, lightgbm.Dataset(flowers, species), num_boost_round=10).save_model(folder / "model.txt")
 
 
-def mlp_onnx(folder: Path) -> None:
-    """A network of one hidden layer: ``input`` FP32 [batch, 4] to ``probabilities`` FP32 [batch, 3]."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
+def mlp_weights() -> list[NDArray[np.float32]]:
+    """A network of one hidden layer over the irises: weights [4, 16] and [16, 3], biases [16] and [3]."""
     from sklearn.neural_network import MLPClassifier
 
     flowers, species = iris()
     network = MLPClassifier((16,), solver="lbfgs", alpha=0.1, max_iter=500, random_state=SEED).fit(flowers, species)
-    weights = [
-        numpy_helper.from_array(np.asarray(values, dtype=np.float32), name)
-        for name, values in zip(("w1", "w2", "b1", "b2"), (*network.coefs_, *network.intercepts_), strict=True)
-    ]
+    return [np.asarray(values, dtype=np.float32) for values in (*network.coefs_, *network.intercepts_)]
+
+
+def mlp_onnx(folder: Path) -> None:
+    """The network: ``input`` FP32 [batch, 4] to ``probabilities`` FP32 [batch, 3]."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    names = ("w1", "w2", "b1", "b2")
+    weights = [numpy_helper.from_array(values, name) for name, values in zip(names, mlp_weights(), strict=True)]
     graph = helper.make_graph(
         [
             helper.make_node("Gemm", ["input", "w1", "b1"], ["hidden"]),
@@ -177,6 +188,39 @@ def mlp_onnx(folder: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     onnx.checker.check_model(model)
     onnx.save(model, folder / "model.onnx")
+
+
+def mlp_torchscript(folder: Path) -> None:
+    """The network with its tensors named by a schema: ``INPUT__0`` FP32 [n, 4] to ``OUTPUT__0`` FP32 [n, 3]."""
+    import torch
+
+    layers = (torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3), torch.nn.Softmax(1))
+    network = torch.nn.Sequential(*layers).eval()
+    first, last, first_bias, last_bias = (torch.from_numpy(values) for values in mlp_weights())
+    network.load_state_dict({"0.weight": first.T, "0.bias": first_bias, "2.weight": last.T, "2.bias": last_bias})
+    with warnings.catch_warnings():  # it is deprecated, and what people have
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module: Any = torch.jit.script(network)
+        module.save(folder / "model.pt")
+    schema = {
+        "inputs": [{"name": "INPUT__0", "datatype": "FP32", "shape": [-1, 4]}],
+        "outputs": [{"name": "OUTPUT__0", "datatype": "FP32", "shape": [-1, 3]}],
+    }
+    (folder / "_schema.json").write_text(json.dumps(schema, indent=2) + "\n")
+
+
+def mlp_openvino(folder: Path) -> None:
+    """The network: ``input`` FP32 [n, 4] to ``probabilities`` FP32 [n, 3]."""
+    import openvino
+    from openvino import opset13
+
+    first, last, first_bias, last_bias = mlp_weights()
+    flowers = opset13.parameter([-1, 4], np.float32, name="input")
+    hidden = opset13.relu(opset13.add(opset13.matmul(flowers, first, False, False), first_bias))
+    answer = opset13.softmax(opset13.add(opset13.matmul(hidden, last, False, False), last_bias), 1)
+    answer.output(0).get_tensor().set_names({"probabilities"})
+    model = openvino.Model([answer], [flowers], "iris-mlp")
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
 
 def python_class(name: str) -> Callable[[Path], None]:
@@ -205,6 +249,12 @@ MODELS: Final[dict[str, tuple[Callable[[Path], None], str]]] = {
     "identity": (python_class("identity"), "Python class: FP32 of any shape, answered as it is"),
     "simple": (python_class("simple"), "Python class: sum and difference of two INT32 tensors"),
     "simple_string": (python_class("simple_string"), "Python class: the same over numbers written as text"),
+}
+
+#: Those of frameworks that are large: name to maker, description and the module that must be there.
+LARGE_MODELS: Final[dict[str, tuple[Callable[[Path], None], str, str]]] = {
+    "mlp-openvino": (mlp_openvino, "OpenVINO network", "openvino"),
+    "mlp-torchscript": (mlp_torchscript, "TorchScript network with a _schema.json", "torch"),
 }
 
 

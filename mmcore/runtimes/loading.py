@@ -32,8 +32,10 @@ class _Format:
 _FORMATS: Final[dict[str, _Format]] = {
     "lightgbm": _Format("mmcore.runtimes.lightgbm", "lightgbm"),
     "onnx": _Format("mmcore.runtimes.onnx", "onnx"),
+    "openvino": _Format("mmcore.runtimes.openvino", "openvino"),
     "python": _Format("mmcore.runtimes.python"),
     "sklearn": _Format("mmcore.runtimes.sklearn", "sklearn"),
+    "torchscript": _Format("mmcore.runtimes.torchscript", "torch"),
     "xgboost": _Format("mmcore.runtimes.xgboost", "xgboost"),
 }
 

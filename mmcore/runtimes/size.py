@@ -29,5 +29,7 @@ def disk_size(path: Path) -> int:
     """Bytes of a file and of the weights kept beside it, or of a folder's regular files."""
     if path.is_dir():
         return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file() and not entry.is_symlink())
-    companions = (path.with_name(f"{path.name}{suffix}") for suffix in _WEIGHTS_SUFFIXES)
+    companions = [path.with_name(f"{path.name}{suffix}") for suffix in _WEIGHTS_SUFFIXES]
+    if path.suffix == ".xml":  # OpenVINO
+        companions.append(path.with_suffix(".bin"))
     return path.stat().st_size + sum(file.stat().st_size for file in companions if file.is_file())

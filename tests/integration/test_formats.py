@@ -43,7 +43,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path) -> str:
-    done = subprocess.run([sys.executable, str(TRAIN), str(folder)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), "--all", str(folder)], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -73,6 +75,8 @@ def test_every_sample_is_found_and_loaded(samples: Path) -> None:
         "iris-xgboost": "xgboost",
         "iris-lightgbm": "lightgbm",
         "mlp-onnx": "onnxruntime_onnx",
+        "mlp-openvino": "openvino",
+        "mlp-torchscript": "pytorch_libtorch",
         "identity": "python",
         "simple": "python",
         "simple_string": "python",
@@ -132,6 +136,25 @@ def test_the_onnx_sample_knows_its_irises(samples: Path) -> None:
     known = np.array([[5.1, 3.5, 1.4, 0.2], [6.4, 3.2, 4.5, 1.5], [7.1, 3.0, 5.9, 2.1]], dtype=np.float32)
     (_, probabilities) = ask(load(samples / "mlp-onnx"), [("input", "FP32", known)])["probabilities"]
     assert probabilities.argmax(axis=1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("sample", "asked", "answered"),
+    [("mlp-openvino", "input", "probabilities"), ("mlp-torchscript", "INPUT__0", "OUTPUT__0")],
+)
+def test_the_same_network_answers_the_same_in_every_format(
+    samples: Path, sample: str, asked: str, answered: str
+) -> None:
+    model = load(samples / sample)
+    assert (model.inputs, model.outputs) == (
+        (TensorSpec(asked, "FP32", (-1, 4)),),
+        (TensorSpec(answered, "FP32", (-1, 3)),),
+    )
+    datatype, values = ask(model, [(asked, "FP32", FLOWERS)])[answered]
+    assert datatype == "FP32"
+    np.testing.assert_allclose(
+        values, ask(load(samples / "mlp-onnx"), [("input", "FP32", FLOWERS)])["probabilities"][1], rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("shape", [(4,), (1, 3, 224, 224)])

@@ -24,12 +24,12 @@ class Model:
 
 
 def test_the_formats_that_are_served_are_listed() -> None:
-    assert set(FORMATS) == {"lightgbm", "onnx", "python", "sklearn", "xgboost"}
+    assert set(FORMATS) == {"lightgbm", "onnx", "openvino", "python", "sklearn", "torchscript", "xgboost"}
 
 
 def test_a_format_without_a_runtime_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
-        LoadFailed, match=r"model 'm': the format 'pmml' is not served; these are: lightgbm, onnx, python"
+        LoadFailed, match=r"model 'm': the format 'pmml' is not served; these are: lightgbm, onnx, openvino, python"
     ):
         load_model(ModelSource("m", "1", "pmml", tmp_path))
 
@@ -40,14 +40,21 @@ def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("served", "framework"), [("onnx", "onnxruntime"), ("sklearn", "joblib"), ("xgboost", "xgboost")]
+    ("served", "framework", "extra"),
+    [
+        ("onnx", "onnxruntime", "onnx"),
+        ("openvino", "openvino", "openvino"),
+        ("sklearn", "joblib", "sklearn"),
+        ("torchscript", "torch", "torch"),
+        ("xgboost", "xgboost", "xgboost"),
+    ],
 )
 def test_a_missing_framework_is_named_with_what_installs_it(
-    served: str, framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: str, framework: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, f"mmcore.runtimes.{served}", raising=False)
     monkeypatch.setitem(sys.modules, framework, None)  # what Python does where there is no such module
-    with pytest.raises(LoadFailed, match=rf"{framework}.*pip install 'mmcore\[{served}\]'"):
+    with pytest.raises(LoadFailed, match=rf"{framework}.*pip install 'mmcore\[{extra}\]'"):
         load_model(ModelSource("m", "1", served, tmp_path / "model"))
 
 
@@ -60,7 +67,7 @@ def test_lightgbm_is_looked_for_without_being_imported(tmp_path: Path, monkeypat
 
 
 def test_no_framework_is_imported_for_a_python_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for framework in ("onnxruntime", "sklearn", "joblib", "xgboost"):
+    for framework in ("onnxruntime", "sklearn", "joblib", "xgboost", "torch", "openvino", "tensorflow"):
         monkeypatch.setitem(sys.modules, framework, None)
     (tmp_path / "model.py").write_text(ECHO)
     assert load_model(ModelSource("m", "1", "python", tmp_path)).platform == "python"
