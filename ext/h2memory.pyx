@@ -8,11 +8,20 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+cdef extern from *:
+    """
+    #ifdef __SANITIZE_ADDRESS__
+    #define KEPT 0    /* AddressSanitizer is to see every block come and go */
+    #else
+    #define KEPT 4096 /* blocks kept of each class; 2 MiB at the most together in practice */
+    #endif
+    """
+    const int KEPT
+
 cdef enum:
     STEP = 32             # sizes are rounded up to this
     CLASSES = 24          # up to 768 bytes; longer blocks are malloc's
     HEADER = 16           # before each block: its class; keeps blocks aligned as malloc's are
-    KEPT = 4096           # blocks kept of each class; 2 MiB at the most together in practice
 
 cdef struct Block:
     size_t kind           # class, or CLASSES for one of malloc's
