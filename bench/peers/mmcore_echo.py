@@ -8,6 +8,7 @@ import json
 import uvloop
 
 from bench.peers.paths import MODEL_INFER
+from mmcore.server.allocator import keep_freed_memory
 from mmcore.transport import Server, ServerCall
 
 
@@ -24,4 +25,5 @@ async def _serve() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as `mmcore serve` does, and raw-c
     uvloop.run(_serve())
