@@ -27,6 +27,7 @@ from mmcore.model import ModelSource
 from mmcore.runtimes import LoadedModel, load_model
 from mmcore.runtimes.isolation import IsolatedModel
 from mmcore.runtimes.size import disk_size
+from mmcore.runtimes.warmup import warm_up
 from mmcore.storage import Origin
 from mmcore.storage.signature import signature
 
@@ -277,7 +278,9 @@ class Cache:
             raise LoadFailed(f"model '{source.name}' ended with SystemExit: {error}") from error
         try:
             load.origin.confirm(load.name)
-            return model, self._bind(model)
+            bound = self._bind(model)
+            warm_up(source, model, bound)
+            return model, bound
         except BaseException:
             model.close()
             raise

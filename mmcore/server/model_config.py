@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from mmcore.model import ModelSettings, TensorSpec
+from mmcore.model import Batching, ModelSettings, QueuePolicy, TensorSpec
 from mmcore.pb import inference_pb2, model_config_pb2
 from mmcore.runtimes import LoadedModel
 
@@ -26,14 +26,21 @@ CONFIG_DATATYPES: Final = {
 _BACKENDS: Final = {"onnxruntime_onnx": "onnxruntime", "python": "mmcore_python"}
 
 
-def model_config(name: str, model: LoadedModel, settings: ModelSettings, filename: str) -> model_config_pb2.ModelConfig:
-    """The configuration of one loaded version; ``filename`` is the model file's name in its folder."""
-    batched = settings.max_batch_size > 0
+def model_config(
+    name: str, model: LoadedModel, settings: ModelSettings, filename: str, *, merged: int = 0
+) -> model_config_pb2.ModelConfig:
+    """The configuration of one loaded version.
+
+    ``filename`` is the model file's name in its folder; ``merged`` the rows up to which its requests are merged, 0
+    where they are not.
+    """
+    most_rows = settings.max_batch_size or merged
+    batched = most_rows > 0
     config = model_config_pb2.ModelConfig(
         name=name,
         platform=model.platform,
         backend=_BACKENDS.get(model.platform, model.platform),
-        max_batch_size=settings.max_batch_size,
+        max_batch_size=most_rows,
         default_model_filename=filename,
     )
     # Every version that the repository has can be asked for.
@@ -52,7 +59,47 @@ def model_config(name: str, model: LoadedModel, settings: ModelSettings, filenam
         )
     for key, value in settings.parameters.items():
         config.parameters[key].string_value = value
+    if merged:
+        _tell_batching(config.dynamic_batching, settings.batching)
+    for warmup in settings.warmups:
+        told = config.model_warmup.add(name=warmup.name, count=warmup.count)
+        for input_name, stated in warmup.inputs.items():
+            tensor = told.inputs[input_name]
+            filled = model_config_pb2.ModelWarmup.Input(
+                data_type=CONFIG_DATATYPES[stated.datatype], dims=_dims(stated.shape, batched=batched)
+            )
+            tensor.MergeFrom(filled)
+            if stated.data is not None:
+                tensor.input_data_file = stated.data.name
+            elif stated.random:
+                tensor.random_data = True
+            else:
+                tensor.zero_data = True
+            if batched:
+                told.batch_size = stated.shape[0]
     return config
+
+
+def _tell_batching(message: model_config_pb2.ModelDynamicBatching, batching: Batching) -> None:
+    message.preferred_batch_size.extend(batching.preferred)
+    message.max_queue_delay_microseconds = batching.delay_us
+    message.preserve_ordering = batching.ordered
+    message.priority_levels = batching.levels
+    message.default_priority_level = batching.default_level
+    message.SetInParent()
+    if batching.policy != QueuePolicy():
+        _tell_policy(message.default_queue_policy, batching.policy)
+    for level, policy in batching.policies.items():
+        _tell_policy(message.priority_queue_policy[level], policy)
+
+
+def _tell_policy(message: model_config_pb2.ModelQueuePolicy, policy: QueuePolicy) -> None:
+    message.max_queue_size = policy.limit
+    message.default_timeout_microseconds = policy.timeout_us
+    message.allow_timeout_override = policy.takes_timeouts
+    message.timeout_action = (
+        model_config_pb2.ModelQueuePolicy.DELAY if policy.delays else model_config_pb2.ModelQueuePolicy.REJECT
+    )
 
 
 def model_metadata(name: str, versions: Sequence[str], model: LoadedModel) -> inference_pb2.ModelMetadataResponse:

@@ -48,7 +48,9 @@ class Repository:
     async def model_config(self, request: inference_pb2.ModelConfigRequest) -> inference_pb2.ModelConfigResponse:
         """Its configuration; loads it if need be. Errors as for inference."""
         copy = await self._router.load(request.name, request.version)
-        config = model_config(copy.name, copy.model, copy.source.settings, copy.source.path.name)
+        lane = self._router.execution.lane(copy)
+        most_rows = lane.merging.most_rows if lane.merging is not None and lane.merges else 0
+        config = model_config(copy.name, copy.model, copy.source.settings, copy.source.path.name, merged=most_rows)
         return inference_pb2.ModelConfigResponse(config=config)
 
     def index(self, request: inference_pb2.RepositoryIndexRequest) -> inference_pb2.RepositoryIndexResponse:
