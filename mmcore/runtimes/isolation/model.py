@@ -245,8 +245,7 @@ class IsolatedModel:
         while True:
             answer = worker.hear()
             if answer is not None and answer[0] is Kind.NEED:
-                self._grant(worker, answer[1])
-                continue
+                answer = self._grant(worker, answer[1])
             if answer is not None:
                 if left is not None:
                     raise left(f"nobody waited any more when model '{self.name}' answered")
@@ -261,11 +260,16 @@ class IsolatedModel:
                     f"model '{self.name}' did not answer in {now - started:.1f} s; its worker process is restarted"
                 )
 
-    def _grant(self, worker: WorkerProcess, data: bytes) -> None:
+    def _grant(self, worker: WorkerProcess, data: bytes) -> tuple[Kind, bytes] | None:
+        """Give it memory for its answer, or not; its next frame, None when there is none yet."""
         size = size_in(data)
         if size <= ANSWER_LIMIT_BYTES:
             worker.outputs.grow(size)
-        worker.ask(size_frame(Kind.GROWN if size <= ANSWER_LIMIT_BYTES else Kind.REFUSED, size))
+        try:
+            worker.ask(size_frame(Kind.GROWN if size <= ANSWER_LIMIT_BYTES else Kind.REFUSED, size))
+            return worker.hear()
+        except WorkerEnded:
+            raise WorkerEnded(handed_over=True) from None
 
     # Life.
 

@@ -43,7 +43,7 @@ _CLOSE_S: Final = 3.0
 
 
 class WorkerEnded(Exception):
-    """The worker is gone. ``handed_over`` says whether it may have begun with what it was asked."""
+    """The worker is gone. ``handed_over``: it has read what it was asked, and may have ended because of it."""
 
     def __init__(self, handed_over: bool) -> None:
         super().__init__()
@@ -226,13 +226,14 @@ class WorkerProcess:
             log.warning("model %s: its worker said what cannot be: %s", self._name, error)
             self.kill()
             raise WorkerEnded(handed_over=True) from None
-        except OSError:
-            answer = None
-        else:
-            if answer is not None:
-                return answer
-        self.lost = True
-        raise WorkerEnded(handed_over=True)
+        except OSError as error:
+            self.lost = True
+            # What a Unix socket says when the other side has gone without having read everything.
+            raise WorkerEnded(handed_over=not isinstance(error, ConnectionResetError)) from None
+        if answer is None:
+            self.lost = True
+            raise WorkerEnded(handed_over=True)
+        return answer
 
 
 class _Output:
