@@ -94,8 +94,8 @@ def frame(kind: Kind, body: bytes = b"") -> bytes:
 def receive(sock: socket.socket) -> tuple[Kind, bytes] | None:
     """The next frame and its kind, header included; None at the end of the stream.
 
-    It expects the other side to send nothing more before it is answered. A timeout of the socket before the first byte
-    is raised as it is.
+    It expects the other side to send nothing more before it is answered. A timeout before the first byte (of the kind
+    that is set with SO_RCVTIMEO) is raised as the BlockingIOError that it is.
 
     Raises:
         BrokenFrame: it is no frame, or is cut off.
@@ -124,7 +124,7 @@ def receive(sock: socket.socket) -> tuple[Kind, bytes] | None:
 def _more(sock: socket.socket, size: int) -> bytes:
     try:
         data = sock.recv(size)
-    except TimeoutError:
+    except BlockingIOError:
         raise BrokenFrame("a frame was not finished") from None
     if not data:
         raise BrokenFrame("a frame was cut off")

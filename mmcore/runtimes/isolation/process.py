@@ -12,6 +12,7 @@ import pickle
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -35,6 +36,8 @@ _PASSED: Final = (
 )
 #: An operation on the connection returns after so long to look whether somebody still waits for it.
 LOOK_S: Final = 0.05
+#: As a C ``struct timeval``.
+_TIMEOUT: Final = struct.pack("@ll", 0, int(LOOK_S * 1e6))
 #: Lines a worker may have logged in a while, and how long each may be.
 _LINES: Final = 200
 _LINES_WHILE_S: Final = 10.0
@@ -72,23 +75,24 @@ class WorkerProcess:
         self.reason = ""
         self.overdue = False
         self.lost = False
-        self.inputs = Segment.create()
-        self.outputs = Segment.create()
         self._name = source.name
         self._ended = threading.Event()
         self._ending = threading.Lock()
         self._output = _Output(source.name)
-        self._sock, theirs = socket.socketpair()
-        try:
+        with contextlib.ExitStack() as undo:
+            self.inputs = Segment.create()
+            undo.callback(self.inputs.close)
+            self.outputs = Segment.create()
+            undo.callback(self.outputs.close)
+            self._sock, theirs = socket.socketpair()
+            undo.enter_context(self._sock)
             with theirs:
                 self._process = _start((theirs.fileno(), self.inputs.fd, self.outputs.fd))
-        except OSError:
-            self._sock.close()
-            self.inputs.close()
-            self.outputs.close()
-            raise
-        self.pid = self._process.pid
-        self._pidfd = os.pidfd_open(self.pid)
+            undo.enter_context(self._process)
+            undo.callback(self._process.kill)
+            self.pid = self._process.pid
+            self._pidfd = os.pidfd_open(self.pid)
+            undo.pop_all()
         with contextlib.suppress(OSError):
             # An OSError is its end, which is noticed by watching it.
             self._sock.sendall(frame(Kind.LOAD, pickle.dumps((source, memory_bytes))))
@@ -133,7 +137,9 @@ class WorkerProcess:
             match answer:
                 case (Kind.LOADED, data):
                     self.described = description_in(data)
-                    self._sock.settimeout(LOOK_S)
+                    # The kernel's own timeouts: one call into it for each read, where Python's take two.
+                    for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                        self._sock.setsockopt(socket.SOL_SOCKET, direction, _TIMEOUT)
                 case (Kind.FAILED, data):
                     self.refused = error_in(data)
                     self.shut()
@@ -205,7 +211,7 @@ class WorkerProcess:
             while sent < len(request):
                 try:
                     sent += self._sock.send(memoryview(request)[sent:])
-                except TimeoutError:
+                except BlockingIOError:
                     # It is alive and reads nothing, which a worker of ours does not do.
                     self.kill()
         except OSError:
@@ -220,7 +226,7 @@ class WorkerProcess:
         """
         try:
             answer = receive(self._sock)
-        except TimeoutError:
+        except BlockingIOError:
             return None
         except BrokenFrame as error:
             log.warning("model %s: its worker said what cannot be: %s", self._name, error)

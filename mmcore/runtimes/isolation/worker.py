@@ -6,6 +6,7 @@ the parent's process id; nobody else calls it. Requests come and are answered on
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -15,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from mmcore.errors import InferenceFailed, LoadFailed, MmcoreError, Overloaded
@@ -37,6 +39,7 @@ from mmcore.runtimes.isolation.segment import Segment
 from mmcore.runtimes.loading import load_model
 
 _PR_SET_PDEATHSIG: Final = 1
+_OOM_SCORE: Final = 500
 
 
 class Worker:
@@ -123,6 +126,9 @@ def main(arguments: Sequence[str]) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return 1
+    # When memory is short, the system is to take it from here and not from the serving process.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(message)s", level=logging.INFO)
     with socket.socket(fileno=sock_fd) as sock:
         Worker(sock, Segment(inputs_fd), Segment(outputs_fd)).run()

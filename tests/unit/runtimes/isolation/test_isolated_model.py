@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -155,6 +156,22 @@ def test_a_load_that_fails_tells_why_and_leaves_no_process(make: Make) -> None:
         with pytest.raises(LoadFailed, match=message):
             make(text)
         assert not psutil.Process().children()
+
+
+def test_a_load_without_descriptors_left_fails_and_leaves_nothing(make: Make) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The first one that is missing is another one each time.
+    for spare in range(12):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, hard))
+        try:
+            make(DOUBLE).close()
+        except (LoadFailed, OSError) as error:
+            assert "Too many open files" in str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not psutil.Process().children()
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_what_it_prints_is_logged_by_line_under_its_name(make: Make, caplog: pytest.LogCaptureFixture) -> None:
