@@ -22,6 +22,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check --quiet
 
 # Stamps stand for work that need not be done again; each virtual environment has its own compiled modules.
 SYSTEM       := build/stamp/system-$(subst /,-,$(PYTHON))
+TEST_SYSTEM  := build/stamp/test-system
 BENCH_SYSTEM := build/stamp/bench-system
 RUN_PACKAGES := $(VENV)/.stamp-run
 DEV_PACKAGES := $(VENV)/.stamp-dev
@@ -118,7 +119,17 @@ $(SAMPLES): deploy/samples/train.py $(RUN_PACKAGES)
 run: $(EXTENSIONS) $(SAMPLES)
 	@exec $(PY) deploy/samples/first_inference.py build/samples $(if $(ONCE),--once)
 
-test: $(EXTENSIONS) $(DEV_PACKAGES)
+# h2load is one of the clients that the tests call the server with; without it they leave it out.
+define STEP_test_system
+wanted=
+command -v h2load || wanted="$$wanted nghttp2-client"
+$(INSTALL_WANTED)
+endef
+$(TEST_SYSTEM): | $(SYSTEM)
+	-$(call step,System packages of the tests,test_system)
+	@touch $@
+
+test: $(EXTENSIONS) $(DEV_PACKAGES) $(TEST_SYSTEM)
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
 test-fast: $(EXTENSIONS) $(DEV_PACKAGES)
@@ -236,5 +247,5 @@ clean:
 	find mmcore tests bench deploy protos -name __pycache__ -prune -exec rm -rf {} +
 
 # The shell texts reach their shells through the environment: no quoting in between.
-export STEP_system STEP_venv STEP_packages_to_run STEP_packages_to_test STEP_extensions STEP_samples STEP_bench_system
+export STEP_system STEP_venv STEP_packages_to_run STEP_packages_to_test STEP_extensions STEP_samples STEP_test_system STEP_bench_system
 export STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_coverage
