@@ -11,8 +11,10 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from mmcore.cli.serve import command as serve
+from mmcore.storage import settings
 from tests.serving import Serve
 
 ROOT = Path(__file__).parents[2]
@@ -115,3 +117,8 @@ def test_configuration_table_lists_the_options_of_serve_and_their_defaults() -> 
 def test_list_of_compiled_modules_is_complete() -> None:
     listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "ext/README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path.stem for path in (ROOT / "ext").glob("*.pyx"))
+
+
+def test_example_of_mmcore_yaml_has_every_key() -> None:
+    [text] = [block.text for block in BLOCKS if block.mark.endswith("mmcore.yaml")]
+    assert set(yaml.safe_load(text)) == set(settings._YAML_FIELDS)
