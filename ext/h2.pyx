@@ -39,6 +39,21 @@ cdef enum:
     MESSAGE_COST = 64              # counted for a received message beside its bytes, about what its object takes
     OUT_LOW_BYTES = 64 * 1024      # a stream's unsent bytes at which its sender is woken
 
+cdef double DEADLINE_SLACK_S = 0.05    # a caller's deadline comes earlier than ours by the time its request took
+
+cdef extern from *:
+    """
+    #include <nghttp2/nghttp2.h>
+    /* In nghttp2 since 1.57, and in older versions where the repair of CVE-2023-44487 was carried back. */
+    extern void nghttp2_option_set_stream_reset_rate_limit(nghttp2_option *, uint64_t, uint64_t)
+        __attribute__((weak));
+    static void leave_resets_to_us(nghttp2_option *option) {
+        if (nghttp2_option_set_stream_reset_rate_limit)
+            nghttp2_option_set_stream_reset_rate_limit(option, (uint64_t)1 << 40, (uint64_t)1 << 20);
+    }
+    """
+    void leave_resets_to_us(nghttp2_option *option)
+
 cdef long live_streams = 0
 cdef long live_sessions = 0
 
@@ -544,6 +559,7 @@ cdef class Session:
             raise MemoryError
         nghttp2_option_set_no_auto_window_update(option, 1)
         nghttp2_option_set_no_closed_streams(option, 1)
+        leave_resets_to_us(option)
         if client:
             status = nghttp2_session_client_new3(&self.h2, callbacks, <void *>self, option, &memory)
         else:
@@ -896,7 +912,10 @@ cdef class Session:
             self.want_flush()
 
     cdef int count_control(self) except -1:
-        """Take a token for a frame that costs us work and carries nothing; none left ends the connection."""
+        """Take a token for a frame that costs us work and carries nothing; none left ends the connection.
+
+        Time gives tokens back, and so does every call that is answered (ServerCall.on_close).
+        """
         cdef double current
         self.control_tokens -= 1
         if self.control_tokens < 0:
@@ -991,7 +1010,12 @@ cdef int on_frame(
         session.count_control()
         if frame.hd.flags & NGHTTP2_FLAG_ACK:
             session.on_pong()
-    elif kind == NGHTTP2_PRIORITY or kind == NGHTTP2_RST_STREAM:
+    elif kind == NGHTTP2_RST_STREAM:
+        # Callers whose deadline has passed reset their calls, in crowds when we are slow: no reason to drop them all.
+        found = find_stream(session, frame.hd.stream_id)
+        if found == NULL or (<Stream>found).deadline is None or (<Stream>found).deadline > now() + DEADLINE_SLACK_S:
+            session.count_control()
+    elif kind == NGHTTP2_PRIORITY:
         session.count_control()
     elif kind == NGHTTP2_GOAWAY:
         session.going_away = True

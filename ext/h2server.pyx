@@ -344,8 +344,11 @@ cdef class ServerCall(Stream):
         return True
 
     cdef int on_close(self, uint32_t code, str reason) except -1:
-        if self.dispatched and not self.finished:
-            self.queue_ready()
+        if not self.finished:
+            if self.dispatched:
+                self.queue_ready()
+        elif code == NGHTTP2_NO_ERROR and self.session.control_tokens < self.session.control_burst:
+            self.session.control_tokens += 1
         return 0
 
     cdef bint running(self) noexcept:

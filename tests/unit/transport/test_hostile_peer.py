@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -37,6 +38,11 @@ NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR = 
 REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, ENHANCE_YOUR_CALM = 7, 8, 9, 11
 INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_CONCURRENT_STREAMS = 4, 5, 3
 HELLO = framed(b"hello")
+
+
+def grown_since(before: int) -> int:
+    """Bytes of memory taken since; AddressSanitizer keeps what is freed, so there is no telling under it."""
+    return 0 if "libasan" in os.environ.get("LD_PRELOAD", "") else psutil.Process().memory_info().rss - before
 
 
 class Served:
@@ -301,9 +307,22 @@ async def test_rapid_resets_are_ended(serve: Serve) -> None:
         if not await peer.send_all(b"".join(frame.serialize() for frame in frames)):
             break
     await served.others_are_served()
-    assert await peer.goaway() in (ENHANCE_YOUR_CALM, 2)  # nghttp2's own limit says INTERNAL_ERROR
+    assert await peer.goaway() == ENHANCE_YOUR_CALM
     assert served.server.calls == 0
     assert len(served.held) < 2000
+
+
+async def test_resets_among_answered_calls_and_at_deadlines_are_no_flood(serve: Serve) -> None:
+    served = await serve()
+    peer = await served.peer()
+    for stream in range(1, 12_001, 6):
+        late = headers("/test.Service/Hold", grpc_timeout="1m")
+        peer.send(*peer.request(stream, body=HELLO), *peer.request(stream + 2, headers("/test.Service/Hold"), HELLO))
+        peer.send(RstStreamFrame(stream + 2, CANCEL), *peer.request(stream + 4, late, HELLO))
+        peer.send(RstStreamFrame(stream + 4, CANCEL))
+        if stream % 120 == 1:
+            await peer.pong()
+    await peer.pong()
 
 
 async def test_a_flood_of_continuations_is_ended(serve: Serve) -> None:
@@ -351,7 +370,7 @@ async def test_a_header_bomb_costs_little(serve: Serve) -> None:
         block = peer.encode(headers()) + peer.encode([("bomb", "b" * 3990)]) + b"\xbe" * 10_000
         peer.send(HeadersFrame(stream, block, flags=["END_HEADERS", "END_STREAM"]))
         assert (await peer.status(stream))[0] == Status.RESOURCE_EXHAUSTED
-    assert psutil.Process().memory_info().rss - before < 20_000_000
+    assert grown_since(before) < 20_000_000
 
 
 @pytest.mark.parametrize(("changes", "status"), [
@@ -480,7 +499,7 @@ async def test_answers_a_peer_gives_no_window_for_are_bounded_and_then_given_up(
     while refused < 150:
         frame = await peer.until(HeadersFrame)
         refused += peer.response(frame).get("grpc-status") == str(int(Status.RESOURCE_EXHAUSTED))
-    assert psutil.Process().memory_info().rss - before < 20_000_000
+    assert grown_since(before) < 20_000_000
     await served.others_are_served()
     started = asyncio.get_running_loop().time()
     while not peer.ended:  # PINGs are no progress
@@ -499,9 +518,8 @@ async def test_a_peer_that_does_not_read_its_socket_is_bounded_and_then_given_up
     before = psutil.Process().memory_info().rss
     for stream in range(1, 2001, 2):
         peer.send(*peer.request(stream, headers("/test.Service/Size"), framed(b"500000")))
-    await served.until(lambda: served.server.connections == 2)
     await served.others_are_served()
-    assert psutil.Process().memory_info().rss - before < 60_000_000
+    assert grown_since(before) < 60_000_000
     await served.until(lambda: served.server.connections == 1)
     await peer.close()
 
