@@ -166,6 +166,20 @@ def test_an_endless_loop_is_ended_after_its_callers_deadline_while_others_are_se
     assert len(workers(instance)) == 1
 
 
+def test_a_crash_in_merged_requests_fails_only_the_one_that_caused_it(serve: Serve, models: Path) -> None:
+    text = DANGEROUS.replace("x[0] == -1", "(x == -1).any()").replace("return", "import time; time.sleep(0.05); return")
+    write_model(models, "dangerous", text, settings=ISOLATED + "max_batch_size: 64\n")
+    instance = serve(models, "--preload", "all")
+    numbers = [1, 2, 3, -1, 5, 6, 7, 8]
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        calls = [pool.submit(double, instance, "dangerous", number) for number in numbers]
+    for number, call in zip(numbers, calls, strict=True):
+        if number == -1:
+            assert "ended with exit code 3" in str(call.exception())
+        else:
+            assert call.result() == 2 * number
+
+
 def test_the_settings_limit_ends_an_inference_whose_caller_has_no_deadline(serve: Serve, models: Path) -> None:
     write_model(models, "dangerous", DANGEROUS, settings=ISOLATED + "timeout: 300ms\n")
     instance = serve(models)
