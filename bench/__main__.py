@@ -13,7 +13,7 @@ from typing import Final
 
 from rich.console import Console
 
-from bench import confirm, idle, micro, transport, v2
+from bench import batching, confirm, formats, idle, micro, transport, v2
 from bench.builds import FOLDER, NotMeasured
 from bench.comparison import Plan
 from bench.machine import cores
@@ -23,6 +23,8 @@ from bench.rows import Row, show, write
 SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
     "transport": transport.run,
     "v2": v2.run,
+    "formats": formats.run,
+    "batching": batching.run,
     "idle": idle.run,
     "micro": micro.run,
     "confirm": confirm.run,

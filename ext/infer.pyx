@@ -34,13 +34,15 @@ cdef enum:
     SLOW_NS = 300000
     # A merged inference may take the loop longer than one request: alone, its requests would take it longer still.
     SLOW_MERGED_NS = 3000000
+    # One that does may have had its processor taken away.
+    SLOW_TURNS = 3
     # Shorter calls are not worth the gathering.
     SHORT_NS = 4000
     # What comes so soon after the last inference was there before it ended.
     RIGHT_BEHIND_NS = 15000
     # Turns without company after which gathering ends; and, while it is off, one in so many requests tries anew.
     LONELY_TURNS = 16
-    TRIED_EVERY = 8
+    TRIED_EVERY = 16
     # Requests that run alone after merging has turned out to gain nothing.
     NOT_GAINED_PAUSE = 4096
     # Gathering, merging and answering later cost so much a request.
@@ -111,6 +113,7 @@ cdef class Prepared:
     cdef int64_t most_merged_rows
     cdef Py_ssize_t most_requests
     cdef bint scheduled
+    cdef int slow_turns             # in a row
     cdef int turns_left             # of gathering without company
     cdef int untried                # requests since gathering was tried
     cdef int pause
@@ -391,7 +394,8 @@ cdef class CommonPath:
             for at in range(len(group)):
                 one = <Gathered> group[at]
                 self.answer(prepared, one, parts[at], None, total, began, inferred - began, at == 0)
-            if inferred - began > SLOW_MERGED_NS:
+            prepared.slow_turns = prepared.slow_turns + 1 if inferred - began > SLOW_MERGED_NS else 0
+            if prepared.slow_turns >= SLOW_TURNS:
                 self.slow(copy, first.rows, inferred - began)
                 prepared.left = 0
             return 0
