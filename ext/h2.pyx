@@ -73,7 +73,8 @@ cdef double now() noexcept:
 cdef object NAME = re.compile(r"[0-9a-z_.\-]+")
 cdef object TEXT = re.compile(r"[ -~]*")
 cdef frozenset RESERVED = frozenset((
-    "te", "content-type", "connection", "transfer-encoding", "keep-alive", "upgrade", "proxy-connection",
+    "te", "host", "content-type", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade",
+    "proxy-connection",
     "grpc-timeout", "grpc-encoding", "grpc-accept-encoding", "grpc-status", "grpc-message",
 ))
 

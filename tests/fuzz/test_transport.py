@@ -1,4 +1,4 @@
-"""The transport's fuzz target on a fixed, seeded set of broken conversations; a fuzzer goes further, see transport.py."""
+"""The transport's fuzz target on fixed, seeded, broken conversations; a fuzzer goes further, see transport.py."""
 
 from __future__ import annotations
 
