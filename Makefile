@@ -93,10 +93,11 @@ $(RUN_PACKAGES): pyproject.toml | $(PY)
 	$(call step,Python packages to build and run,packages_to_run)
 	@touch $@
 
-# Every framework, so that every format is tested; of PyTorch the release that the tests were written with.
+# Every framework, so that every format is tested; of PyTorch the release that the tests were written with. All in one
+# call: pip looks at what it is given together, and not at what is there, for releases that agree on protobuf's.
 define STEP_packages_to_test
-$(PIP) install --group test --group lint
-MMCORE_EXT=none $(PIP) install --no-build-isolation '$(TORCH)' -e '.[samples,client,all-formats]'
+MMCORE_EXT=none $(PIP) install --no-build-isolation --group test --group lint '$(TORCH)' -e '.[samples,client,all-formats]'
+$(PIP) check
 endef
 $(DEV_PACKAGES): $(RUN_PACKAGES)
 	$(call step,Python packages to test and lint,packages_to_test)
