@@ -34,6 +34,7 @@ EXTENSIONS: Final = (
     "model_repository",
     "model_repository(unload_dependents)",
     "parameters",
+    "schedule_policy",
     "statistics",
     "system_shared_memory",
     "trace",
