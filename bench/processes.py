@@ -34,9 +34,16 @@ class Process:
     """
 
     def __init__(
-        self, name: str, argv: Sequence[str], *, core: int, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        core: int,
+        environment: Mapping[str, str] | None = None,
+        ready_s: float = READY_S,
     ) -> None:
         self.name = name
+        self._ready_s = ready_s
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by stop
         with pinned(core):
             self._child = subprocess.Popen(
@@ -99,7 +106,7 @@ class Process:
                     pipe.close()
 
     def _until_ready(self) -> dict[str, object]:
-        line = self._read_line(READY_S)
+        line = self._read_line(self._ready_s)
         try:
             ready = json.loads(line)
         except ValueError:

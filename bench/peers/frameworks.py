@@ -1,4 +1,4 @@
-"""The frameworks' own calls on the sample models, the same for the grpc.aio server and for the bare loop.
+"""The frameworks' own calls on the sample models, the same for the grpc.aio server, Triton and the bare loop.
 
 Each takes the model's file and gives back a callable from the input array to the outputs (name, V2 datatype, array),
 written as somebody would who serves that one model by hand. Nothing of mmcore is used.
@@ -57,11 +57,46 @@ def xgboost(path: Path) -> Call:
     return lambda array: [("predict", "FP32", predict(array))]
 
 
+def lightgbm(path: Path) -> Call:
+    """``predict`` of a Booster with one thread."""
+    from lightgbm import Booster
+
+    predict: Callable[..., Any] = Booster(model_file=path).predict
+    return lambda array: [("predict", "FP64", predict(array, num_threads=1))]
+
+
+def torchscript(path: Path) -> Call:
+    """A module with one thread, without gradients."""
+    import torch
+
+    torch.set_num_threads(1)
+    load: Callable[[str], Any] = torch.jit.load
+    module = load(str(path)).eval()
+
+    def call(array: NDArray[Any]) -> list[Output]:
+        with torch.inference_mode():
+            return [("OUTPUT__0", "FP32", module(torch.from_numpy(array)).numpy())]
+
+    return call
+
+
+def openvino(path: Path) -> Call:
+    """A compiled model with one stream of one thread."""
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+    compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    return lambda array: [("probabilities", "FP32", compiled([array])[0])]
+
+
 LOADERS: Final[dict[str, Callable[[Path], Call]]] = {
     "identity": identity,
     "sklearn": sklearn,
     "onnx": onnx,
     "xgboost": xgboost,
+    "lightgbm": lightgbm,
+    "torchscript": torchscript,
+    "openvino": openvino,
 }
 
 
