@@ -30,7 +30,7 @@ HERE: Final = Path(__file__).resolve().parent
 DEFAULT: Final = HERE.parents[1] / "build" / "samples"
 STAMP: Final = ".made-by"
 SEED: Final = 7
-FRAMEWORKS: Final = ("scikit-learn", "joblib", "lightgbm", "onnx", "xgboost-cpu", "openvino", "torch")
+FRAMEWORKS: Final = ("scikit-learn", "joblib", "lightgbm", "onnx", "xgboost-cpu", "openvino", "tensorflow-cpu", "torch")
 
 #: ONNX versions that every onnxruntime since 1.20 reads.
 OPSET: Final = 17
@@ -223,6 +223,24 @@ def mlp_openvino(folder: Path) -> None:
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
 
+def mlp_savedmodel(folder: Path) -> None:
+    """The network: ``input`` FP32 [n, 4] to ``probabilities`` FP32 [n, 3]."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow
+
+    first, last, first_bias, last_bias = weights = [tensorflow.Variable(values) for values in mlp_weights()]
+
+    def classify(flowers: Any) -> dict[str, Any]:
+        hidden = tensorflow.nn.relu(flowers @ first + first_bias)
+        return {"probabilities": tensorflow.nn.softmax(hidden @ last + last_bias)}
+
+    network = tensorflow.Module()
+    network.weights = weights
+    taken = tensorflow.TensorSpec([None, 4], tensorflow.float32, name="input")
+    signature = tensorflow.function(classify, input_signature=[taken]).get_concrete_function()
+    tensorflow.saved_model.save(network, str(folder / "1" / "model.savedmodel"), signatures=signature)
+
+
 def python_class(name: str) -> Callable[[Path], None]:
     """A maker that copies the class (and its config.pbtxt) kept beside this script."""
 
@@ -254,6 +272,7 @@ MODELS: Final[dict[str, tuple[Callable[[Path], None], str]]] = {
 #: Those of frameworks that are large: name to maker, description and the module that must be there.
 LARGE_MODELS: Final[dict[str, tuple[Callable[[Path], None], str, str]]] = {
     "mlp-openvino": (mlp_openvino, "OpenVINO network", "openvino"),
+    "mlp-savedmodel": (mlp_savedmodel, "TensorFlow network, SavedModel in a Triton repository", "tensorflow"),
     "mlp-torchscript": (mlp_torchscript, "TorchScript network with a _schema.json", "torch"),
 }
 

@@ -35,6 +35,7 @@ _FORMATS: Final[dict[str, _Format]] = {
     "openvino": _Format("mmcore.runtimes.openvino", "openvino"),
     "python": _Format("mmcore.runtimes.python"),
     "sklearn": _Format("mmcore.runtimes.sklearn", "sklearn"),
+    "tensorflow": _Format("mmcore.runtimes.tensorflow", "tensorflow"),
     "torchscript": _Format("mmcore.runtimes.torchscript", "torch"),
     "xgboost": _Format("mmcore.runtimes.xgboost", "xgboost"),
 }

@@ -76,6 +76,7 @@ def test_every_sample_is_found_and_loaded(samples: Path) -> None:
         "iris-lightgbm": "lightgbm",
         "mlp-onnx": "onnxruntime_onnx",
         "mlp-openvino": "openvino",
+        "mlp-savedmodel": "tensorflow_savedmodel",
         "mlp-torchscript": "pytorch_libtorch",
         "identity": "python",
         "simple": "python",
@@ -140,7 +141,11 @@ def test_the_onnx_sample_knows_its_irises(samples: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sample", "asked", "answered"),
-    [("mlp-openvino", "input", "probabilities"), ("mlp-torchscript", "INPUT__0", "OUTPUT__0")],
+    [
+        ("mlp-openvino", "input", "probabilities"),
+        ("mlp-savedmodel", "input", "probabilities"),
+        ("mlp-torchscript", "INPUT__0", "OUTPUT__0"),
+    ],
 )
 def test_the_same_network_answers_the_same_in_every_format(
     samples: Path, sample: str, asked: str, answered: str
@@ -208,3 +213,51 @@ def test_the_archived_stacks_xgboost_mushrooms_give_their_documented_answer(
     datatype, values = ask(model, [(name, "FP32", np.zeros((3, 126), np.float32))])["predict"]
     assert (datatype, values.shape) == ("FP32", (3, 1))
     np.testing.assert_allclose(values, 0.01241208, rtol=1e-6)
+
+
+def test_the_archived_stacks_simple_string_gives_its_documented_answer() -> None:
+    model = load(DATA / "simple_string")
+    assert model.platform == "tensorflow_graphdef"
+    assert model.inputs == tuple(TensorSpec(name, "BYTES", (-1, 16)) for name in ("INPUT0", "INPUT1"))
+    left, right = random.integers(-1000, 1000, size=(2, 3, 16))
+    spelled = [np.array([str(value).encode() for value in side.flat], object).reshape(3, 16) for side in (left, right)]
+    answer = ask(model, [("INPUT0", "BYTES", spelled[0]), ("INPUT1", "BYTES", spelled[1])])
+    np.testing.assert_array_equal(answer["OUTPUT0"][1].astype(int), left + right)
+    np.testing.assert_array_equal(answer["OUTPUT1"][1].astype(int), left - right)
+
+
+MANY = """
+import sys
+from pathlib import Path
+import numpy as np
+from mmcore.runtimes import load_model
+from mmcore.storage import detect
+
+def load(folder):
+    (source,) = detect(folder).values()
+    model = load_model(source)
+    rows = {spec.name: np.zeros((5, 4), np.float32) for spec in model.inputs}
+    model.infer(rows, ())
+    return model
+
+def count():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+folders = [Path(folder) for folder in sys.argv[1:]]
+models = [load(folder) for folder in folders]
+first = count()
+while len(models) < 200:
+    models.append(load(folders[len(models) % len(folders)]))
+print(first, count() - first)
+"""
+
+
+def test_two_hundred_models_of_mixed_formats_do_not_mean_many_threads(samples: Path) -> None:
+    names = [folder.name for folder in samples.iterdir() if folder.name.startswith(("iris-", "mlp-"))]
+    assert len(names) == 7
+    call = [sys.executable, "-c", MANY, *(str(samples / name) for name in sorted(names))]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    first, added = map(int, done.stdout.split())
+    assert added == 0
+    assert first < 16

@@ -24,7 +24,7 @@ class Model:
 
 
 def test_the_formats_that_are_served_are_listed() -> None:
-    assert set(FORMATS) == {"lightgbm", "onnx", "openvino", "python", "sklearn", "torchscript", "xgboost"}
+    assert set(FORMATS) == {"lightgbm", "onnx", "openvino", "python", "sklearn", "tensorflow", "torchscript", "xgboost"}
 
 
 def test_a_format_without_a_runtime_is_refused_by_name(tmp_path: Path) -> None:
