@@ -51,10 +51,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A request body and the one right answer to it."""
+    """A request body and the one right answer to it, whose last ``rounded_values`` FP32 may be rounded otherwise."""
 
     body: bytes
     answer: bytes
+    rounded_values: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ def _window(case: Case, name: str, server: Process, generator: Generator, plan: 
         path=MODEL_INFER,
         body=exchange.body,
         expected=exchange.answer,
+        rounded_values=exchange.rounded_values,
         mode=case.mode,
         connections=case.connections,
         streams=case.streams,

@@ -29,6 +29,8 @@ class Job:
     arrivals: Arrivals = "poisson"
     warmup_s: float = 0.2
     duration_s: float = 1.0
+    #: So many FP32 values at the end of ``expected`` may come rounded in another way.
+    rounded_values: int = 0
     #: Processes whose CPU time is read at the window's two ends.
     server_pids: tuple[int, ...] = ()
 

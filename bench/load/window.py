@@ -12,6 +12,7 @@ from typing import Final
 from bench.load.histogram import Histogram
 from bench.load.job import Job, Outcome
 from bench.load.loops import ClosedLoop, OpenLoop
+from bench.load.rounding import RoundedAnswer
 from bench.load.schedule import intended_times_ns
 from bench.machine import busy_ns, cpu_ns
 from mmcore.transport import Channel
@@ -56,8 +57,12 @@ async def _connected(job: Job) -> AsyncIterator[list[Channel]]:
             await channel.close()
 
 
+def _expected(job: Job) -> bytes:
+    return RoundedAnswer(job.expected, job.rounded_values) if job.rounded_values else job.expected
+
+
 async def _closed(job: Job, channels: list[Channel]) -> Outcome:
-    load = ClosedLoop(channels, job.path, job.body, job.expected)
+    load = ClosedLoop(channels, job.path, job.body, _expected(job))
     load.start(job.streams)
     await asyncio.sleep(job.warmup_s)
     load.latencies_ns.clear()
@@ -72,14 +77,14 @@ async def _closed(job: Job, channels: list[Channel]) -> Outcome:
 
 async def _open(job: Job, channels: list[Channel]) -> Outcome:
     if job.warmup_s:
-        warm = ClosedLoop(channels, job.path, job.body, job.expected)
+        warm = ClosedLoop(channels, job.path, job.body, _expected(job))
         warm.start(1)
         await asyncio.sleep(job.warmup_s)
         warm.stop()
         await warm.drained()
         if warm.error:
             return Outcome(error=warm.error)
-    load = OpenLoop(channels, job.path, job.body, job.expected)
+    load = OpenLoop(channels, job.path, job.body, _expected(job))
     began = _Clocks.read(job.server_pids)
     load.start(intended_times_ns(job.rate_per_s, job.duration_s, job.arrivals))
     await load.drained()
