@@ -61,8 +61,8 @@ def single_input(found: TensorSpec, declared: tuple[TensorSpec, ...]) -> TensorS
         raise LoadFailed(f"the settings declare {len(declared)} inputs; this format takes one matrix of features")
     check_datatypes(declared)
     (spec,) = declared
-    if not spec.shape:
-        return TensorSpec(spec.name, spec.datatype, found.shape)
+    if not spec.shape or not found.shape:
+        return TensorSpec(spec.name, spec.datatype, spec.shape or found.shape)
     width = found.shape[1]
     if spec.datatype != "BYTES" and (
         len(spec.shape) != 2 or (spec.shape[1] != width and -1 not in (spec.shape[1], width))

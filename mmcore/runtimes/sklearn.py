@@ -101,7 +101,7 @@ class SklearnModel:
 def load(source: ModelSource) -> LoadedModel:
     """Read ``source.path`` (skops by its suffix; joblib and pickle are told from content); find out what it answers.
 
-    Each method is called once with a row of zeros, which is also its warm-up.
+    Each method is called once with a row of zeros, or of text if it takes none, which is also its warm-up.
 
     Raises:
         LoadFailed: no pickle, one that this scikit-learn cannot read, or an object without a method to serve.
@@ -117,17 +117,19 @@ def load(source: ModelSource) -> LoadedModel:
             f" {default or 'predict or transform'} method"
         )
     width = getattr(estimator, "n_features_in_", None)
-    found, takes_numbers = _probe(estimator, offered, width)
+    found, taken = _probe(estimator, offered, width)
     outputs, methods, default_output = method_outputs(found, default, source.settings.outputs)
     declared = {spec.name: NUMPY_DTYPES[spec.datatype] for spec in source.settings.outputs}
-    spec = single_input(TensorSpec(_INPUT, "FP32", (-1, -1 if width is None else int(width))), source.settings.inputs)
+    # A vectorizer takes rows of one text, which come as [n] or, in MLServer's habit, as [n, 1].
+    shape = () if taken == "BYTES" and width is None else (-1, -1 if width is None else int(width))
+    spec = single_input(TensorSpec(_INPUT, taken or "FP32", shape), source.settings.inputs)
     return SklearnModel(
         source.name,
         {name: _bound(getattr(estimator, method), declared.get(name)) for name, method in methods.items()},
         spec,
         outputs,
         default_output=default_output,
-        takes_text=not takes_numbers,
+        takes_text=taken != "FP32",
         size_bytes=estimated_size(source, source.path, factor=_size_factor(source.path), base=_SIZE_BASE),
     )
 
@@ -191,21 +193,25 @@ def _bound_threads(estimator: Any, n_jobs: str) -> None:
             raise LoadFailed(f"the parameter n_jobs is {n_jobs!r}: {error}") from error
 
 
-def _probe(estimator: Any, methods: Sequence[str], width: int | None) -> tuple[tuple[TensorSpec, ...], bool]:
-    """The spec of every method's answer, and whether the estimator takes numbers (else: text)."""
-    specs = []
-    takes_numbers = width is not None
-    for method in methods:
-        spec = None
-        if width is not None:
-            try:
-                datatype, array = _answer(getattr(estimator, method)(np.zeros((1, width), dtype=np.float32)))
-                spec = TensorSpec(method, datatype, (-1, *array.shape[1:]))
-            except Exception as error:  # zeros may mean nothing to it; the first real request will tell
-                log.debug("a row of zeros has no %s: %s", method, error)
-                takes_numbers = False
-        specs.append(spec or TensorSpec(method, _label_datatype(estimator, method), (-1, -1)))
-    return tuple(specs), takes_numbers
+def _probe(estimator: Any, methods: Sequence[str], width: int | None) -> tuple[tuple[TensorSpec, ...], str | None]:
+    """The spec of every method's answer, and the datatype of the features: FP32, BYTES of text, or None if unknown."""
+    rows: dict[str, Array] = {} if width is None else {"FP32": np.zeros((1, width), dtype=np.float32)}
+    rows["BYTES"] = np.full(1 if width is None else (1, width), "text", dtype=np.object_)
+    for datatype, row in rows.items():
+        found = [_spec(estimator, method, row) for method in methods]
+        if any(found):
+            unknown = (TensorSpec(method, _label_datatype(estimator, method), (-1, -1)) for method in methods)
+            return tuple(spec or other for spec, other in zip(found, unknown, strict=True)), datatype
+    return tuple(TensorSpec(method, _label_datatype(estimator, method), (-1, -1)) for method in methods), None
+
+
+def _spec(estimator: Any, method: str, row: Array) -> TensorSpec | None:
+    try:
+        datatype, array = _answer(getattr(estimator, method)(row))
+    except Exception as error:  # the row may mean nothing to it; the first real request will tell
+        log.debug("a row of %r has no %s: %s", row.flat[0], method, error)
+        return None
+    return TensorSpec(method, datatype, (-1, *array.shape[1:]))
 
 
 def _label_datatype(estimator: Any, method: str) -> str:

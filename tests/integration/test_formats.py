@@ -12,8 +12,13 @@ import lightgbm
 import numpy as np
 import onnxruntime
 import pytest
+import skops.io
 import xgboost
 from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 
 from mmcore._ext.v2codec import (
     Signature,
@@ -105,6 +110,32 @@ def test_the_sklearn_sample_answers_every_output_asked_for(samples: Path) -> Non
     assert tuple(answer) == wanted
     np.testing.assert_array_equal(answer["predict_proba"][1], estimator.predict_proba(FLOWERS))
     np.testing.assert_array_equal(answer["decision_function"][1], estimator.decision_function(FLOWERS))
+
+
+@pytest.mark.parametrize("name", ["model.joblib", "model.skops"])
+def test_a_pipeline_over_texts_takes_and_answers_them(tmp_path: Path, name: str) -> None:
+    films = ["good film", "bad film", "great", "awful bad"]
+    pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(films, ["good", "bad", "good", "bad"])
+    (skops.io.dump if name.endswith("skops") else joblib.dump)(pipeline, tmp_path / name)
+    model = load(tmp_path)
+    assert model.inputs == (TensorSpec("predict", "BYTES", ()),)
+    assert [(spec.datatype, spec.shape) for spec in model.outputs[:2]] == [("BYTES", (-1, 1)), ("FP64", (-1, 2))]
+    asked = np.array([b"good", b"bad", "ünknown".encode()], object)
+    for shape in ((3,), (3, 1)):
+        answer = ask(model, [("review", "BYTES", asked.reshape(shape))], ("predict", "predict_proba"))
+        assert answer["predict"][1].tolist() == [[b"good"], [b"bad"], [answer["predict"][1][2, 0]]]
+        np.testing.assert_array_equal(answer["predict_proba"][1], pipeline.predict_proba(["good", "bad", "ünknown"]))
+
+
+def test_a_pipeline_over_columns_of_text_states_their_number(tmp_path: Path) -> None:
+    rows = np.array([["red", "s"], ["blue", "m"], ["red", "m"]], object)
+    pipeline = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression()).fit(rows, [7, 8, 7])
+    joblib.dump(pipeline, tmp_path / "model.joblib")
+    model = load(tmp_path)
+    assert model.inputs == (TensorSpec("predict", "BYTES", (-1, 2)),)
+    asked = np.array([[b"red", b"s"], [b"blue", b"m"]], object)
+    datatype, labels = ask(model, [("row", "BYTES", asked)])["predict"]
+    assert (datatype, labels.tolist()) == ("INT64", [[7], [8]])
 
 
 def test_the_regression_sample_answers_fp64(samples: Path) -> None:
