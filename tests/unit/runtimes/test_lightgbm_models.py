@@ -182,6 +182,20 @@ def test_a_configuration_of_tritons_tree_backend_says_what_is_answered(tmp_path:
     np.testing.assert_array_equal(answered(classes, 1, output_class="true")[:, 0], each.argmax(axis=1))
 
 
+def test_a_folder_of_mlserver_is_read(tmp_path: Path) -> None:
+    booster = train("multiclass")
+    booster.save_model(tmp_path / "trees.any")
+    (tmp_path / "model-settings.json").write_text(
+        '{"name": "trees", "implementation": "mlserver_lightgbm.LightGBMModel",'
+        ' "parameters": {"uri": "./trees.any", "version": "v1"}}'
+    )
+    (source,) = detect(tmp_path).values()
+    assert (source.name, source.format) == ("trees", "lightgbm")
+    ((name, datatype, values),) = load_model(source).infer({"predict": ASKED}, ())
+    assert (name, datatype) == ("predict", "FP64")
+    np.testing.assert_array_equal(values, booster.predict(ASKED))
+
+
 def test_wrong_parameters_of_the_tree_backend_are_named(tmp_path: Path) -> None:
     with pytest.raises(LoadFailed, match="the parameter output_class is 'perhaps', neither true nor false"):
         saved(train(), tmp_path / "model.txt", ModelSettings(parameters={"output_class": "perhaps"}))

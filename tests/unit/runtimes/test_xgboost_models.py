@@ -143,6 +143,30 @@ def test_the_settings_name_the_tensors_as_tritons_backend_does(tmp_path: Path) -
     assert [name for name, _, _ in model.infer({"input__0": ASKED}, ("predict",))] == ["predict"]
 
 
+@pytest.mark.parametrize("objective", ["multi:softprob", "multi:softmax"])
+def test_a_configuration_of_tritons_tree_backend_says_what_is_answered(tmp_path: Path, objective: str) -> None:
+    binary = xgboost.XGBClassifier(n_estimators=4, n_jobs=1).fit(ROWS, LABELS % 2)
+    classes = train(LABELS, objective=objective, num_class=3)
+
+    def answered(booster: Any, width: int, **parameters: str) -> Any:
+        booster.save_model(tmp_path / "xgboost.json")
+        settings = ModelSettings(parameters={"output_class": "false", "model_type": "xgboost_json", **parameters})
+        model = load(tmp_path / "xgboost.json", settings)
+        assert model.inputs == (TensorSpec("input__0", "FP32", (-1, 5)),)
+        assert model.outputs == (TensorSpec("output__0", "FP32", (-1, width)),)
+        ((name, datatype, values),) = model.infer({"input__0": ASKED}, ())
+        assert (name, datatype, values.dtype, values.shape) == ("output__0", "FP32", np.float32, (9, width))
+        return values
+
+    np.testing.assert_allclose(answered(binary, 1)[:, 0], binary.predict_proba(ASKED)[:, 1], rtol=1e-6)
+    np.testing.assert_array_equal(answered(binary, 1, output_class="true")[:, 0], binary.predict(ASKED))
+    np.testing.assert_allclose(answered(binary, 2, predict_proba="true"), binary.predict_proba(ASKED), rtol=1e-6)
+    each = classes.predict(xgboost.DMatrix(ASKED))
+    best = each.argmax(axis=1) if each.ndim == 2 else each
+    np.testing.assert_array_equal(answered(classes, 1, output_class="true")[:, 0], best)
+    np.testing.assert_array_equal(answered(classes, 3, predict_proba="true").argmax(axis=1), best)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
