@@ -26,7 +26,7 @@ class LoadedModel(Protocol):
 
     @property
     def platform(self) -> str:
-        """What answers, by Triton's name where it has one: ``onnxruntime_onnx``, ``pytorch_libtorch``, ``sklearn``, …."""
+        """What answers, by Triton's name where it has one: ``onnxruntime_onnx``, ``pytorch_libtorch``, ``sklearn``."""
         ...
 
     @property
