@@ -139,7 +139,9 @@ def test_an_answer_that_is_no_message_is_an_internal_error(pair: MakePair) -> No
     both.server.errors.clear()
 
 
-@pytest.mark.parametrize("name", [":path", "grpc-status", "content-type", "content-length", "Upper Case", "new\nline", ""])
+@pytest.mark.parametrize(
+    "name", [":path", "grpc-status", "content-type", "content-length", "Upper Case", "new\nline", ""]
+)
 def test_metadata_names_that_would_break_the_call_are_refused(pair: MakePair, name: str) -> None:
     refused: list[str] = []
 
