@@ -45,6 +45,7 @@ class Model:
 DOUBLE = HEAD + "    def predict(self, inputs):\n        return {'Y': inputs['X'] * 2, 'Z': -inputs['X']}\n"
 
 Make = Callable[..., IsolatedModel]
+Workers = Callable[[], list[psutil.Process]]
 
 
 class Call:
@@ -54,7 +55,14 @@ class Call:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
+def workers() -> Workers:
+    """Tells the processes started during the test; servers that other tests share may be running as well."""
+    others = set(psutil.Process().children(recursive=True))
+    return lambda: [one for one in psutil.Process().children(recursive=True) if one not in others]
+
+
+@pytest.fixture
+def make(tmp_path: Path, workers: Workers) -> Iterator[Make]:
     made: list[IsolatedModel] = []
 
     def start(text: str, **settings: Any) -> IsolatedModel:
@@ -65,7 +73,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
     yield start
     for model in made:
         model.close()
-    assert not psutil.Process().children(recursive=True)
+    assert not workers()
 
 
 def x(*numbers: float) -> dict[str, NDArray[Any]]:
@@ -147,7 +155,7 @@ def test_a_model_can_blame_the_caller(make: Make) -> None:
         model.infer(x(1), ())
 
 
-def test_a_load_that_fails_tells_why_and_leaves_no_process(make: Make) -> None:
+def test_a_load_that_fails_tells_why_and_leaves_no_process(make: Make, workers: Workers) -> None:
     for text, message in (
         ("raise RuntimeError('no GPU')", "RuntimeError: no GPU"),
         ("import os\nos.abort()", "its worker process was killed by SIGABRT while it loaded"),
@@ -155,10 +163,10 @@ def test_a_load_that_fails_tells_why_and_leaves_no_process(make: Make) -> None:
     ):
         with pytest.raises(LoadFailed, match=message):
             make(text)
-        assert not psutil.Process().children()
+        assert not workers()
 
 
-def test_a_load_without_descriptors_left_fails_and_leaves_nothing(make: Make) -> None:
+def test_a_load_without_descriptors_left_fails_and_leaves_nothing(make: Make, workers: Workers) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # The first one that is missing is another one each time.
@@ -170,7 +178,7 @@ def test_a_load_without_descriptors_left_fails_and_leaves_nothing(make: Make) ->
             assert "Too many open files" in str(error)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        assert not psutil.Process().children()
+        assert not workers()
         assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
