@@ -276,6 +276,10 @@ cdef class ServerCall(Stream):
             return
         if len(details) > DETAILS_BYTES // 12:  # a character takes twelve bytes at the most
             details = percent_cut(details, DETAILS_BYTES)
+        self.conclude(status, details)
+
+    cdef int conclude(self, int status, str details) except -1:
+        """Settle the status; it leaves after what is queued, or with the headers where nothing was sent yet."""
         self.finished = True
         self.grpc_status = status
         self.grpc_message = details
@@ -287,6 +291,7 @@ cdef class ServerCall(Stream):
         else:
             self.send_headers(True)
             self.session.want_flush()
+        return 0
 
     def send(self, message not None):
         """Queue one message of a streaming answer; see ``unsent`` for what has not left yet."""
@@ -301,17 +306,8 @@ cdef class ServerCall(Stream):
 
     def end(self):
         """End a streaming answer with status OK."""
-        if self.closed or self.finished:
-            return
-        self.finished = True
-        self.grpc_status = OK
-        self.out_end = True
-        self.sink = None
-        if self.headers_sent:
-            self.wake()
-        else:
-            self.send_headers(True)
-            self.session.want_flush()
+        if not self.closed and not self.finished:
+            self.conclude(OK, None)
 
     def set_initial_metadata(self, metadata):
         """Metadata sent before the answer.

@@ -127,7 +127,6 @@ cdef class Stream:
     cdef bint queued           # in session.ready
     cdef bint opened           # nghttp2 knows it
     cdef bint closed
-    cdef uint32_t close_code
     cdef readonly object deadline
     cdef str send_encoding
     cdef public object sink

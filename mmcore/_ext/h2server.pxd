@@ -15,6 +15,7 @@ cdef class ServerCall(Stream):
     cdef int answer(self, object message) except -1
     cdef int send_headers(self, bint end) except -1
     cdef int leave(self) except -1
+    cdef int conclude(self, int status, str details) except -1
     cdef int refuse(self, int status, str text) except -1
     cdef int reject(self, const char *http_status) except -1
     cdef list status_pairs(self)
