@@ -109,14 +109,25 @@ def build_base() -> str:
     return f"build/{kind or 'release'}-{digest}"
 
 
+def declarations_changed(c_folder: Path) -> bool:
+    """Whether a module's own .pxd is newer than its C: Cython looks for it beside the .pyx only, not in mmcore/_ext."""
+    for declarations in Path("mmcore/_ext").glob("*.pxd"):
+        generated = c_folder / f"{declarations.stem}.c"
+        if generated.exists() and generated.stat().st_mtime < declarations.stat().st_mtime:
+            return True
+    return False
+
+
 BUILD_BASE = build_base()
+BUILD_DIR = None if COVERAGE else f"{BUILD_BASE}/cython"
 setup(
     cmdclass={"build_ext": BuildExtensions},
     options={"build": {"build_base": BUILD_BASE}, "build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         [extension(path) for path in sorted(Path("ext").glob("*.pyx")) if not ONLY or path.stem in ONLY],
         include_path=["."],
-        build_dir=None if COVERAGE else f"{BUILD_BASE}/cython",
+        build_dir=BUILD_DIR,
+        force=declarations_changed(Path(BUILD_DIR or ".", "ext")),
         annotate=DEBUG,
         language_level=3,
         compiler_directives=DIRECTIVES,
