@@ -12,7 +12,7 @@ from bench.load.schedule import Arrivals
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One measured window against one server.
+    """One measured window against one server: the same request again and again, or those of a ``mix``.
 
     ``closed``: every one of connections × streams callers sends its next request when the last is answered.
     ``open``: requests leave at ``rate_per_s`` whatever the answers do, and latency counts from the intended time.
@@ -20,8 +20,10 @@ class Job:
 
     target: str
     path: str
-    body: bytes
-    expected: bytes
+    body: bytes = b""
+    expected: bytes = b""
+    #: File of a :class:`bench.load.mix.Mix`, which takes the place of ``body`` and ``expected``.
+    mix: str = ""
     mode: Literal["closed", "open"] = "closed"
     connections: int = 1
     streams: int = 1

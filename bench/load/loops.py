@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -39,16 +39,17 @@ class Caller(Protocol):
 class Load:
     """Calls in flight and what became of them; the part that both loops share.
 
+    ``exchanges`` gives each call its request body and the one right answer to it, and never ends.
+
     Attributes:
         latencies_ns: one entry for each right answer since the last ``clear``.
         error: the first wrong answer or failed call, empty when all were right. No call starts after it.
     """
 
-    def __init__(self, callers: Sequence[Caller], path: str, body: bytes, expected: bytes) -> None:
+    def __init__(self, callers: Sequence[Caller], path: str, exchanges: Iterator[tuple[bytes, bytes]]) -> None:
         self._callers = callers
         self._path = path
-        self._body = body
-        self._expected = expected
+        self._exchanges = exchanges
         self._in_flight = 0
         self._idle: asyncio.Future[None] | None = None
         self.latencies_ns: list[int] = []
@@ -65,10 +66,10 @@ class Load:
             self._idle = asyncio.get_running_loop().create_future()
             await self._idle
 
-    def _fail(self, call: Answer) -> None:
+    def _fail(self, call: Answer, expected: bytes) -> None:
         self.stopped = True
         if not self.error:
-            self.error = _difference(call, self._expected)
+            self.error = _difference(call, expected)
 
     def _left(self) -> None:
         self._in_flight -= 1
@@ -88,21 +89,23 @@ class ClosedLoop(Load):
 
     def _run_one(self, caller: Caller) -> None:
         # Locals instead of attributes: this closure runs once for each request.
-        start, path, body, expected = caller.start, self._path, self._body, self._expected
+        start, path, exchanges = caller.start, self._path, self._exchanges
         now, latencies = time.perf_counter_ns, self.latencies_ns
         began_ns = 0
+        body, expected = next(exchanges)
 
         def done(call: Answer) -> None:
-            nonlocal began_ns
+            nonlocal began_ns, body, expected
             ended_ns = now()
             if call.status or call.message != expected:
-                self._fail(call)
+                self._fail(call, expected)
             else:
                 latencies.append(ended_ns - began_ns)
             if self.stopped:
                 self._left()
                 return
             began_ns = ended_ns
+            body, expected = next(exchanges)
             start(path, body, done)
 
         began_ns = now()
@@ -130,17 +133,18 @@ class OpenLoop(Load):
             if intended_ns > time.perf_counter_ns():
                 break
             self._in_flight += 1
-            callers[self._next % len(callers)].start(self._path, self._body, self._timed_from(intended_ns))
+            body, expected = next(self._exchanges)
+            callers[self._next % len(callers)].start(self._path, body, self._timed_from(intended_ns, expected))
             self._next += 1
         if self.stopped or self._next == len(due_ns):
             self._left()
         else:
             self._loop.call_soon(self._send_due)
 
-    def _timed_from(self, intended_ns: int) -> Callable[[Answer], None]:
+    def _timed_from(self, intended_ns: int, expected: bytes) -> Callable[[Answer], None]:
         def done(call: Answer) -> None:
-            if call.status or call.message != self._expected:
-                self._fail(call)
+            if call.status or call.message != expected:
+                self._fail(call, expected)
             else:
                 self.latencies_ns.append(time.perf_counter_ns() - intended_ns)
             self._left()

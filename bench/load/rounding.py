@@ -46,3 +46,8 @@ class RoundedAnswer(bytes):
             return True
         self._accepted.add(other)
         return False
+
+
+def rounded(answer: bytes, values: int) -> bytes:
+    """The answer, the last ``values`` FP32 of which may be rounded in another way; 0: it must come as it is."""
+    return RoundedAnswer(answer, values) if values else answer

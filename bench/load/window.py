@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
 from typing import Final
 
 from bench.load.histogram import Histogram
 from bench.load.job import Job, Outcome
 from bench.load.loops import ClosedLoop, OpenLoop
-from bench.load.rounding import RoundedAnswer
+from bench.load.mix import Mix
+from bench.load.rounding import rounded
 from bench.load.schedule import intended_times_ns
 from bench.machine import busy_ns, cpu_ns
 from mmcore.transport import Channel
@@ -57,12 +60,14 @@ async def _connected(job: Job) -> AsyncIterator[list[Channel]]:
             await channel.close()
 
 
-def _expected(job: Job) -> bytes:
-    return RoundedAnswer(job.expected, job.rounded_values) if job.rounded_values else job.expected
+def _exchanges(job: Job) -> Iterator[tuple[bytes, bytes]]:
+    if job.mix:
+        return Mix.read(Path(job.mix)).exchanges()
+    return repeat((job.body, rounded(job.expected, job.rounded_values)))
 
 
 async def _closed(job: Job, channels: list[Channel]) -> Outcome:
-    load = ClosedLoop(channels, job.path, job.body, _expected(job))
+    load = ClosedLoop(channels, job.path, _exchanges(job))
     load.start(job.streams)
     await asyncio.sleep(job.warmup_s)
     load.latencies_ns.clear()
@@ -76,15 +81,16 @@ async def _closed(job: Job, channels: list[Channel]) -> Outcome:
 
 
 async def _open(job: Job, channels: list[Channel]) -> Outcome:
+    exchanges = _exchanges(job)
     if job.warmup_s:
-        warm = ClosedLoop(channels, job.path, job.body, _expected(job))
+        warm = ClosedLoop(channels, job.path, exchanges)
         warm.start(1)
         await asyncio.sleep(job.warmup_s)
         warm.stop()
         await warm.drained()
         if warm.error:
             return Outcome(error=warm.error)
-    load = OpenLoop(channels, job.path, job.body, _expected(job))
+    load = OpenLoop(channels, job.path, exchanges)
     began = _Clocks.read(job.server_pids)
     load.start(intended_times_ns(job.rate_per_s, job.duration_s, job.arrivals))
     await load.drained()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -48,7 +49,7 @@ async def turns(count: int) -> None:
 
 async def test_a_closed_loop_keeps_every_caller_busy_and_drains() -> None:
     echoes = [Echo(), Echo()]
-    load = ClosedLoop(echoes, "/a/b", b"x", b"x")
+    load = ClosedLoop(echoes, "/a/b", repeat((b"x", b"x")))
     load.start(streams=3)
     await turns(20)
     load.stop()
@@ -61,7 +62,7 @@ async def test_a_closed_loop_keeps_every_caller_busy_and_drains() -> None:
 
 async def test_a_wrong_answer_stops_the_loop_and_is_described() -> None:
     echo = Echo(wrong=Call(0, "", b"abXd"), fails_at=5)
-    load = ClosedLoop([echo], "/a/b", b"abcd", b"abcd")
+    load = ClosedLoop([echo], "/a/b", repeat((b"abcd", b"abcd")))
     load.start(streams=2)
     await turns(20)
     await load.drained()
@@ -71,14 +72,14 @@ async def test_a_wrong_answer_stops_the_loop_and_is_described() -> None:
 
 
 async def test_a_failed_call_names_its_status() -> None:
-    load = ClosedLoop([Echo(wrong=Call(14, "gone", None))], "/a/b", b"", b"")
+    load = ClosedLoop([Echo(wrong=Call(14, "gone", None))], "/a/b", repeat((b"", b"")))
     load.start(streams=1)
     await load.drained()
     assert load.error == "status 14: gone"
 
 
 async def test_an_answer_of_another_length_is_refused() -> None:
-    load = ClosedLoop([Echo(wrong=Call(0, "", b"abc"))], "/a/b", b"abcd", b"abcd")
+    load = ClosedLoop([Echo(wrong=Call(0, "", b"abc"))], "/a/b", repeat((b"abcd", b"abcd")))
     load.start(streams=1)
     await load.drained()
     assert load.error == "answer of 3 bytes, expected 4"
@@ -86,7 +87,7 @@ async def test_an_answer_of_another_length_is_refused() -> None:
 
 async def test_an_open_loop_sends_everything_and_times_from_the_intended_moment() -> None:
     echo = Echo()
-    load = OpenLoop([echo], "/a/b", b"x", b"x")
+    load = OpenLoop([echo], "/a/b", repeat((b"x", b"x")))
     # All of these were due 5 ms before the loop began: the wait before sending counts.
     load.start(np.full(10, -5_000_000))
     await load.drained()
@@ -95,7 +96,7 @@ async def test_an_open_loop_sends_everything_and_times_from_the_intended_moment(
 
 
 async def test_an_open_loop_stops_at_a_wrong_answer() -> None:
-    load = OpenLoop([Echo(wrong=Call(0, "", b"y"))], "/a/b", b"x", b"x")
+    load = OpenLoop([Echo(wrong=Call(0, "", b"y"))], "/a/b", repeat((b"x", b"x")))
     load.start(np.zeros(5, np.int64))
     await load.drained()
     assert "differs at byte 0" in load.error
