@@ -25,6 +25,7 @@ from mmcore.runtimes.declared import method_outputs, single_input
 from mmcore.runtimes.failures import FailureReport, describe
 from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor, bytes_to_text, wire_array
 from mmcore.runtimes.size import estimated_size
+from mmcore.runtimes.sklearn_direct import direct
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,10 @@ def load(source: ModelSource) -> LoadedModel:
     spec = single_input(TensorSpec(_INPUT, taken or "FP32", shape), source.settings.inputs)
     return SklearnModel(
         source.name,
-        {name: _bound(getattr(estimator, method), declared.get(name)) for name, method in methods.items()},
+        {
+            name: _bound(direct(estimator, method) or getattr(estimator, method), declared.get(name))
+            for name, method in methods.items()
+        },
         spec,
         outputs,
         default_output=default_output,
