@@ -19,6 +19,7 @@ from libc.stdint cimport int64_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from mmcore._ext.batches cimport common_rows, mergeable, merged, parted
+from mmcore._ext.responses cimport Shelf
 from mmcore._ext.v2codec cimport (
     InferRequest, Signature, id_of, model_name_of, model_version_of, output_names_of, read_request,
 )
@@ -100,7 +101,7 @@ cdef class Prepared:
         batched: whether the first dimension counts rows, so that a request of n rows counts as n inferences.
 
     ``merging`` is the lane's, None where requests are not merged; ``most_rows`` is what one request may have, 0: any
-    number.
+    number; ``shelf`` holds answers to be given again, None where none are.
     """
 
     cdef readonly bint batched
@@ -125,12 +126,17 @@ cdef class Prepared:
     cdef object record
     cdef object record_part
     cdef object fail
+    cdef object hit
+    cdef object miss
+    cdef Shelf shelf
+    cdef int64_t searched_ns        # for answers that were not there, not counted yet
     cdef str name
     cdef str version
     cdef uint64_t allowed
     cdef int left
 
-    def __init__(self, copy, merging=None, int64_t most_rows=0):
+    def __init__(self, copy, merging=None, int64_t most_rows=0, Shelf shelf=None):
+        self.shelf = shelf
         self.merging = merging
         self.gathered = []
         self.most_rows = most_rows
@@ -142,6 +148,8 @@ cdef class Prepared:
         self.record = copy.statistics.record
         self.record_part = copy.statistics.record_part
         self.fail = copy.statistics.fail
+        self.hit = copy.statistics.hit
+        self.miss = copy.statistics.miss
         self.name = copy.name
         self.version = copy.version
         self.batched = all([bool(spec.shape) and spec.shape[0] == -1 for spec in copy.model.inputs])
@@ -157,6 +165,30 @@ cdef class Prepared:
             self.left = MEASURED_EVERY
         else:
             self.allowed &= ~bit
+
+    cdef bytes answered(self, InferRequest request):
+        """The answer that the same request got before, None where there is none."""
+        cdef int64_t began = now()
+        cdef bytes message = self.shelf.find(request)
+        if message is not None:
+            self.hit(now() - began)
+        else:
+            self.searched_ns += now() - began
+        return message
+
+    def keep(self, InferRequest request not None, message) -> None:
+        """Let the same request get the same answer again, where the model's settings say so."""
+        cdef int64_t began
+        if self.shelf is not None:
+            began = now()
+            self.shelf.keep(request, message)
+            self.miss(now() - began + self.searched_ns)
+            self.searched_ns = 0
+
+    def close(self) -> None:
+        """Forget answers: the copy gives no more."""
+        if self.shelf is not None:
+            self.shelf.close()
 
     cdef void learn(self, int64_t rows, int64_t elapsed) noexcept:
         """Note the time of one request alone; a processor taken away in the middle counts for no more than it must."""
@@ -252,6 +284,10 @@ cdef class CommonPath:
         prepared = <Prepared?> copy.prepared if copy.prepared is not None else None
         if prepared is None:
             return self.uncommon(call, request, copy, started)
+        if prepared.shelf is not None:
+            message = prepared.answered(request)
+            if message is not None:
+                return message
         try:
             inputs = prepared.signature.bound(request)
         except Exception:
@@ -290,6 +326,8 @@ cdef class CommonPath:
         if inferred - bound > SLOW_NS:
             prepared.left = 0
             self.slow(copy, rows, inferred - bound)
+        if prepared.shelf is not None:
+            prepared.keep(request, message)
         return message
 
     cdef bint gather(
@@ -435,4 +473,6 @@ cdef class CommonPath:
         prepared.record_part(
             batch, one.rows, leads, began - one.bound, one.bound - one.started, infer_ns, now() - inferred
         )
+        if prepared.shelf is not None:
+            prepared.keep(one.request, message)
         return 0

@@ -17,7 +17,7 @@ BatchStatistics = namedtuple("BatchStatistics", ("batch_size", "compute_input", 
 Statistics = namedtuple(
     "Statistics",
     (
-        "success", "fail", "queue", "compute_input", "compute_infer", "compute_output",
+        "success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss",
         "inference_count", "execution_count", "last_inference_ms", "batches",
     ),
 )
@@ -58,6 +58,10 @@ cdef class ModelStatistics:
     cdef int64_t input_ns
     cdef int64_t infer_ns
     cdef int64_t output_ns
+    cdef int64_t hits
+    cdef int64_t hit_ns
+    cdef int64_t misses
+    cdef int64_t miss_ns
     cdef int64_t rows
     cdef int64_t executions
     cdef int64_t last_ms
@@ -149,6 +153,22 @@ cdef class ModelStatistics:
                 counters.count += 1
                 counters.infer_ns += infer_ns
 
+    def hit(self, int64_t total_ns) -> None:
+        """Count one request that was answered from the response cache within ``total_ns`` nanoseconds.
+
+        As with Triton it is a success that ran nothing: it counts in ``success`` and ``queue``, not in what computes.
+        """
+        self.succeeded += 1
+        self.success_ns += total_ns
+        self.hits += 1
+        self.hit_ns += total_ns
+        self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
+
+    def miss(self, int64_t total_ns) -> None:
+        """Count one request whose answer the response cache had to be given; it took ``total_ns`` for all it did."""
+        self.misses += 1
+        self.miss_ns += total_ns
+
     def fail(self, int64_t total_ns) -> None:
         """Count one request that was answered with an error after ``total_ns`` nanoseconds."""
         self.failed += 1
@@ -175,9 +195,11 @@ cdef class ModelStatistics:
             Duration(self.succeeded, self.success_ns),
             Duration(self.failed, self.fail_ns),
             Duration(self.succeeded, self.queue_ns),
-            Duration(self.succeeded, self.input_ns),
-            Duration(self.succeeded, self.infer_ns),
-            Duration(self.succeeded, self.output_ns),
+            Duration(self.succeeded - self.hits, self.input_ns),
+            Duration(self.succeeded - self.hits, self.infer_ns),
+            Duration(self.succeeded - self.hits, self.output_ns),
+            Duration(self.hits, self.hit_ns),
+            Duration(self.misses, self.miss_ns),
             self.rows,
             self.executions,
             self.last_ms,

@@ -76,6 +76,7 @@ class ServeSettings:
         uds: path of a Unix socket to listen on as well.
         capacity_bytes: what loaded models may take together.
         preload: names of models to load before the instance is ready; ``("all",)`` means every one.
+        response_cache_bytes: what answers may take that are kept for models whose settings ask for that.
         isolate: the models to be run in worker processes whatever they say: ``none``, ``untrusted`` formats or ``all``.
         server_name: what ServerMetadata calls this server.
         log_level: name of a level of :mod:`logging`, in lower case.
@@ -90,6 +91,7 @@ class ServeSettings:
     uds: Path | None = None
     capacity_bytes: int = 2**30
     preload: tuple[str, ...] = ()
+    response_cache_bytes: int = 64 * 2**20
     isolate: str = "none"
     server_name: str = "mmcore"
     log_level: str = "info"

@@ -118,6 +118,8 @@ class ModelSettings:
     merges: bool | None = None
     batching: Batching = Batching()
     warmups: tuple[Warmup, ...] = ()
+    #: Whether the same request may get the same answer again without asking the model.
+    response_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True)

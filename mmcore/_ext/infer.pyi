@@ -5,6 +5,7 @@ from typing import Any, final
 
 from numpy.typing import NDArray
 
+from mmcore._ext.responses import Shelf
 from mmcore._ext.v2codec import InferRequest
 from mmcore.batching.merging import Merging
 
@@ -13,10 +14,16 @@ class Gathered: ...
 
 @final
 class Prepared:
-    def __init__(self, copy: Any, merging: Merging | None = None, most_rows: int = 0) -> None: ...
+    def __init__(
+        self, copy: Any, merging: Merging | None = None, most_rows: int = 0, shelf: Shelf | None = None
+    ) -> None: ...
     @property
     def batched(self) -> bool: ...
     def allow(self, rows: int, allowed: bool) -> None: ...
+    def keep(
+        self, request: InferRequest, message: bytes | bytearray | memoryview | list[bytes | memoryview]
+    ) -> None: ...
+    def close(self) -> None: ...
 
 @final
 class CommonPath:

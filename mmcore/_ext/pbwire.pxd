@@ -23,6 +23,8 @@ cdef struct Span:      # a place in a message; 32 bits, as no protobuf message e
 
 cdef bint skip_group(Cursor* cursor, uint32_t field, int depth) noexcept nogil
 cdef bint valid_utf8(const uint8_t* at, Py_ssize_t size) noexcept nogil
+cdef bytes length_field(uint32_t field, bytes value)
+cdef Py_ssize_t prefix_start(const uint8_t* base, Span span) noexcept
 
 
 cdef inline bint read_varint(Cursor* cursor, uint64_t* value) noexcept nogil:

@@ -17,6 +17,8 @@ class Statistics(NamedTuple):
     compute_input: Duration
     compute_infer: Duration
     compute_output: Duration
+    cache_hit: Duration
+    cache_miss: Duration
     inference_count: int
     execution_count: int
     last_inference_ms: int
@@ -30,5 +32,7 @@ class ModelStatistics:
     def record_part(
         self, batch: int, rows: int, leads: bool, queue_ns: int, input_ns: int, infer_ns: int, output_ns: int
     ) -> None: ...
+    def hit(self, total_ns: int) -> None: ...
+    def miss(self, total_ns: int) -> None: ...
     def fail(self, total_ns: int) -> None: ...
     def snapshot(self) -> Statistics: ...

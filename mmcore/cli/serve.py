@@ -102,6 +102,12 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     help="What loaded models may take together, for example 2GiB or 500MB.",
 )
 @option("--max-message", type=SIZE, default=str(_TRANSPORT.max_message_bytes), help="Longest message taken.")
+@option(
+    "--response-cache",
+    type=SIZE,
+    default="64MiB",
+    help="What kept answers may take together, of models whose settings say response_cache.",
+)
 @option("--preload", multiple=True, help="Load this model before being ready; repeat it, or say 'all'.")
 @option(
     "--isolate",
@@ -122,6 +128,7 @@ def command(
     uds: Path | None,
     capacity: int | None,
     max_message: int,
+    response_cache: int,
     preload: tuple[str, ...],
     isolate: str,
     server_name: str,
@@ -146,6 +153,7 @@ def command(
             uds=uds,
             capacity_bytes=capacity or default_capacity(),
             preload=preload,
+            response_cache_bytes=response_cache,
             isolate=isolate,
             server_name=server_name,
             log_level=log_level,

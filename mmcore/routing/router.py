@@ -441,6 +441,8 @@ class Router:
             self.cache.unload(before)
 
     def _gone(self, copy: Copy) -> None:
+        if copy.prepared is not None:
+            copy.prepared.close()
         registration = self._table.get(copy.name)
         if registration is not None:
             registration.displace(copy.version, copy)

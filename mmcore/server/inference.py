@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mmcore._ext.infer import CommonPath, Prepared
 from mmcore._ext.rates import now_ns
+from mmcore._ext.responses import ResponseCache, Shelf
 from mmcore._ext.v2codec import InferRequest, encode_infer_response
 from mmcore.batching.execution import Ran, rows_of
 from mmcore.cache import Copy
@@ -37,11 +38,19 @@ class Inference:
             MmcoreError that refuses the request. The compiled path, which hands on what is not common.
     """
 
-    def __init__(self, router: Router, regions: SharedMemory, tracing: Tracing, waiting: Waiting) -> None:
+    def __init__(
+        self,
+        router: Router,
+        regions: SharedMemory,
+        tracing: Tracing,
+        waiting: Waiting,
+        responses: ResponseCache,
+    ) -> None:
         self._router = router
         self._regions = regions
         self._tracing = tracing
         self._waiting = waiting
+        self._responses = responses
         self._path = CommonPath(router.lookup, self._uncommon, self._run, self._slow, self._refuse)
         self.infer: Callable[[Answer, bytes], Body | None] = self._path.infer
         tracing.on_change = self._follow_tracing
@@ -70,7 +79,8 @@ class Inference:
         if copy.prepared is None:
             lane = self._router.execution.lane(copy)
             # Requests that wait for others by the clock do so in the execution.
-            copy.prepared = Prepared(copy, None if lane.delays else lane.merging, lane.most_rows)
+            shelf = Shelf(self._responses, copy.name, copy.version) if copy.source.settings.response_cache else None
+            copy.prepared = Prepared(copy, None if lane.delays else lane.merging, lane.most_rows, shelf)
         try:
             inputs = copy.signature.bind(request) if request.plain else bind_tensors(request, copy, self._regions)
         except Exception:
@@ -129,6 +139,7 @@ class Inference:
         message: Body
         if request.plain and not request.parameters:
             message = encode_infer_response(copy.name, copy.version, request.id, outputs, raw=request.raw)
+            copy.prepared.keep(request, message)
         else:
             message = answer_with_parameters(request, copy, outputs, self._regions)
         encoded = now_ns()

@@ -61,6 +61,8 @@ def model_config(
         config.parameters[key].string_value = value
     if merged:
         _tell_batching(config.dynamic_batching, settings.batching)
+    if settings.response_cache:
+        config.response_cache.enable = True
     for warmup in settings.warmups:
         told = config.model_warmup.add(name=warmup.name, count=warmup.count)
         for input_name, stated in warmup.inputs.items():

@@ -52,7 +52,11 @@ class Node:
             folder=ModelFolder(settings.models) if settings.models else None,
             load=policy_loader(settings.isolate),
         )
-        self._service = V2Service(self._router, server_name=settings.server_name)
+        self._service = V2Service(
+            self._router,
+            server_name=settings.server_name,
+            response_cache_bytes=settings.response_cache_bytes,
+        )
         self._service.register(self._server)
         add_reflection(self._server, pb.descriptor_protos(), list(_SERVICES))
         self._set_serving(serving=False)

@@ -9,7 +9,16 @@ from mmcore.errors import NotFound
 from mmcore.pb import inference_pb2
 from mmcore.routing import Copy, Router
 
-_PARTS: Final = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+_PARTS: Final = (
+    "success",
+    "fail",
+    "queue",
+    "compute_input",
+    "compute_infer",
+    "compute_output",
+    "cache_hit",
+    "cache_miss",
+)
 
 
 def statistics_of(router: Router, name: str, version: str) -> inference_pb2.ModelStatisticsResponse:
@@ -51,9 +60,6 @@ def _of_copy(copy: Copy) -> inference_pb2.ModelStatistics:
     )
     for part in _PARTS:
         _fill(getattr(message.inference_stats, part), getattr(counted, part))
-    # There is no response cache; its durations are there, since clients read them, and are zero.
-    message.inference_stats.cache_hit.SetInParent()
-    message.inference_stats.cache_miss.SetInParent()
     for batch in counted.batches:
         row = message.batch_stats.add(batch_size=batch.batch_size)
         _fill(row.compute_input, batch.compute_input)

@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 from google.protobuf.message import Message
 
 import mmcore
+from mmcore._ext.responses import ResponseCache
 from mmcore.errors import Unimplemented
 from mmcore.pb import inference_pb2
 from mmcore.routing import Router
@@ -52,7 +53,7 @@ class V2Service:
             when it drains.
     """
 
-    def __init__(self, router: Router, *, server_name: str) -> None:
+    def __init__(self, router: Router, *, server_name: str, response_cache_bytes: int) -> None:
         self.ready = False
         self._name = server_name
         self._router = router
@@ -60,7 +61,8 @@ class V2Service:
         self._regions = SharedMemory()
         self._waiting = Waiting()
         self._tracing = Tracing(router)
-        self._inference = Inference(router, self._regions, self._tracing, self._waiting)
+        responses = ResponseCache(response_cache_bytes)
+        self._inference = Inference(router, self._regions, self._tracing, self._waiting, responses)
         self._streams = StreamInference(self._inference.infer)
 
     def register(self, server: Server) -> None:

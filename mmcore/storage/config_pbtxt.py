@@ -120,6 +120,7 @@ def _stated(config: model_config_pb2.ModelConfig, folder: Path, file: str, *, si
         merges=batched if sized else None,
         batching=_batching(config, file),
         warmups=tuple(_warmup(config, warmup, folder, file) for warmup in config.model_warmup),
+        response_cache=config.response_cache.enable if config.HasField("response_cache") else None,
     )
 
 

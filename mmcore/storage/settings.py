@@ -43,7 +43,7 @@ _IMPLEMENTATIONS: Final = {
 _YAML_FIELDS: Final = (
     *("name", "format", "version", "file", "max_batch_size", "inputs", "outputs"),
     *("execution", "size_bytes", "isolation", "isolation_memory", "timeout"),
-    *("parameters", "max_queue_delay_us", "queue_limit"),
+    *("parameters", "max_queue_delay_us", "queue_limit", "response_cache"),
 )
 
 
@@ -167,6 +167,7 @@ def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
         timeout_s=_duration(reader, "timeout"),
         merges=None if most_rows is None else most_rows > 0,
         batching=_batching(reader),
+        response_cache=reader.switch("response_cache"),
     )
 
 

@@ -72,6 +72,7 @@ class Stated:
     merges: bool | None = None
     batching: Batching | None = None
     warmups: tuple[Warmup, ...] = ()
+    response_cache: bool | None = None
 
     def over(self, below: Stated) -> Stated:
         """This laid over ``below``: what is stated here wins, free parameters and labels are joined."""
@@ -98,6 +99,7 @@ class Stated:
             merges=self.merges,
             batching=self.batching or Batching(),
             warmups=self.warmups,
+            response_cache=bool(self.response_cache),
         )
 
     def _isolation(self) -> str:
@@ -146,6 +148,13 @@ class Reader:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise InvalidModel(f"{self.where(key)}: expected a whole number from 0 on, got {value!r}")
         return value
+
+    def switch(self, key: str) -> bool | None:
+        """A boolean, or None where the field is absent."""
+        value = self.values.get(key)
+        if value is None or isinstance(value, bool):
+            return value
+        raise InvalidModel(f"{self.where(key)}: expected true or false, got {value!r}")
 
     def mapping(self, key: str) -> Reader:
         """The mapping of that name, empty where the field is absent."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mmcore._ext.responses import ResponseCache
 from mmcore._ext.v2codec import decode_infer_response, encode_infer_request
 from mmcore.errors import Status
 from mmcore.model import ModelSettings, ModelSource
@@ -57,7 +58,7 @@ class Bench:
 
         self.router = Router(capacity_bytes=2**20, load=load)
         self.router.register("m", ("1",), FakeOrigin(settings))
-        self.infer = Inference(self.router, SharedMemory(), Tracing(self.router), Waiting()).infer
+        self.infer = Inference(self.router, SharedMemory(), Tracing(self.router), Waiting(), ResponseCache(2**20)).infer
 
     @property
     def copy(self) -> Copy:

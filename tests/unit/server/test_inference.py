@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmcore._ext.responses import ResponseCache
 from mmcore._ext.v2codec import decode_infer_response, encode_infer_request
 from mmcore.errors import InferenceFailed, InvalidRequest, LoadFailed, Status
 from mmcore.model import ModelSettings
@@ -53,7 +54,7 @@ class Bench:
         self.router = Router(capacity_bytes=2**20, load=self.loader)
         self.router.register("m", ("1",), FakeOrigin(settings))
         self.tracing = Tracing(self.router)
-        self.infer = Inference(self.router, SharedMemory(), self.tracing, Waiting()).infer
+        self.infer = Inference(self.router, SharedMemory(), self.tracing, Waiting(), ResponseCache(2**20)).infer
 
     async def load(self) -> FakeModel:
         await self.router.load("m")
