@@ -1,0 +1,24 @@
+"""From the text of ``--registry`` to a registry."""
+
+from __future__ import annotations
+
+from mmcore.registry.memory import MemoryStore
+from mmcore.registry.registry import LEASE_S, Registry
+from mmcore.registry.store import Store
+
+
+def open_registry(url: str, instance: str, *, lease_s: float = LEASE_S) -> Registry:
+    """The registry at ``url``, not started yet.
+
+    ``memory:`` is one for this instance alone.
+
+    Raises:
+        ValueError: the text is no address of a registry.
+    """
+    return Registry(_store(url), instance, lease_s=lease_s)
+
+
+def _store(url: str) -> Store:
+    if url == "memory:":
+        return MemoryStore()
+    raise ValueError(f"{url!r} is not a registry; write memory:, sqlite:PATH or etcd://host:port/prefix")
