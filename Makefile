@@ -120,10 +120,13 @@ $(SAMPLES): deploy/samples/train.py $(RUN_PACKAGES)
 run: $(EXTENSIONS) $(SAMPLES)
 	@exec $(PY) deploy/samples/first_inference.py build/samples $(if $(ONCE),--once)
 
-# h2load is one of the clients that the tests call the server with; without it they leave it out.
+# h2load is one of the clients that the tests call the server with; without it they leave it out. The registry is tested
+# with a real etcd.
 define STEP_test_system
 wanted=
 command -v h2load || wanted="$$wanted nghttp2-client"
+command -v etcd || wanted="$$wanted etcd-server"
+command -v etcdctl || wanted="$$wanted etcd-client"
 $(INSTALL_WANTED)
 endef
 $(TEST_SYSTEM): | $(SYSTEM)

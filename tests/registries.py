@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mmcore.registry import MemoryStore, Registry
+from mmcore.registry.etcd import EtcdStore
+from mmcore.registry.etcd_address import parse_address
 from mmcore.registry.store import Store
 
 
@@ -25,6 +27,16 @@ class MemoryBackend:
 
     def store(self) -> Store:
         return self._store
+
+
+class EtcdBackend:
+    """An etcd; every instance has a connection of its own to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def store(self) -> Store:
+        return EtcdStore(parse_address(self.url))
 
 
 class Registries:

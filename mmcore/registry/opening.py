@@ -10,7 +10,8 @@ from mmcore.registry.store import Store
 def open_registry(url: str, instance: str, *, lease_s: float = LEASE_S) -> Registry:
     """The registry at ``url``, not started yet.
 
-    ``memory:`` is one for this instance alone.
+    ``memory:`` is one for this instance alone; ``etcd://host:port[,host:port]/prefix``, ``etcds://`` with TLS, or
+    ``etcd:FILE`` with a connection file, is one for instances on any machine.
 
     Raises:
         ValueError: the text is no address of a registry.
@@ -21,4 +22,9 @@ def open_registry(url: str, instance: str, *, lease_s: float = LEASE_S) -> Regis
 def _store(url: str) -> Store:
     if url == "memory:":
         return MemoryStore()
+    if url.startswith(("etcd:", "etcds:")):
+        from mmcore.registry.etcd import EtcdStore
+        from mmcore.registry.etcd_address import parse_address
+
+        return EtcdStore(parse_address(url))
     raise ValueError(f"{url!r} is not a registry; write memory:, sqlite:PATH or etcd://host:port/prefix")
