@@ -84,6 +84,7 @@ class TableMachine(RuleBasedStateMachine):
         super().__init__()
         self.table = Table(Lru())
         self.model: dict[str, Registration] = {}
+        self.aliases: dict[str, Registration] = {}
 
     @rule(number=st.integers(0, 400))
     def add(self, number: int) -> None:
@@ -92,7 +93,23 @@ class TableMachine(RuleBasedStateMachine):
         registration.place("1", copy)
         registration.prefer("1")
         self.table.add(registration)
+        before = self.model.get(registration.name)
+        self.aliases |= {alias: registration for alias, one in self.aliases.items() if one is before}
         self.model[registration.name] = registration
+
+    @rule(number=st.integers(0, 400), model=st.integers(0, 400), count=st.integers(1, 30))
+    def alias(self, number: int, model: int, count: int) -> None:
+        registration = self.model.get(f"m{model}")
+        if registration is not None:
+            for one in range(number, number + count):
+                self.table.alias(f"m{one}", registration)
+                self.aliases[f"m{one}"] = registration
+
+    @rule(number=st.integers(0, 400), count=st.integers(1, 30))
+    def unalias(self, number: int, count: int) -> None:
+        for one in range(number, number + count):
+            self.table.unalias(f"m{one}")
+            self.aliases.pop(f"m{one}", None)
 
     @rule(start=st.integers(0, 400), count=st.integers(1, 100))
     def add_many(self, start: int, count: int) -> None:
@@ -103,7 +120,8 @@ class TableMachine(RuleBasedStateMachine):
     def discard_many(self, start: int, count: int) -> None:
         for number in range(start, start + count):
             self.table.discard(f"m{number}")
-            self.model.pop(f"m{number}", None)
+            gone = self.model.pop(f"m{number}", None)
+            self.aliases = {alias: one for alias, one in self.aliases.items() if one is not gone}
 
     @invariant()
     def equals_the_model(self) -> None:
@@ -111,12 +129,38 @@ class TableMachine(RuleBasedStateMachine):
         for number in range(0, 501, 7):
             known = self.model.get(f"m{number}")
             assert self.table.get(f"m{number}") is known
-            assert self.table.lookup(f"m{number}") is (known.here if known is not None else None)
+            answers = self.aliases.get(f"m{number}", known)
+            assert self.table.aliased(f"m{number}") is self.aliases.get(f"m{number}")
+            assert self.table.lookup(f"m{number}") is (answers.here if answers is not None else None)
+            assert self.table.lookup_model(f"m{number}") is (known.here if known is not None else None)
         assert list(self.table) == list(self.model.values())
 
 
 TableMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
 test_the_table_equals_a_dictionary = TableMachine.TestCase
+
+
+def test_an_alias_leads_to_another_models_copy_and_goes_with_it() -> None:
+    lru = Lru()
+    table = Table(lru)
+    one, two = Registration("one", ("1",), None), Registration("two", ("1",), None)
+    table.add(one)
+    table.add(two)
+    copy, other = placed(lru, one, "1"), placed(lru, two, "1")
+    one.prefer("1")
+    two.prefer("1")
+    table.alias("latest", one)
+    assert table.lookup("latest") is table.lookup("latest", "1") is copy
+    assert ("latest" in table, table.get("latest"), table.lookup_model("latest")) == (False, None, None)
+    table.alias("latest", two)
+    table.alias("one", two)
+    assert table.lookup("latest") is table.lookup("one") is other
+    assert table.lookup_model("one") is copy
+    table.discard("two")
+    assert table.lookup("latest") is table.aliased("latest") is None
+    assert table.lookup("one") is copy
+    table.unalias("one")
+    assert table.lookup("one") is copy
 
 
 def test_a_copy_that_left_the_lru_is_not_touched() -> None:
