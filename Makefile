@@ -96,7 +96,7 @@ $(RUN_PACKAGES): pyproject.toml | $(PY)
 # Every framework, so that every format is tested; of PyTorch the release that the tests were written with. All in one
 # call: pip looks at what it is given together, and not at what is there, for releases that agree on protobuf's.
 define STEP_packages_to_test
-MMCORE_EXT=none $(PIP) install --no-build-isolation --group test --group lint '$(TORCH)' -e '.[samples,client,all-formats]'
+MMCORE_EXT=none $(PIP) install --no-build-isolation --group test --group lint '$(TORCH)' -e '.[samples,client,all-formats,all-stores]'
 $(PIP) check
 endef
 $(DEV_PACKAGES): $(RUN_PACKAGES)

@@ -66,6 +66,23 @@ class TransportSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageSettings:
+    """Where registered models are pulled from and kept.
+
+    Attributes:
+        entries: folder of JSON entries, the mounted secret ``storage-config``; None has none.
+        cache: folder that pulled files are kept in; a leading ``~`` stands for the home folder.
+        cache_limit_bytes: what they may take there; None is half of what the disk has for them.
+        pvc_mounts: folder that volume claims are mounted in, each by its name.
+    """
+
+    entries: Path | None = None
+    cache: Path = Path("~/.cache/mmcore/models")
+    cache_limit_bytes: int | None = None
+    pvc_mounts: Path = Path("/pvc_mounts")
+
+
+@dataclass(frozen=True, slots=True)
 class ServeSettings:
     """All that one serving instance is told.
 
@@ -83,6 +100,7 @@ class ServeSettings:
         grace_s: how long a draining instance waits for calls in flight.
         event_loop: ``uvloop`` or ``asyncio``.
         transport: limits of its connections.
+        storage: where registered models come from.
     """
 
     models: Path | None = None
@@ -98,6 +116,7 @@ class ServeSettings:
     grace_s: float = 90.0
     event_loop: str = "uvloop"
     transport: TransportSettings = TransportSettings()
+    storage: StorageSettings = StorageSettings()
 
 
 def parse_size(text: str) -> int:

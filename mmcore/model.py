@@ -126,7 +126,8 @@ class ModelSettings:
 class ModelSource:
     """One version of one model on the local disk, ready to be loaded.
 
-    ``path`` is what the runtime opens: the model file, or the folder where the format is a folder.
+    ``path`` is what the runtime opens: the model file, or the folder where the format is a folder. Pulled files stay
+    where they are for as long as anybody holds the source, which is what ``lease`` is for.
     """
 
     name: str
@@ -134,3 +135,17 @@ class ModelSource:
     format: str
     path: Path
     settings: ModelSettings = ModelSettings()
+    lease: object = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """How a model is registered (mmesh.ModelInfo): a type, a path in some store, and the key to that.
+
+    ``type`` is a format, or a label such as ``mt:sklearn:1`` or ``rt:RUNTIME``; ``key`` is a JSON object with
+    ``storage_key``, ``storage_params``, ``model_type`` and ``schema_path``, all optional, or empty.
+    """
+
+    type: str
+    path: str
+    key: str = ""

@@ -16,6 +16,7 @@ from mmcore import log
 from mmcore.config import (
     ISOLATION_POLICIES,
     ServeSettings,
+    StorageSettings,
     TransportSettings,
     default_capacity,
     parse_duration,
@@ -23,6 +24,7 @@ from mmcore.config import (
 )
 
 _TRANSPORT: Final = TransportSettings()
+_STORAGE: Final = StorageSettings()
 
 
 class Parsed(click.ParamType[object]):
@@ -110,6 +112,29 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @option("--preload", multiple=True, help="Load this model before being ready; repeat it, or say 'all'.")
 @option(
+    "--storage-config",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of JSON files, one for each storage key, that registered models are pulled by.",
+)
+@option(
+    "--model-cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=str(_STORAGE.cache),
+    help="Folder that pulled models are kept in; instances may share it.",
+)
+@option(
+    "--model-cache-limit",
+    type=SIZE,
+    show_default="half of the free disk",
+    help="What pulled models may take there, for example 100GiB.",
+)
+@option(
+    "--pvc-mounts",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=str(_STORAGE.pvc_mounts),
+    help="Folder that volume claims are mounted in, each by its name.",
+)
+@option(
     "--isolate",
     type=click.Choice(ISOLATION_POLICIES),
     default=ISOLATION_POLICIES[0],
@@ -130,6 +155,10 @@ def command(
     max_message: int,
     response_cache: int,
     preload: tuple[str, ...],
+    storage_config: Path | None,
+    model_cache: Path,
+    model_cache_limit: int | None,
+    pvc_mounts: Path,
     isolate: str,
     server_name: str,
     log_level: str,
@@ -159,6 +188,12 @@ def command(
             log_level=log_level,
             grace_s=grace,
             event_loop=event_loop,
+            storage=StorageSettings(
+                entries=storage_config,
+                cache=model_cache,
+                cache_limit_bytes=model_cache_limit,
+                pvc_mounts=pvc_mounts,
+            ),
             transport=TransportSettings(
                 max_message_bytes=max_message, keepalive_s=keepalive, max_connection_age_s=max_connection_age
             ),

@@ -67,6 +67,11 @@ def read_settings(folder: Path) -> Stated:
     return stated
 
 
+def read_schema(file: Path) -> Stated:
+    """What a schema states that is not in the model's folder; raises as :func:`read_settings` does."""
+    return _read_schema(_text(file), file.parent)
+
+
 def _check_batched(stated: Stated) -> None:
     """The archived stack's rule for a schema beside a config.pbtxt: shapes are whole, the batch dimension included."""
     for spec in (*stated.inputs, *stated.outputs):

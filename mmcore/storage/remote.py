@@ -1,0 +1,137 @@
+"""What every remote store offers the downloads: the objects of a model, and how each is asked for.
+
+Bytes come over HTTP from all of them, so a store only lists objects and signs requests; ``transfer`` does the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Final, Protocol
+
+from mmcore.errors import LoadFailed
+
+_RETRYABLE: Final = frozenset({408, 425, 429})
+_ERROR_CODE: Final = re.compile(r"<Code>(\w{1,64})</Code>")
+#: Codes of S3 that say something else than their HTTP status does.
+_INTERRUPTIONS: Final = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"})
+_REFUSALS: Final = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"})
+
+
+class Interrupted(Exception):
+    """The store or the way to it failed for the moment; the same request may succeed."""
+
+
+class Changed(Exception):
+    """An object is not the one that was listed any more."""
+
+
+class Refused(LoadFailed):
+    """The store does not accept the credentials, or does not let them read this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One object of a model.
+
+    Attributes:
+        key: its name at the store.
+        name: its path in the model's folder, relative.
+        size: in bytes; None where the store does not tell.
+        version: changes with the object: an entity tag, a generation, a time; empty where the store tells none.
+        content: equal in one store only where the bytes are equal; empty where the store has no such thing.
+        md5: hex digest of the bytes, where the store tells.
+        uploads: so many pieces it was uploaded in, where ``content`` is made of their digests; else 0.
+        ranges: whether parts of it can be asked for.
+    """
+
+    key: str
+    name: str
+    size: int | None
+    version: str
+    content: str = ""
+    md5: str | None = None
+    uploads: int = 0
+    ranges: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A GET, ready to be sent; URL and headers may hold credentials. ``follow`` says to go where it is redirected."""
+
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    follow: bool = False
+
+
+class Remote(Protocol):
+    """A bucket, container or site. Calls block and may come from several threads.
+
+    Attributes:
+        where: its name in texts, without credentials: ``s3://bucket``.
+        store: what tells it from all other stores that objects come from.
+    """
+
+    where: str
+    store: str
+
+    def find(self, path: str) -> list[Blob]:
+        """The objects that make up the model at ``path``: the one of that name, or all below it.
+
+        Raises:
+            LoadFailed: there is none, or it cannot be asked for; the text tells the cause.
+            Interrupted: it may be asked again.
+        """
+
+    def request(self, blob: Blob) -> Request:
+        """What asks for an object as listed, signed anew for each time. Raises as :meth:`find` does."""
+
+    def upload_bytes(self, blob: Blob) -> int | None:
+        """Bytes of each piece but the last of an object uploaded in pieces; None when that cannot be told."""
+
+    def checks(self, headers: Mapping[str, str]) -> bool:
+        """Whether an answer's headers leave the listed digest one of the bytes: not so with some encryptions."""
+
+
+def refusal(status: int, text: str, what: str) -> Exception:
+    """What an HTTP status above 299 means for a request for ``what``; ``text`` is the answer's body, or a code."""
+    found = _ERROR_CODE.search(text)
+    code = found[1] if found else text if text.isalnum() and len(text) < 64 else ""
+    said = f"HTTP {status}" + (f", {code}" if code else "")
+    if status in _RETRYABLE or status >= 500 or code in _INTERRUPTIONS:
+        return Interrupted(f"{what}: the store answers {said}")
+    if status in (401, 403) or code in _REFUSALS:
+        return Refused(f"{what}: the store refuses the credentials, or they may not read this ({said})")
+    if code == "NoSuchBucket" or code == "ContainerNotFound":
+        return LoadFailed(f"{what}: there is no such bucket ({said})")
+    if status in (404, 410):
+        return LoadFailed(f"{what} does not exist ({said})")
+    if status in (412, 416):
+        return Changed(f"{what} was changed while it was pulled")
+    return LoadFailed(f"{what}: the store answers {said}")
+
+
+def relative(key: str, prefix: str, where: str) -> str:
+    """The path in the model's folder of an object below ``prefix``, which ends with a slash or is empty.
+
+    Raises:
+        LoadFailed: it would be a file outside of the folder.
+    """
+    name = key[len(prefix) :]
+    parts = name.split("/")
+    if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise LoadFailed(f"{where}: the object name {key!r} is no path inside the model's folder")
+    return str(PurePosixPath(name))
+
+
+def without_markers(blobs: list[Blob]) -> list[Blob]:
+    """The objects without those that stand for a folder: empty, and in the place where others have their folder."""
+    folders = {str(parent) for blob in blobs for parent in PurePosixPath(blob.name).parents}
+    return [blob for blob in blobs if blob.size != 0 or blob.name not in folders]
+
+
+def nothing_found(where: str, path: str) -> LoadFailed:
+    """The error for a path without objects."""
+    return LoadFailed(f"{where}: no object is called '{path}' and none is below '{path.rstrip('/')}/'")

@@ -1,0 +1,187 @@
+"""S3 and what speaks its protocol, through boto3: it finds credentials and endpoints, lists, and signs.
+
+Without keys in the entry the whole default chain is asked: environment, profiles, web identity, container and instance
+roles. Objects are fetched by signed URLs, made anew for every request, so that keys that are rotated do no harm.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import boto3
+import botocore
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSLError,
+)
+from botocore.exceptions import ConnectionError as ConnectionFailed
+
+from mmcore.errors import LoadFailed
+from mmcore.storage.connections import Connections
+from mmcore.storage.places import Place
+from mmcore.storage.remote import (
+    Blob,
+    Interrupted,
+    Refused,
+    Request,
+    nothing_found,
+    refusal,
+    relative,
+    without_markers,
+)
+from mmcore.storage.transfer import PullLimits
+
+_URL_LIFE_S: Final = 900
+_STYLES: Final = ("auto", "path", "virtual")
+#: boto3 reads its service models while a client is made, which is not for several threads at once.
+_making = threading.Lock()
+
+
+class S3Remote:
+    """One bucket. Satisfies :class:`mmcore.storage.remote.Remote`.
+
+    Its parameters are those of the archived stack (``endpoint_url``, ``region``, ``access_key_id``,
+    ``secret_access_key``, ``bucket`` or ``default_bucket``, ``certificate``) and ``session_token``, ``anonymous`` and
+    ``addressing_style``, which is ``path`` where an endpoint is given.
+    """
+
+    def __init__(self, place: Place, limits: PullLimits) -> None:
+        bucket = place.text("bucket") or place.text("default_bucket")
+        endpoint, region = place.text("endpoint_url"), place.text("region")
+        self._bucket = bucket or place.required("bucket")
+        self.where = f"s3://{self._bucket}"
+        self.store = f"s3 {endpoint or region or 'aws'} {self._bucket}"
+        style = place.text("addressing_style") or ("path" if endpoint else "auto")
+        if style not in _STYLES:
+            raise LoadFailed(f"storage of type s3: 'addressing_style' must be one of {', '.join(_STYLES)}")
+        key, secret = place.text("access_key_id"), place.text("secret_access_key")
+        if bool(key) != bool(secret):
+            raise LoadFailed("storage of type s3: 'access_key_id' and 'secret_access_key' go together")
+        certificate = place.text("certificate")
+        self.connections = Connections(connect_s=limits.connect_s, silence_s=limits.silence_s, ca=certificate)
+        self._trusted: Any = None
+        if certificate:
+            # The library reads these from a file alone, for as long as the client lives.
+            self._trusted = tempfile.NamedTemporaryFile("w", suffix=".pem")  # noqa: SIM115
+            self._trusted.write(certificate)
+            self._trusted.flush()
+        config = Config(
+            signature_version=botocore.UNSIGNED if place.flag("anonymous") else "s3v4",
+            s3={"addressing_style": style},
+            connect_timeout=limits.connect_s,
+            read_timeout=limits.silence_s,
+            retries={"total_max_attempts": 1},
+            max_pool_connections=limits.threads,
+        )
+        with _making, self._translated(self.where):
+            session = boto3.session.Session(
+                aws_access_key_id=key, aws_secret_access_key=secret, aws_session_token=place.text("session_token")
+            )
+            self._client = session.client(
+                "s3",
+                endpoint_url=endpoint,
+                region_name=region or session.region_name or "us-east-1",
+                verify=self._trusted.name if self._trusted else None,
+                config=config,
+            )
+
+    def find(self, path: str) -> list[Blob]:
+        """The objects at a path, see :class:`mmcore.storage.remote.Remote`."""
+        path = path.strip("/")
+        prefix = f"{path}/" if path else ""
+        # A name with a suffix is a single object's more often than not.
+        looks = (self._one, self._below) if "." in path.rpartition("/")[2] else (self._below, self._one)
+        for look in looks:
+            found = look(path, prefix)
+            if found:
+                return found
+        raise nothing_found(self.where, path)
+
+    def _one(self, path: str, prefix: str) -> list[Blob]:
+        """The object of exactly that name: no other with the same beginning is listed before it."""
+        del prefix
+        if not path:
+            return []
+        with self._translated(f"{self.where}/{path}"):
+            page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=path, MaxKeys=1)
+        return [_blob(one, path.rpartition("/")[2]) for one in page.get("Contents", []) if one["Key"] == path]
+
+    def _below(self, path: str, prefix: str) -> list[Blob]:
+        del path
+        blobs = []
+        with self._translated(f"{self.where}/{prefix}"):
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
+                for one in page.get("Contents", []):
+                    if not one["Key"].endswith("/"):
+                        blobs.append(_blob(one, relative(one["Key"], prefix, self.where)))
+        return without_markers(blobs)
+
+    def request(self, blob: Blob) -> Request:
+        """A signed URL, see :class:`mmcore.storage.remote.Remote`."""
+        with self._translated(f"{self.where}/{blob.key}"):
+            url = self._client.generate_presigned_url(
+                "get_object", Params={"Bucket": self._bucket, "Key": blob.key}, ExpiresIn=_URL_LIFE_S
+            )
+        return Request(url, {"if-match": f'"{blob.version}"'})
+
+    def upload_bytes(self, blob: Blob) -> int | None:
+        """The size of the first part of a multipart upload; servers that do not know are not asked twice."""
+        with self._translated(f"{self.where}/{blob.key}"):
+            head = self._client.head_object(Bucket=self._bucket, Key=blob.key, PartNumber=1)
+        size = head.get("ContentLength")
+        return size if isinstance(size, int) and head.get("PartsCount") == blob.uploads else None
+
+    def checks(self, headers: Mapping[str, str]) -> bool:
+        """With keys of a key service or of the customer the tag is no digest of the bytes."""
+        encryption = headers.get("x-amz-server-side-encryption", "")
+        return "kms" not in encryption and "x-amz-server-side-encryption-customer-algorithm" not in headers
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except ClientError as error:
+            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            raise refusal(status, str(error.response.get("Error", {}).get("Code", "")), what) from None
+        except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError) as error:
+            raise Refused(
+                f"{what}: no credentials: the storage entry has no 'access_key_id' and 'secret_access_key', and the "
+                f"default chain finds none ({type(error).__name__}); for a public bucket say 'anonymous': 'true'"
+            ) from None
+        except SSLError:
+            raise LoadFailed(
+                f"{what}: the store's certificate is not trusted; give its CA as 'certificate' in the storage entry"
+            ) from None
+        except (HTTPClientError, ConnectionFailed) as error:
+            raise Interrupted(f"{what}: the connection failed ({type(error).__name__})") from None
+        except (BotoCoreError, ValueError) as error:
+            # Texts of the library may show parameters, and these may hold credentials.
+            raise LoadFailed(
+                f"{what}: the storage entry's parameters cannot be used ({type(error).__name__})"
+            ) from None
+
+
+def _blob(listed: Mapping[str, Any], name: str) -> Blob:
+    tag = str(listed.get("ETag", "")).strip('"')
+    digest, _, uploads = tag.partition("-")
+    known = len(digest) == 32 and all(one in "0123456789abcdef" for one in digest)
+    pieces = int(uploads) if known and uploads.isdigit() else 0
+    return Blob(
+        key=listed["Key"],
+        name=name,
+        size=int(listed["Size"]),
+        version=tag,
+        content=tag if known else "",
+        md5=digest if known and not uploads else None,
+        uploads=pieces,
+    )

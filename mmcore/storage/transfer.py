@@ -1,0 +1,385 @@
+"""Downloads of a model's objects: many at once, large ones in parts, checked, and taken up again where they broke.
+
+A download is driven by threads of its own, which end with it. Whatever fails for the moment is asked for again after a
+pause, from the byte it stopped at; a bounded number of times without progress, and never past the deadline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+
+from mmcore.errors import Cancelled, LoadFailed
+from mmcore.storage.remote import Blob, Changed, Interrupted, Remote
+
+if TYPE_CHECKING:
+    # It needs a package that is there for those alone who pull from a remote store.
+    from mmcore.storage.connections import Connections
+
+ResultT = TypeVar("ResultT")
+
+#: Objects above it are asked for in parts of about that size.
+PART_BYTES: Final = 16 * 2**20
+_MAX_PAUSE_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PullLimits:
+    """How long a pull may take and how hard it tries; times in seconds.
+
+    Attributes:
+        threads: requests at once for one model.
+        connect_s: for a connection to be there.
+        silence_s: in which a store may send nothing, or nearly nothing.
+        tries: requests in a row for the same bytes that bring none.
+        pause_s: before the second of them; each pause is twice the one before.
+        total_s: for one model's whole pull.
+    """
+
+    threads: int = 8
+    connect_s: float = 10.0
+    silence_s: float = 20.0
+    tries: int = 6
+    pause_s: float = 0.2
+    total_s: float = 1800.0
+
+    #: What must come within ``silence_s``, and what counts as progress.
+    least_bytes: int = 64 * 2**10
+
+
+class Progress(Protocol):
+    """Is told how a pull goes on, from several threads."""
+
+    def started(self, what: str, files: int, total_bytes: int | None) -> None:
+        """The files are known; bytes are, where the store tells all sizes."""
+
+    def received(self, count: int) -> None:
+        """So many bytes more have come."""
+
+    def ended(self) -> None:
+        """The pull is over, well or not."""
+
+
+class Watch:
+    """One pull's clock: whether it may go on, and how far it is."""
+
+    def __init__(
+        self, limits: PullLimits, progress: Progress, *cancelled: threading.Event, clock: Callable[[], float]
+    ) -> None:
+        self.limits = limits
+        self.progress = progress
+        self.received = 0
+        self.clock = clock
+        self._cancelled = cancelled
+        self._deadline = clock() + limits.total_s
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Return when the pull may go on.
+
+        Raises:
+            Cancelled: nobody wants it any more.
+            LoadFailed: its time is over.
+        """
+        if any(one.is_set() for one in self._cancelled):
+            raise Cancelled("the pull was cancelled")
+        if self.clock() > self._deadline:
+            raise LoadFailed(f"timeout: the files were not there after {self.limits.total_s:g} s")
+
+    def pause(self, seconds: float) -> None:
+        """Wait, and look up now and then; raises as :meth:`check` does."""
+        until = self.clock() + seconds
+        while (left := until - self.clock()) > 0:
+            self.check()
+            time.sleep(min(left, 0.05))
+        self.check()
+
+    def add(self, count: int) -> None:
+        """Count bytes that have come; raises as :meth:`check` does."""
+        with self._lock:
+            self.received += count
+        self.progress.received(count)
+        self.check()
+
+    def again(self, call: Callable[[], ResultT]) -> ResultT:
+        """The result of ``call``, made again while it is interrupted, so many times.
+
+        Raises:
+            LoadFailed: it still was the last time.
+        """
+        failed = 0
+        while True:
+            self.check()
+            try:
+                return call()
+            except Interrupted as error:
+                failed += 1
+                self.back_off(failed, error)
+
+    def back_off(self, failed: int, error: Interrupted) -> None:
+        """Pause after the ``failed``-th try in a row.
+
+        Raises:
+            LoadFailed: it was the last one.
+        """
+        if failed >= self.limits.tries:
+            raise LoadFailed(f"{error}; tried {failed} times") from None
+        longest = min(self.limits.pause_s * 2 ** (failed - 1), _MAX_PAUSE_S)
+        # Many pulls that broke together are not to come back together.
+        self.pause(longest * random.uniform(0.5, 1.0))  # noqa: S311
+
+
+class _File:
+    """One object on its way to a file: its open parts, and the digests of what has come."""
+
+    def __init__(self, blob: Blob, path: Path) -> None:
+        self.blob = blob
+        self.path = path
+        self.descriptor = -1
+        self.left = 0
+        #: By number: the digest of each piece that the object was uploaded in.
+        self.pieces: dict[int, bytes] = {}
+        #: Hex digest of all bytes, where one part brought them.
+        self.md5: str | None = None
+        self.checked = True
+        self.lock = threading.Lock()
+
+    def open(self) -> int:
+        """The descriptor; the file is made by the first who asks."""
+        with self.lock:
+            if self.descriptor < 0:
+                self.descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            return self.descriptor
+
+    def close(self) -> None:
+        """Close the descriptor if it is open."""
+        with self.lock:
+            if self.descriptor >= 0:
+                os.close(self.descriptor)
+                self.descriptor = -1
+
+
+class _Part:
+    """Bytes of a file from ``at`` to ``stop``, which is None while the size is not known; they come in order.
+
+    ``piece`` is the size of the pieces the object was uploaded in, where these are checked one by one.
+    """
+
+    def __init__(self, file: _File, start: int, stop: int | None, piece: int | None) -> None:
+        self.file = file
+        self.at = start
+        self.stop = stop
+        self.whole = start == 0 and stop == file.blob.size
+        self._piece = piece
+        self._sum = hashlib.md5(usedforsecurity=False)
+
+    @property
+    def done(self) -> bool:
+        """Whether all bytes are there."""
+        return self.stop is not None and self.at >= self.stop
+
+    def take(self, chunk: bytes) -> None:
+        """Write the next bytes and sum them up."""
+        view = memoryview(chunk)
+        while view:
+            written = os.pwrite(self.file.descriptor, view, self.at)
+            self._count(view[:written])
+            view = view[written:]
+
+    def _count(self, view: memoryview) -> None:
+        blob, piece = self.file.blob, self._piece
+        if piece is None:
+            if self.whole and blob.md5 is not None:
+                self._sum.update(view)
+            self.at += len(view)
+        else:
+            while view:
+                left = view[: piece - self.at % piece]
+                self._sum.update(left)
+                self.at += len(left)
+                view = view[len(left) :]
+                if self.at % piece == 0 or self.at == blob.size:
+                    self.file.pieces[(self.at - 1) // piece] = self._sum.digest()
+                    self._sum = hashlib.md5(usedforsecurity=False)
+
+    def end(self) -> None:
+        """All bytes are there."""
+        self.stop = self.at
+        if self.whole and self._piece is None and self.file.blob.md5 is not None:
+            self.file.md5 = self._sum.hexdigest()
+
+
+class Transfer:
+    """One model's download; :meth:`run` does it, once.
+
+    ``take`` is called with the number of bytes that come beyond what the store's listing told.
+    """
+
+    def __init__(
+        self,
+        remote: Remote,
+        connections: Connections,
+        watch: Watch,
+        *,
+        take: Callable[[int], None],
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        self._remote = remote
+        self._connections = connections
+        self._watch = watch
+        self._take = take
+        self._part_bytes = part_bytes
+        self._files: list[_File] = []
+        self._parts: deque[_Part] = deque()
+        self._failure: BaseException | None = None
+
+    def run(self, blobs: list[Blob], folder: Path) -> None:
+        """Bring every object to its place below ``folder``, checked and on the disk for good.
+
+        Raises:
+            LoadFailed: an object cannot be had, or is not what was listed; the text tells the cause.
+            Changed: an object changed on the way.
+            Cancelled: nobody wants it any more.
+            OSError: the disk is full, or cannot be written to.
+        """
+        for parent in {(folder / blob.name).parent for blob in blobs}:
+            parent.mkdir(parents=True, exist_ok=True)
+        uploaded = [blob for blob in blobs if blob.uploads]
+        with ThreadPoolExecutor(self._watch.limits.threads, thread_name_prefix="mmcore-pull") as asking:
+            pieces = dict(zip(uploaded, asking.map(self._piece, uploaded), strict=True))
+        for blob in blobs:
+            self._plan(_File(blob, folder / blob.name), pieces.get(blob))
+        threads = [
+            threading.Thread(target=self._work, name=f"mmcore-pull-{number}", daemon=True)
+            for number in range(min(self._watch.limits.threads, len(self._parts)) - 1)
+        ]
+        for thread in threads:
+            thread.start()
+        self._work()
+        for thread in threads:
+            thread.join()
+        for file in self._files:
+            file.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _plan(self, file: _File, piece: int | None) -> None:
+        """Cut a file into parts; along the pieces it was uploaded in, where these can be checked one by one."""
+        size, step = file.blob.size, self._part_bytes
+        if piece is not None:
+            step = max(1, step // piece) * piece
+        if size is None or not file.blob.ranges or size <= step:
+            parts = [_Part(file, 0, size, piece)]
+        else:
+            parts = [_Part(file, start, min(start + step, size), piece) for start in range(0, size, step)]
+        file.left = len(parts)
+        self._files.append(file)
+        self._parts.extend(parts)
+
+    def _piece(self, blob: Blob) -> int | None:
+        """Bytes of the pieces an object was uploaded in, where they account for it."""
+        piece = self._watch.again(lambda: self._remote.upload_bytes(blob))
+        return piece if piece and blob.size is not None and -(-blob.size // piece) == blob.uploads else None
+
+    def _work(self) -> None:
+        """In every thread: bring one part after the other, until all are there or one failed."""
+        try:
+            while self._failure is None:
+                try:
+                    part = self._parts.popleft()
+                except IndexError:
+                    return
+                self._bring(part)
+        except BaseException as error:
+            if self._failure is None:
+                self._failure = error
+
+    def _bring(self, part: _Part) -> None:
+        file = part.file
+        file.open()
+        failed = 0
+        while not part.done:
+            before = part.at
+            try:
+                self._receive(part)
+            except Interrupted as error:
+                failed = 1 if part.at - before >= self._watch.limits.least_bytes else failed + 1
+                self._watch.back_off(failed, error)
+        part.end()
+        with file.lock:
+            file.left -= 1
+            last = not file.left
+        if last:
+            self._finish(file)
+
+    def _receive(self, part: _Part) -> None:
+        """Ask for the rest of a part and take it.
+
+        Raises:
+            Interrupted: not all of it came.
+        """
+        blob, watch = part.file.blob, self._watch
+        what = self._what(blob)
+        # Without a range an old server's whole object is as good.
+        stop = None if part.whole and part.at == 0 else part.stop
+        with self._connections.get(self._remote.request(blob), what, start=part.at, stop=stop) as answer:
+            if blob.size is not None and answer.size not in (None, blob.size):
+                raise Changed(f"{what} was changed while it was pulled")
+            if not self._remote.checks(answer.headers):
+                part.file.checked = False
+            since, seen = watch.clock(), part.at
+            for chunk in answer.chunks():
+                if self._failure is not None:
+                    raise Cancelled("another object of the model failed")
+                if blob.size is None:
+                    self._take(len(chunk))
+                elif part.at + len(chunk) > blob.size:
+                    raise Changed(f"{what} was changed while it was pulled")
+                part.take(chunk)
+                watch.add(len(chunk))
+                if watch.clock() - since > watch.limits.silence_s:
+                    if part.at - seen < watch.limits.least_bytes:
+                        raise Interrupted(f"{what}: timeout: the store sends next to nothing")
+                    since, seen = watch.clock(), part.at
+            if part.stop is None and answer.size in (None, part.at):
+                part.stop = part.at
+            if not part.done:
+                raise Interrupted(f"{what}: the connection ended after {part.at} of {part.stop or answer.size} bytes")
+
+    def _finish(self, file: _File) -> None:
+        """Check a file that is whole, and have it written for good.
+
+        Raises:
+            LoadFailed: it is not what the store said it would be.
+        """
+        blob = file.blob
+        found = expected = None
+        if file.checked and blob.md5 is not None:
+            expected = blob.md5
+            found = file.md5 or _md5(file.path)
+        elif file.checked and len(file.pieces) == blob.uploads > 0:
+            # The digest of the pieces' digests, and their number.
+            joined = b"".join(file.pieces[number] for number in range(blob.uploads))
+            expected = blob.content
+            found = f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{blob.uploads}"
+        if found != expected:
+            raise LoadFailed(f"{self._what(blob)}: what came has the checksum {found}, the store says {expected}")
+        os.fsync(file.descriptor)
+        file.close()
+
+    def _what(self, blob: Blob) -> str:
+        return f"{self._remote.where}/{blob.key}"
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

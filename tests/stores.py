@@ -1,0 +1,186 @@
+"""What tests of pulling share: an S3 server, and a proxy in front of it that does harm."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import boto3
+from botocore.config import Config
+
+BUCKET = "models"
+KEY, SECRET = "AKIAFORTESTS", "secret-that-must-not-show"
+
+
+class Bucket:
+    """A bucket of a real S3 server, and an entry that reaches it."""
+
+    def __init__(self, endpoint: str, *, key: str = KEY, secret: str = SECRET) -> None:
+        self.endpoint = endpoint
+        self.client: Any = boto3.client(
+            "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id=key, aws_secret_access_key=secret,
+            config=Config(s3={"addressing_style": "path"}),
+        )  # fmt: skip
+        self.entry: dict[str, Any] = {
+            "type": "s3", "access_key_id": key, "secret_access_key": secret,
+            "endpoint_url": endpoint, "region": "us-east-1", "bucket": BUCKET,
+        }  # fmt: skip
+
+    def put(self, key: str, body: bytes) -> str:
+        """Store an object and return its MD5."""
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=body)
+        return hashlib.md5(body).hexdigest()
+
+    def put_in_parts(self, key: str, parts: list[bytes]) -> None:
+        """A multipart upload."""
+        upload = self.client.create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
+        done = [
+            {
+                "PartNumber": number,
+                "ETag": self.client.upload_part(
+                    Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=number, Body=part
+                )["ETag"],
+            }
+            for number, part in enumerate(parts, 1)
+        ]
+        self.client.complete_multipart_upload(
+            Bucket=BUCKET, Key=key, UploadId=upload, MultipartUpload={"Parts": done}
+        )
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[str]:
+    """The address of a moto server in this process; it keeps no credentials and takes any."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+Answer = Callable[[socket.socket, bytes], bool]
+
+
+class Proxy:
+    """A TCP proxy to ``target`` (``host:port``) that looks at each HTTP request and may spoil its answer.
+
+    ``faults`` are used up, one by one, by requests whose first line ``matches``; each is a function of the client's
+    socket and the upstream's whole answer, which it may send, in part or spoiled, before the connection is closed.
+
+    Attributes:
+        requests: the first lines of all requests so far.
+    """
+
+    def __init__(self, target: str, matches: Callable[[str], bool] = lambda line: line.startswith("GET")) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._matches = matches
+        self.faults: list[Callable[[socket.socket, bytes], None]] = []
+        self.always: Callable[[socket.socket, bytes], None] | None = None
+        self.requests: list[str] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open: set[socket.socket] = set()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        host, port = self._listener.getsockname()
+        return f"http://{host}:{port}"
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+    def _accept(self) -> None:
+        serving = []
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                break
+            thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
+            thread.start()
+            serving.append(thread)
+        for thread in serving:
+            thread.join(5)
+
+    def _serve(self, client: socket.socket) -> None:
+        """One request and its answer; connections are not kept."""
+        with client, contextlib.suppress(OSError):
+            request = _head(client)
+            if not request:
+                return
+            line = request.split(b"\r\n", 1)[0].decode()
+            self.requests.append(line)
+            with socket.create_connection(self._target) as upstream:
+                upstream.sendall(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+                fault = self.always
+                if fault is None and self.faults and self._matches(line):
+                    fault = self.faults.pop(0)
+                if fault is None:
+                    while chunk := upstream.recv(65536):
+                        client.sendall(chunk)
+                    return
+                answer = bytearray()
+                while chunk := upstream.recv(65536):
+                    answer += chunk
+                fault(client, bytes(answer))
+
+
+def _head(client: socket.socket) -> bytes:
+    """The request's head; GET and HEAD have no body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        chunk = client.recv(65536)
+        if not chunk:
+            return b""
+        data += chunk
+    return data
+
+
+def cut_after(count: int) -> Callable[[socket.socket, bytes], None]:
+    """Send the head and so many bytes of the body, then close."""
+
+    def cut(client: socket.socket, answer: bytes) -> None:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        client.sendall(head + b"\r\n\r\n" + body[:count])
+
+    return cut
+
+
+def status(line: str, body: bytes = b"") -> Callable[[socket.socket, bytes], None]:
+    """Answer with another status."""
+
+    def refuse(client: socket.socket, answer: bytes) -> None:
+        client.sendall(f"HTTP/1.1 {line}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    return refuse
+
+
+def flip(client: socket.socket, answer: bytes) -> None:
+    """One bit of the body is wrong."""
+    client.sendall(answer[:-1] + bytes([answer[-1] ^ 1]))
+
+
+def trickle(interval_s: float) -> Callable[[socket.socket, bytes], None]:
+    """A byte now and then, for as long as the client is there."""
+
+    def drip(client: socket.socket, answer: bytes) -> None:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        client.sendall(head + b"\r\n\r\n")
+        wait = threading.Event()
+        for one in body:
+            client.sendall(bytes([one]))
+            wait.wait(interval_s)
+
+    return drip
