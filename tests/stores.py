@@ -41,15 +41,13 @@ class Bucket:
         done = [
             {
                 "PartNumber": number,
-                "ETag": self.client.upload_part(
-                    Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=number, Body=part
-                )["ETag"],
+                "ETag": self.client.upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=number, Body=part)[
+                    "ETag"
+                ],
             }
             for number, part in enumerate(parts, 1)
         ]
-        self.client.complete_multipart_upload(
-            Bucket=BUCKET, Key=key, UploadId=upload, MultipartUpload={"Parts": done}
-        )
+        self.client.complete_multipart_upload(Bucket=BUCKET, Key=key, UploadId=upload, MultipartUpload={"Parts": done})
 
 
 @contextlib.contextmanager

@@ -145,7 +145,7 @@ def parse_uri(uri: str) -> tuple[dict[str, str], str]:
         raise LoadFailed(
             f"the scheme '{parts.scheme}://' is not known; these are: s3://, gs://, https://, http://, pvc://, file://"
         )
-    if not all(values.values()):
+    if not all(values.values()) or not parts.netloc:
         raise LoadFailed(f"{parts.scheme}:// needs a bucket, container, host or claim name before the path")
     return values, path
 

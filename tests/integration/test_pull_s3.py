@@ -1,0 +1,367 @@
+"""Pulling from an S3 server: what comes, what is not asked for twice, and what each fault leads to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmcore.errors import Cancelled, LoadFailed, Unavailable
+from mmcore.model import ModelInfo
+from mmcore.storage import DiskCache, Pulled, PulledOrigin, Puller, StorageConfig
+from mmcore.storage.transfer import PullLimits
+from tests.stores import BUCKET, SECRET, Bucket, Proxy, cut_after, flip, moto, status, trickle
+
+pytestmark = pytest.mark.slow
+
+LIMITS = PullLimits(connect_s=2, silence_s=0.5, tries=3, pause_s=0.01, total_s=20)
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with moto() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(server: str) -> Iterator[Bucket]:
+    made = Bucket(server)
+    made.client.create_bucket(Bucket=BUCKET)
+    yield made
+    for page in made.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+        for one in page.get("Contents", []):
+            made.client.delete_object(Bucket=BUCKET, Key=one["Key"])
+    made.client.delete_bucket(Bucket=BUCKET)
+
+
+@pytest.fixture
+def proxy(server: str) -> Iterator[Proxy]:
+    made = Proxy(server.removeprefix("http://"), lambda line: line.startswith("GET") and "list-type" not in line)
+    yield made
+    made.close()
+
+
+class Pulling:
+    """A puller of one entry named ``store``, and its folders."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], limit_bytes: int = 10**9) -> None:
+        self.config = folder / "config"
+        self.config.mkdir(parents=True, exist_ok=True)
+        self.write(entry)
+        self.cache = DiskCache(folder / "cache", limit_bytes)
+        self.puller = Puller(StorageConfig(self.config), self.cache, limits=LIMITS)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        (self.config / "store").write_text(json.dumps(entry))
+
+    def info(self, path: str, type_: str = "", **key: Any) -> ModelInfo:
+        return ModelInfo(type_, path, json.dumps({"storage_key": "store", **key}))
+
+    def __call__(self, path: str, **key: Any) -> Pulled:
+        return self.puller.pull(self.info(path, **key))
+
+    def left(self) -> list[str]:
+        """What is in the cache that is no entry and no lease."""
+        return [str(one) for kind in ("making", "gone") for one in (self.cache.folder / kind).glob("*")]
+
+
+@pytest.fixture
+def pulling(tmp_path: Path, bucket: Bucket) -> Iterator[Pulling]:
+    made = Pulling(tmp_path, bucket.entry)
+    yield made
+    made.puller.close()
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Iterator[Pulling]:
+    """As ``pulling``, through the proxy."""
+    made = Pulling(tmp_path, {**bucket.entry, "endpoint_url": proxy.address})
+    yield made
+    made.puller.close()
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(one.relative_to(path)): one.read_bytes() for one in path.rglob("*") if one.is_file()}
+
+
+# What comes.
+
+
+def test_folder_comes_whole_and_siblings_stay(bucket: Bucket, pulling: Pulling) -> None:
+    for key, body in {
+        "m/1/model.py": b"x", "m/1/__init__.py": b"", "m/config.pbtxt": b"c", "m-2/other": b"o", "m.onnx": b"o",
+    }.items():  # fmt: skip
+        bucket.put(key, body)
+    bucket.put("m/", b"")
+    bucket.put("m/1/", b"")
+    for path in ("m", "m/", "/m"):
+        assert tree(pulling(path).path) == {"1/model.py": b"x", "1/__init__.py": b"", "config.pbtxt": b"c"}
+    assert tree(pulling("m.onnx").path) == {"m.onnx": b"o"}
+    assert pulling.left() == []
+
+
+def test_listing_of_more_than_a_page_comes_whole(
+    bucket: Bucket, pulling: Pulling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
+    names = [f"{number:04d}" for number in range(35)]
+    for name in names:
+        bucket.put(f"many/{name}", name.encode())
+    assert tree(pulling("many").path) == {name: name.encode() for name in names}
+
+
+@pytest.mark.parametrize("upload", ["whole", "parts"])
+def test_large_object_comes_in_ranges(bucket: Bucket, proxy: Proxy, spoiled: Pulling, upload: str) -> None:
+    parts = [os.urandom(5 * MIB), os.urandom(5 * MIB), os.urandom(5 * MIB), os.urandom(5 * MIB), b"rest"]
+    if upload == "whole":
+        bucket.put("big/model.onnx", b"".join(parts))
+    else:
+        bucket.put_in_parts("big/model.onnx", parts)
+    assert tree(spoiled("big").path) == {"model.onnx": b"".join(parts)}
+    assert len([line for line in proxy.requests if "GET /models/big/model.onnx" in line]) == 2
+
+
+def test_schema_lies_beside_the_model(bucket: Bucket, pulling: Pulling) -> None:
+    bucket.put("m/model.onnx", b"x")
+    bucket.put("schemas/s.json", b'{"inputs": []}')
+    pulled = pulling("m", schema_path="schemas/s.json")
+    assert tree(pulled.path) == {"model.onnx": b"x"}
+    assert pulled.schema is not None
+    assert pulled.schema.read_bytes() == b'{"inputs": []}'
+
+
+def test_origin_gives_the_source_of_the_highest_version_under_the_version_asked_for(
+    bucket: Bucket, pulling: Pulling
+) -> None:
+    bucket.put("m/2/model", b"two")
+    bucket.put("m/10/model", b"ten")
+    bucket.put("schema.json", b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]}')
+    infos = {"mine": pulling.info("m", "mt:sklearn:1", schema_path="schema.json")}
+    origin = PulledOrigin(pulling.puller, infos.get)
+    source = origin.source("mine", "1")
+    assert (source.name, source.version, source.format) == ("mine", "1", "sklearn")
+    assert source.path.read_bytes() == b"ten"
+    assert source.settings.inputs[0].shape == (-1, 4)
+    origin.confirm("mine")
+
+
+# What is not asked for twice.
+
+
+def test_unchanged_content_is_listed_once_and_not_downloaded_again(
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, tmp_path: Path
+) -> None:
+    bucket.put("m/model.onnx", b"one")
+    first = spoiled("m")
+    proxy.requests.clear()
+    assert spoiled("m").path == first.path
+    # Another process, later.
+    assert Pulling(tmp_path, json.loads((spoiled.config / "store").read_text()))("m").path == first.path
+    assert len(proxy.requests) == 2
+    assert all("list-type=2" in line for line in proxy.requests)
+    assert (spoiled.puller.pulls, spoiled.puller.hits, spoiled.puller.received_bytes) == (1, 1, 3)
+
+
+def test_changed_object_is_noticed_and_its_old_copy_stays_while_held(bucket: Bucket, pulling: Pulling) -> None:
+    bucket.put("m/model.onnx", b"one")
+    first = pulling("m")
+    bucket.put("m/model.onnx", b"two")
+    assert tree(pulling("m").path) == {"model.onnx": b"two"}
+    assert tree(first.path) == {"model.onnx": b"one"}
+
+
+def test_models_with_equal_content_share_one_entry(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    bucket.put("a/model.onnx", b"same")
+    bucket.put("b/model.onnx", b"same")
+    assert spoiled("a").path == spoiled("b").path
+    assert len([line for line in proxy.requests if "list-type" not in line]) == 1
+
+
+def test_pulls_of_the_same_at_once_download_once(
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, tmp_path: Path
+) -> None:
+    bucket.put("m/model.onnx", os.urandom(MIB))
+    others = [spoiled, Pulling(tmp_path, json.loads((spoiled.config / "store").read_text()))]
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda one=one: found.append(one("m").path)) for one in others * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert len([line for line in proxy.requests if "list-type" not in line]) == 1
+
+
+def test_limit_evicts_what_was_used_least_recently_and_nothing_in_use(bucket: Bucket, tmp_path: Path) -> None:
+    for name in "abcd":
+        bucket.put(f"{name}/model.onnx", name.encode() * 1000)
+    pulling = Pulling(tmp_path, bucket.entry, limit_bytes=3500)
+    held = pulling("a")
+    paths = {name: pulling(name).path for name in "bc"}
+    pulling("b")
+    paths["d"] = pulling("d").path
+    assert held.path.exists()
+    assert [name for name in "bcd" if paths[name].exists()] == ["b", "d"]
+    assert pulling.cache.used_bytes == 3000
+    every = [pulling(name) for name in "bd"]
+    with pytest.raises(LoadFailed, match="no room for 1000 bytes: its limit is 3500 bytes, of which 3000 are taken"):
+        pulling("c")
+    del every
+    pulling("c")
+    with pytest.raises(LoadFailed, match="no room for 9000 bytes"):
+        bucket.put("e/model.onnx", b"e" * 9000)
+        pulling("e")
+    assert pulling.left() == []
+
+
+# Faults.
+
+
+def test_broken_connection_is_taken_up_where_it_broke(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    body = os.urandom(MIB)
+    bucket.put("m/model.onnx", body)
+    proxy.faults = [cut_after(300_000), status("503 Slow Down"), cut_after(300_000), cut_after(0)]
+    assert tree(spoiled("m").path) == {"model.onnx": body}
+    assert spoiled.puller.received_bytes == MIB
+
+
+def test_store_that_never_gives_all_fails_in_bounded_time(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    bucket.put("m/model.onnx", b"x" * 1000)
+    proxy.always = status("503 Service Unavailable")
+    with pytest.raises(LoadFailed, match=r"s3://models/m/: the store answers HTTP 503.*tried 3 times"):
+        spoiled("m")
+    proxy.always = None
+    proxy.faults = [cut_after(10), cut_after(10), cut_after(10)]
+    with pytest.raises(LoadFailed, match=r"s3://models/m/model.onnx: .*tried 3 times"):
+        spoiled("m")
+    assert spoiled.left() == []
+    assert spoiled.puller.failures == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (status("403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>"), "refuses the credentials.*AccessDenied"),
+        (status("404 Not Found", b"<Error><Code>NoSuchKey</Code></Error>"), "does not exist .*NoSuchKey"),
+        (flip, "has the checksum .*, the store says"),
+    ],
+)
+def test_what_no_second_try_can_heal_fails_at_once_and_nothing_is_kept(
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, answer: Any, text: str
+) -> None:
+    bucket.put("m/model.onnx", b"x" * 1000)
+    proxy.faults = [answer]
+    with pytest.raises(LoadFailed, match=text):
+        spoiled("m")
+    assert spoiled.left() == []
+    assert list((spoiled.cache.folder / "entries").iterdir()) == []
+    assert spoiled.cache.used_bytes == 0
+    spoiled("m")
+
+
+def test_wrong_part_of_a_large_upload_is_noticed(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    bucket.put_in_parts("m/model.onnx", [os.urandom(5 * MIB), b"rest"])
+    proxy.faults = [flip]
+    with pytest.raises(LoadFailed, match=r"has the checksum \w+-2, the store says \w+-2"):
+        spoiled("m")
+
+
+def test_trickle_is_a_timeout(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    bucket.put("m/model.onnx", b"x" * 1000)
+    proxy.faults = [trickle(0.02)] * 3
+    with pytest.raises(LoadFailed, match="timeout: the store sends next to nothing; tried 3 times"):
+        spoiled("m")
+
+
+def test_silent_store_is_a_timeout(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    bucket.put("m/model.onnx", b"x" * 1000)
+    proxy.faults = [trickle(2)] * 3
+    with pytest.raises(LoadFailed, match="timeout: the store is silent; tried 3 times"):
+        spoiled("m")
+
+
+def test_object_replaced_while_it_comes_is_pulled_anew(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    bucket.put("m/model.onnx", b"1" * 200_000)
+
+    def replace(client: Any, answer: bytes) -> None:
+        bucket.put("m/model.onnx", b"2" * 200_000)
+        cut_after(100_000)(client, answer)
+
+    proxy.faults = [replace]
+    assert tree(spoiled("m").path) == {"model.onnx": b"2" * 200_000}
+
+
+def test_credentials_rotated_while_it_runs_are_taken_up(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    bucket.put("m/model.onnx", b"x")
+
+    def rotate(client: Any, answer: bytes) -> None:
+        spoiled.write({**bucket.entry, "endpoint_url": proxy.address, "access_key_id": "AKIANEW"})
+        status("403 Forbidden", b"<Error><Code>InvalidAccessKeyId</Code></Error>")(client, answer)
+
+    proxy.faults = [rotate]
+    assert tree(spoiled("m").path) == {"model.onnx": b"x"}
+    assert "AKIANEW" in proxy.requests[-1]
+
+
+def test_cancelled_and_closed_pulls_end_between_chunks(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    bucket.put("m/model.onnx", b"x" * 1000)
+    cancelled = threading.Event()
+
+    def cancel(client: Any, answer: bytes) -> None:
+        cancelled.set()
+        trickle(0.02)(client, answer)
+
+    proxy.faults = [cancel]
+    with pytest.raises(Cancelled):
+        spoiled.puller.pull(spoiled.info("m"), cancelled=cancelled)
+    assert spoiled.left() == []
+    spoiled.puller.close()
+    with pytest.raises(Unavailable):
+        spoiled("m")
+
+
+def test_missing_things_are_named(bucket: Bucket, pulling: Pulling) -> None:
+    with pytest.raises(LoadFailed, match=r"s3://models: no object is called 'no' and none is below 'no/'"):
+        pulling("no")
+    with pytest.raises(LoadFailed, match=r"s3://none.*there is no such bucket"):
+        pulling("m", storage_params={"bucket": "none"})
+    with pytest.raises(LoadFailed, match="the connection failed"):
+        pulling("m", storage_params={"endpoint_url": "http://127.0.0.1:1"})
+
+
+@pytest.mark.parametrize("name", ["m/../../x", "m//x", "m/./x"])
+def test_names_that_leave_the_folder_are_refused(bucket: Bucket, pulling: Pulling, name: str) -> None:
+    bucket.put(name, b"x")
+    with pytest.raises(LoadFailed, match="is no path inside the model's folder"):
+        pulling("m")
+
+
+def test_nothing_shows_credentials(
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "mmcore")
+    bucket.put("m/model.onnx", b"x")
+    texts = [repr(spoiled("m"))]
+    for fault in (status("403 No"), status("400 Bad"), cut_after(0), flip):
+        bucket.put("m/model.onnx", os.urandom(8))
+        proxy.faults = [fault] * 3
+        with pytest.raises(LoadFailed) as raised:
+            spoiled("m")
+        error: BaseException | None = raised.value
+        while error is not None:
+            texts.append(repr(error))
+            error = error.__cause__
+    # The store's own log is its own affair.
+    texts += [record.getMessage() for record in caplog.records if record.name != "werkzeug"]
+    for text in texts:
+        assert SECRET not in text
+        assert "Signature" not in text
+        assert "AKIA" not in text
