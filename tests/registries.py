@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from mmcore.registry import MemoryStore, Registry
 from mmcore.registry.etcd import EtcdStore
 from mmcore.registry.etcd_address import parse_address
+from mmcore.registry.sqlite import SqliteStore
 from mmcore.registry.store import Store
 
 
@@ -27,6 +29,16 @@ class MemoryBackend:
 
     def store(self) -> Store:
         return self._store
+
+
+class SqliteBackend:
+    """A file; every instance has its own connections to it, as if in a process of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def store(self) -> Store:
+        return SqliteStore(self.path)
 
 
 class EtcdBackend:

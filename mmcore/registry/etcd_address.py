@@ -13,7 +13,7 @@ DEFAULT_PREFIX: Final = "mmcore"
 DEFAULT_PORT: Final = 2379
 
 _URL: Final = re.compile(r"(etcds?)://([^/?#@]+)(/[^?#]*)?")
-#: What the connection file may hold. With ``_file`` the name of a file beside it is given, which counts before the text.
+#: What the connection file may hold; with ``_file``, the name of a file beside it, which counts before the text itself.
 _TEXTS: Final = ("certificate", "client_key", "client_certificate")
 _FIELDS: Final = frozenset(
     (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mmcore.registry.memory import MemoryStore
 from mmcore.registry.registry import LEASE_S, Registry
 from mmcore.registry.store import Store
@@ -10,8 +12,9 @@ from mmcore.registry.store import Store
 def open_registry(url: str, instance: str, *, lease_s: float = LEASE_S) -> Registry:
     """The registry at ``url``, not started yet.
 
-    ``memory:`` is one for this instance alone; ``etcd://host:port[,host:port]/prefix``, ``etcds://`` with TLS, or
-    ``etcd:FILE`` with a connection file, is one for instances on any machine.
+    ``memory:`` is one for this instance alone; ``sqlite:PATH`` for the processes of one machine;
+    ``etcd://host:port[,host:port]/prefix``, ``etcds://`` with TLS, or ``etcd:FILE`` with a connection file, for
+    instances on any machine.
 
     Raises:
         ValueError: the text is no address of a registry.
@@ -22,6 +25,10 @@ def open_registry(url: str, instance: str, *, lease_s: float = LEASE_S) -> Regis
 def _store(url: str) -> Store:
     if url == "memory:":
         return MemoryStore()
+    if url.startswith("sqlite:") and url != "sqlite:":
+        from mmcore.registry.sqlite import SqliteStore
+
+        return SqliteStore(Path(url.removeprefix("sqlite:")))
     if url.startswith(("etcd:", "etcds:")):
         from mmcore.registry.etcd import EtcdStore
         from mmcore.registry.etcd_address import parse_address

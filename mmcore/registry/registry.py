@@ -10,14 +10,14 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
 from mmcore.errors import Unavailable
 from mmcore.registry.presence import CANDIDATES, Presence
 from mmcore.registry.records import InstanceRecord, ModelRecord, VModelRecord, decode, encode
-from mmcore.registry.store import Changes, Compacted, Outcome, Store, Write
+from mmcore.registry.store import Changes, Compacted, Entry, Fence, Outcome, Store, Write
 from mmcore.registry.table import Table
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ class Registry:
         self._identity: bytes | None = None
         self._version = 0
         self._following = asyncio.Event()
+        self._closed = False
+        self._conflicts = asyncio.Lock()
         self._waiting: dict[asyncio.Future[None], int] = {}
         #: Instances that a store which came back empty does not know yet.
         self._missed: set[str] = set()
@@ -95,7 +97,10 @@ class Registry:
             raise
 
     async def close(self) -> None:
-        """Withdraw this instance's record and candidacy, and let go of the store."""
+        """Withdraw this instance's record and candidacy, and let go of the store; once is enough."""
+        if self._closed:
+            return
+        self._closed = True
         await self._presence.end()
         for task in self._tasks:
             task.cancel()
@@ -139,47 +144,62 @@ class Registry:
         """
         await self._wait_until_followed()
         fence = self._presence.fence() if fenced else None
-        loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + CONFLICT_S
         seen = {table.key(name): table.entry(name) for table, name in keys}
-        latest = False
-        attempts = 0
-        while True:
-            after: list[Any] = []
-            failure: Exception | None = None
-            writes: list[Write] = []
-            try:
-                before = [
-                    None if (entry := seen[table.key(name)]) is None else decode(table.kind, name, entry.value)
-                    for table, name in keys
-                ]
-                stored = [None if record is None else encode(record) for record in before]
-                after = list(change(before))
-                for (table, name), old, record in zip(keys, stored, after, strict=True):
-                    new = None if record is None else encode(record)
-                    if new != old:
-                        writes.append(Write(table.key(name), new))
-            except Exception as error:
-                if latest:
-                    raise
-                failure, writes = error, []
-            if latest and not writes and fence is None:
-                return after
-            # Without writes it tells whether what was seen is the latest.
-            outcome = await self._store.transact(seen, writes, fence)
-            if outcome.done:
-                if failure is not None:
-                    raise failure
-                if writes:
-                    await self._returned(outcome)
-                return after
-            if loop.time() >= give_up_at:
-                names = ", ".join(name for _, name in keys)
-                raise Unavailable(f"the records of {names} are being changed by others all the time")
-            seen, latest = dict(outcome.current), True
-            attempts += 1
-            # Spread, so that many who write the same record do not meet again.
-            await asyncio.sleep(random.uniform(0, 0.001 * 2 ** min(attempts, 7)))  # noqa: S311  # no secret
+        outcome, after = await self._attempt(keys, change, seen, fence, latest=False)
+        if outcome.done:
+            return after
+        # Who meets a conflict waits for the others of this instance that do: of each instance one goes on.
+        async with self._conflicts:
+            loop = asyncio.get_running_loop()
+            give_up_at = loop.time() + CONFLICT_S
+            pause_s = 0.001
+            while loop.time() < give_up_at:
+                outcome, after = await self._attempt(keys, change, outcome.current, fence, latest=True)
+                if outcome.done:
+                    return after
+                await asyncio.sleep(random.uniform(0, pause_s))  # noqa: S311  # no secret
+                pause_s = min(pause_s * 2, 0.1)
+        names = ", ".join(name for _, name in keys)
+        raise Unavailable(f"the records of {names} are being changed by others all the time")
+
+    async def _attempt(
+        self,
+        keys: Sequence[Key],
+        change: Callable[[list[Any]], Sequence[Any]],
+        seen: Mapping[str, Entry | None],
+        fence: Fence | None,
+        *,
+        latest: bool,
+    ) -> tuple[Outcome, list[Any]]:
+        """One attempt of a commit at the entries ``seen``: the ``latest``, if they come from the store itself."""
+        after: list[Any] = []
+        failure: Exception | None = None
+        writes: list[Write] = []
+        try:
+            before = [
+                None if (entry := seen[table.key(name)]) is None else decode(table.kind, name, entry.value)
+                for table, name in keys
+            ]
+            # Taken now: a record's mappings can be changed in place.
+            stored = [None if record is None else encode(record) for record in before]
+            after = list(change(before))
+            for (table, name), old, record in zip(keys, stored, after, strict=True):
+                new = None if record is None else encode(record)
+                if new != old:
+                    writes.append(Write(table.key(name), new))
+        except Exception as error:
+            if latest:
+                raise
+            failure, writes = error, []
+        if latest and not writes and fence is None:
+            return Outcome(True, 0, {}), after
+        # Without writes it tells whether what was seen is the latest.
+        outcome = await self._store.transact(seen, writes, fence)
+        if outcome.done and failure is not None:
+            raise failure
+        if outcome.done and writes:
+            await self._returned(outcome)
+        return outcome, after
 
     # Following the store.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from mmcore.registry import MemoryStore
 from tests.etcds import Etcd
-from tests.registries import Backend, EtcdBackend, MemoryBackend, Registries
+from tests.registries import Backend, EtcdBackend, MemoryBackend, Registries, SqliteBackend
 
 
 @pytest.fixture(scope="session")
@@ -29,15 +30,18 @@ def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 @pytest.fixture(
     params=[
         "memory",
+        "sqlite",
         pytest.param("etcd 3.4", marks=pytest.mark.slow),
         pytest.param("etcd 3.5", marks=pytest.mark.slow),
     ]
 )
-def backend(request: pytest.FixtureRequest, shared_etcd: Callable[[str], Etcd]) -> Backend:
+def backend(request: pytest.FixtureRequest, shared_etcd: Callable[[str], Etcd], tmp_path: Path) -> Backend:
     """A place that holds a registry, empty."""
     kind, _, version = request.param.partition(" ")
     if kind == "etcd":
         return EtcdBackend(f"etcd://{shared_etcd(version).endpoint}/{request.node.name}")
+    if kind == "sqlite":
+        return SqliteBackend(tmp_path / "registry.db")
     return MemoryBackend(MemoryStore())
 
 
