@@ -101,7 +101,8 @@ cdef class Prepared:
         batched: whether the first dimension counts rows, so that a request of n rows counts as n inferences.
 
     ``merging`` is the lane's, None where requests are not merged; ``most_rows`` is what one request may have, 0: any
-    number; ``shelf`` holds answers to be given again, None where none are.
+    number; ``shelf`` holds answers to be given again, None where none are. ``free`` tells whether an inference more
+    may run, None where any number may.
     """
 
     cdef readonly bint batched
@@ -125,6 +126,7 @@ cdef class Prepared:
     cdef object infer
     cdef object record
     cdef object record_part
+    cdef object free
     cdef object fail
     cdef object hit
     cdef object miss
@@ -135,7 +137,8 @@ cdef class Prepared:
     cdef uint64_t allowed
     cdef int left
 
-    def __init__(self, copy, merging=None, int64_t most_rows=0, Shelf shelf=None):
+    def __init__(self, copy, merging=None, int64_t most_rows=0, Shelf shelf=None, free=None):
+        self.free = free
         self.shelf = shelf
         self.merging = merging
         self.gathered = []
@@ -301,6 +304,7 @@ cdef class CommonPath:
             or 0 < prepared.most_rows < rows
             or not prepared.allowed >> size_class(rows) & 1
             or (deadline is not None and <double> deadline <= bound * 1e-9)
+            or (prepared.free is not None and not prepared.free())
         ):
             return self.measured(call, request, copy, inputs, started, bound)
         if prepared.merging is not None and prepared.gathers(rows, started):
@@ -387,6 +391,10 @@ cdef class CommonPath:
         try:
             gathered = [one for one in gathered if not one.call.cancelled]
             prepared.found(len(gathered))
+            if prepared.free is not None and not prepared.free():
+                for one in gathered:
+                    self.hand_on(copy, one)
+                return 0
             while gathered:
                 first = <Gathered> gathered[0]
                 group = []
@@ -401,6 +409,17 @@ cdef class CommonPath:
             prepared.ended = now()
         finally:
             copy.release()
+        return 0
+
+    cdef int hand_on(self, copy, Gathered one) except -1:
+        """Let a gathered request wait for its turn in a thread after all."""
+        try:
+            message = self.measured(one.call, one.request, copy, one.inputs, one.started, one.bound)
+        except (Exception, SystemExit) as failure:
+            self.refuse(one.call, failure, f"inference of model {copy.name}")
+            return 0
+        if message is not None:
+            one.call.reply(message)
         return 0
 
     cdef int run_group(self, Prepared prepared, copy, list group) except -1:

@@ -116,6 +116,8 @@ class ModelSettings:
     timeout_s: float | None = None
     #: Whether requests may be put together; None where nothing is said: by the format and the shapes.
     merges: bool | None = None
+    #: Inferences that may run at once, each in a worker process of its own where it is isolated; 0: not stated.
+    instances: int = 0
     batching: Batching = Batching()
     warmups: tuple[Warmup, ...] = ()
     #: Whether the same request may get the same answer again without asking the model.

@@ -15,7 +15,12 @@ class Gathered: ...
 @final
 class Prepared:
     def __init__(
-        self, copy: Any, merging: Merging | None = None, most_rows: int = 0, shelf: Shelf | None = None
+        self,
+        copy: Any,
+        merging: Merging | None = None,
+        most_rows: int = 0,
+        shelf: Shelf | None = None,
+        free: Callable[[], bool] | None = None,
     ) -> None: ...
     @property
     def batched(self) -> bool: ...

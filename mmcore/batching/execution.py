@@ -36,7 +36,7 @@ from mmcore.errors import (
 )
 from mmcore.runtimes import OutputTensor
 from mmcore.runtimes.interface import Array
-from mmcore.runtimes.isolation import IsolatedModel
+from mmcore.runtimes.isolation import Isolated
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _work(lane: Lane, batch: list[Job]) -> None:
     if not wanted:
         return
     model, merging = wanted[0].copy.model, lane.merging
-    infer = model.infer_for([job.caller for job in wanted]) if isinstance(model, IsolatedModel) else model.infer
+    infer = model.infer_for([job.caller for job in wanted]) if isinstance(model, Isolated) else model.infer
     if len(wanted) == 1 or merging is None:
         for job in wanted:
             job.result = alone(infer, job.inputs, rows_of(job.inputs), job.names)
@@ -197,7 +197,7 @@ class Execution:
         self._turns: SimpleQueue[Lane | None] = SimpleQueue()
         self._finished: deque[Job] = deque()
         self._wake_pending = False
-        #: Threads that wait for a worker process.
+        #: Threads that wait for a worker process, or that models have beyond their share.
         self._lent = 0
         self._stopped = False
         self._logged_at: dict[str, float] = {}
@@ -210,7 +210,8 @@ class Execution:
             merging = merging_of(copy.name, copy.source.format, copy.model, settings)
             lane = copy.lane = Lane(
                 settings.execution,
-                isolated=isinstance(copy.model, IsolatedModel),
+                isolated=isinstance(copy.model, Isolated),
+                instances=settings.instances,
                 merging=merging,
                 batching=settings.batching,
                 most_rows=settings.max_batch_size if merging is not None and settings.merges else 0,
@@ -306,8 +307,10 @@ class Execution:
             self._turns.put(lane)
 
     def _most_running(self, lane: Lane) -> int:
-        if lane.batching.ordered or lane.isolated:
+        if lane.batching.ordered:
             return 1
+        if lane.isolated or lane.instances:
+            return max(1, lane.instances)
         return self._share_merging if lane.merges else self._share
 
     def _let_go(self, lane: Lane) -> None:
@@ -357,9 +360,11 @@ class Execution:
         while (lane := self._turns.get()) is not None:
             with self._lock:
                 lane.scheduled = False
-                batch = self._batch(lane)
+                # In this order: what looks for both from outside of the lock sees one of them.
                 lane.running += 1
-                if lane.isolated:
+                batch = self._batch(lane)
+                lent = lane.isolated or lane.running > self._share
+                if lent:
                     self._lend()
                 # Back to the end of the line, so that lanes take turns.
                 self._schedule(lane)
@@ -370,13 +375,16 @@ class Execution:
                 _work(lane, batch)
             with self._lock:
                 lane.running -= 1
-                self._lent -= lane.isolated
+                self._lent -= lent
                 self._schedule(lane)
             self._finish(batch)
             del batch, lane
 
     def _lend(self) -> None:
-        """With the lock: let a thread wait for a worker process, and see that no fewer are left to the others."""
+        """With the lock: see that a thread less is not missed.
+
+        It waits for a worker process, or is one that a model has beyond its share since its settings say so.
+        """
         self._lent += 1
         if self._lent > len(self._threads) - self._thread_count and not self._stopped:
             self._add_thread()

@@ -79,7 +79,8 @@ class Lane:
 
     Attributes:
         execution: ``auto``, ``inline`` or ``thread``, as its settings say.
-        isolated: whether it runs in a worker process, which takes one request at a time.
+        isolated: whether it runs in worker processes, each of which takes one request at a time.
+        instances: inferences that may run at once, where its settings say so; 0: that is not its settings' to say.
         batching: what its settings say of batches and of the queue.
         merging: how its requests are merged; None where they are not.
         most_rows: what one request may have, where the settings say so; 0: any number.
@@ -91,8 +92,8 @@ class Lane:
     """
 
     __slots__ = (
-        *("__weakref__", "_paces", "batching", "execution", "held", "hopeless", "isolated", "jobs", "merging"),
-        *("most_rows", "running", "scheduled"),
+        *("__weakref__", "_paces", "batching", "execution", "held", "hopeless", "instances", "isolated", "jobs"),
+        *("merging", "most_rows", "running", "scheduled"),
     )
 
     def __init__(
@@ -100,12 +101,14 @@ class Lane:
         execution: str,
         *,
         isolated: bool = False,
+        instances: int = 0,
         merging: Merging | None = None,
         batching: Batching | None = None,
         most_rows: int = 0,
     ) -> None:
         self.execution = execution
         self.isolated: Final = isolated
+        self.instances: Final = instances
         self.batching: Final = batching or Batching()
         self.merging: Final = merging
         self.most_rows: Final = most_rows
@@ -161,8 +164,15 @@ class Lane:
         """What becomes of the requests of a level that wait."""
         return self.batching.policies.get(level, self.batching.policy)
 
+    def free(self) -> bool:
+        """Whether one more inference may run, on the loop, beside those that run or wait in threads.
+
+        For the loop's thread, which is the only one to let more of them wait: it stays true while that one runs.
+        """
+        return not self.instances or len(self.jobs) + self.running < self.instances
+
     def runs_inline(self, pace: Pace) -> bool:
         """Whether an inference of that pace should run on the loop."""
-        if self.delays or self.isolated:
+        if self.delays or self.isolated or not self.free():
             return False
         return pace.runs_inline() if self.execution == "auto" else self.execution == "inline"

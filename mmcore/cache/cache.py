@@ -25,7 +25,7 @@ from mmcore.cache.threads import LoaderThreads
 from mmcore.errors import Cancelled, LoadFailed, MmcoreError, Overloaded, Unavailable
 from mmcore.model import ModelSource
 from mmcore.runtimes import LoadedModel, load_model
-from mmcore.runtimes.isolation import IsolatedModel
+from mmcore.runtimes.isolation import Isolated, IsolatedGroup
 from mmcore.runtimes.size import disk_size
 from mmcore.runtimes.warmup import warm_up
 from mmcore.storage import Origin
@@ -279,7 +279,8 @@ class Cache:
         try:
             load.origin.confirm(load.name)
             bound = self._bind(model)
-            warm_up(source, model, bound)
+            for one in model.members if isinstance(model, IsolatedGroup) else (model,):
+                warm_up(source, one, bound)
             return model, bound
         except BaseException:
             model.close()
@@ -315,7 +316,7 @@ class Cache:
         copy.pin()
         asyncio.get_running_loop().call_later(self._residency_s, self._end_residency, copy)
         log.info("loaded model %s version %s, %d bytes", copy.name, copy.version, copy.weight)
-        if isinstance(copy.model, IsolatedModel):
+        if isinstance(copy.model, Isolated):
             loop = asyncio.get_running_loop()
             copy.model.watch_broken(partial(_call_soon, loop, self._broken, copy))
         self.on_loaded(copy)

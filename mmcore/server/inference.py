@@ -80,7 +80,13 @@ class Inference:
             lane = self._router.execution.lane(copy)
             # Requests that wait for others by the clock do so in the execution.
             shelf = Shelf(self._responses, copy.name, copy.version) if copy.source.settings.response_cache else None
-            copy.prepared = Prepared(copy, None if lane.delays else lane.merging, lane.most_rows, shelf)
+            copy.prepared = Prepared(
+                copy,
+                None if lane.delays else lane.merging,
+                lane.most_rows,
+                shelf,
+                lane.free if lane.instances else None,
+            )
         try:
             inputs = copy.signature.bind(request) if request.plain else bind_tensors(request, copy, self._regions)
         except Exception:

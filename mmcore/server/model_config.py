@@ -61,6 +61,9 @@ def model_config(
         config.parameters[key].string_value = value
     if merged:
         _tell_batching(config.dynamic_batching, settings.batching)
+    if settings.instances:
+        kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
+        config.instance_group.add(name=f"{name}_0", count=settings.instances, kind=kind)
     if settings.response_cache:
         config.response_cache.enable = True
     for warmup in settings.warmups:

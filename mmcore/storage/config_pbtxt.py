@@ -1,12 +1,13 @@
 """Triton's ``config.pbtxt``: what of it mmcore acts upon, and a refusal of what would change the answers if ignored.
 
-Fields are those of model_config.proto. Scheduling hints that do not change an answer (instance groups, optimisation,
-rate limits) are accepted and left to mmcore's own judgement.
+Fields are those of model_config.proto. Hints that do not change an answer (optimisation, rate limits, devices) are
+accepted and left to mmcore's own judgement.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from mmcore.errors import InvalidModel
 from mmcore.model import Batching, QueuePolicy, TensorSpec, Warmup, WarmupInput
 from mmcore.pb import model_config_pb2
 from mmcore.storage.containment import inside
-from mmcore.storage.stated import Stated, VersionPolicy
+from mmcore.storage.stated import MOST_INSTANCES, Stated, VersionPolicy
+
+log = logging.getLogger(__name__)
 
 CONFIG_PBTXT: Final = "config.pbtxt"
 #: What an error names when the configuration came with a load request.
@@ -118,10 +121,24 @@ def _stated(config: model_config_pb2.ModelConfig, folder: Path, file: str, *, si
         parameters=_parameters(config),
         policy=_policy(config.version_policy, file),
         merges=batched if sized else None,
+        instances=_instances(config, folder, file),
         batching=_batching(config, file),
         warmups=tuple(_warmup(config, warmup, folder, file) for warmup in config.model_warmup),
         response_cache=config.response_cache.enable if config.HasField("response_cache") else None,
     )
+
+
+def _instances(config: model_config_pb2.ModelConfig, folder: Path, file: str) -> int | None:
+    """The instances of all groups together; one that states no number has one (Triton, ModelInstanceGroup)."""
+    groups = [group for group in config.instance_group if not group.passive]
+    if any(group.count < 0 for group in groups):
+        raise InvalidModel(f"{file}: instance_group: count: must not be negative")
+    stated = sum(max(1, group.count) for group in groups)
+    if stated > MOST_INSTANCES:
+        raise InvalidModel(f"{file}: instance_group: must not be above {MOST_INSTANCES} instances, got {stated}")
+    if any(group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU for group in groups):
+        log.warning("model folder %s: its instance_group asks for a GPU; it runs on the CPU", folder.name)
+    return stated or None
 
 
 def _batching(config: model_config_pb2.ModelConfig, file: str) -> Batching | None:

@@ -18,7 +18,7 @@ from mmcore.errors import InvalidModel
 from mmcore.model import Batching, QueuePolicy
 from mmcore.storage.config_pbtxt import CONFIG_PBTXT, read_config_pbtxt
 from mmcore.storage.containment import inside
-from mmcore.storage.stated import ISOLATIONS, Reader, Stated, known_format
+from mmcore.storage.stated import ISOLATIONS, MOST_INSTANCES, Reader, Stated, known_format
 
 MODEL_SETTINGS: Final = "model-settings.json"
 SCHEMA: Final = "_schema.json"
@@ -43,7 +43,7 @@ _IMPLEMENTATIONS: Final = {
 _YAML_FIELDS: Final = (
     *("name", "format", "version", "file", "max_batch_size", "inputs", "outputs"),
     *("execution", "size_bytes", "isolation", "isolation_memory", "timeout"),
-    *("parameters", "max_queue_delay_us", "queue_limit", "response_cache"),
+    *("parameters", "max_queue_delay_us", "queue_limit", "response_cache", "instances"),
 )
 
 
@@ -171,6 +171,7 @@ def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
         isolation_memory_bytes=_size(reader, "isolation_memory"),
         timeout_s=_duration(reader, "timeout"),
         merges=None if most_rows is None else most_rows > 0,
+        instances=_instances(reader),
         batching=_batching(reader),
         response_cache=reader.switch("response_cache"),
     )
@@ -181,6 +182,13 @@ def _batching(reader: Reader) -> Batching | None:
     if delay_us is None and limit is None:
         return None
     return Batching(delay_us=delay_us or 0, policy=QueuePolicy(limit=limit or 0))
+
+
+def _instances(reader: Reader) -> int | None:
+    stated = reader.count("instances")
+    if stated is not None and not 1 <= stated <= MOST_INSTANCES:
+        raise InvalidModel(f"{reader.where('instances')}: must be from 1 to {MOST_INSTANCES}, got {stated}")
+    return stated
 
 
 def _labels(reader: Reader) -> dict[str, tuple[str, ...]]:

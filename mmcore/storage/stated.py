@@ -24,6 +24,9 @@ FORMAT_ALIASES: Final = {
     "scikit-learn": "sklearn",
 }
 
+#: Inferences of one model that may run at once; it is threads or processes that they take.
+MOST_INSTANCES: Final = 256
+
 #: Where a model may ask to be run.
 ISOLATIONS: Final = ("none", "process")
 
@@ -70,6 +73,7 @@ class Stated:
     timeout_s: float | None = None
     policy: VersionPolicy | None = None
     merges: bool | None = None
+    instances: int | None = None
     batching: Batching | None = None
     warmups: tuple[Warmup, ...] = ()
     response_cache: bool | None = None
@@ -97,6 +101,7 @@ class Stated:
             isolation_memory_bytes=self.isolation_memory_bytes,
             timeout_s=self.timeout_s,
             merges=self.merges,
+            instances=self.instances or 0,
             batching=self.batching or Batching(),
             warmups=self.warmups,
             response_cache=bool(self.response_cache),

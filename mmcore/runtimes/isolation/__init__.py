@@ -5,7 +5,8 @@ worker, a fresh interpreter that has loaded the files. The worker runs code of t
 whatever it answers is checked. It is no sandbox for the file system or the network.
 """
 
+from mmcore.runtimes.isolation.group import Isolated, IsolatedGroup
 from mmcore.runtimes.isolation.model import IsolatedModel
 from mmcore.runtimes.isolation.policy import policy_loader
 
-__all__ = ["IsolatedModel", "policy_loader"]
+__all__ = ["Isolated", "IsolatedGroup", "IsolatedModel", "policy_loader"]

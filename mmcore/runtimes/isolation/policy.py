@@ -8,6 +8,7 @@ from typing import Final
 
 from mmcore.model import ModelSource
 from mmcore.runtimes.interface import LoadedModel
+from mmcore.runtimes.isolation.group import IsolatedGroup
 from mmcore.runtimes.isolation.model import IsolatedModel
 from mmcore.runtimes.loading import load_model
 
@@ -26,7 +27,10 @@ def policy_loader(policy: str) -> Callable[[ModelSource], LoadedModel]:
 
 
 def _load(policy: str, source: ModelSource) -> LoadedModel:
-    return IsolatedModel(source) if is_isolated(source, policy) else load_model(source)
+    if not is_isolated(source, policy):
+        return load_model(source)
+    instances = source.settings.instances
+    return IsolatedGroup(source, instances) if instances > 1 else IsolatedModel(source)
 
 
 def is_isolated(source: ModelSource, policy: str) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,10 @@ class Rows(FakeModel):
         super().__init__()
         self.call_s, self.row_s = call_s, row_s
         self.asked: list[list[float]] = []
+        self.before: Callable[[], object] = lambda: None
 
     def infer(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Sequence[OutputTensor]:
+        self.before()
         values = inputs["X"].tolist()
         self.asked.append(values)
         until = time.perf_counter() + self.call_s + self.row_s * len(values)
@@ -208,6 +212,31 @@ async def test_a_model_that_is_not_to_be_merged_is_asked_one_by_one() -> None:
     for _ in range(50):
         assert await bench.turn([1], [2], [3]) == [[10], [20], [30]]
     assert all(len(values) == 1 for values in bench.model.asked)
+    await bench.router.close()
+
+
+async def test_gathered_requests_wait_for_the_only_instance() -> None:
+    bench = Bench(replace(MERGED, instances=1), CALL_S, ROW_S)
+    await bench.warm()
+    entered, opened = threading.Event(), threading.Event()
+    bench.model.before = lambda: (entered.set(), opened.wait(10))
+    gathered, threaded = [FakeCall(), FakeCall()], FakeCall()
+    for call, value in zip(gathered, (1, -1), strict=True):
+        body = bytes(encode_infer_request("m", [("X", "FP32", np.array([value], np.float32))]))
+        assert bench.infer(call, body) is None  # type: ignore[arg-type]  # as above
+    # What has parameters goes another way, here into a thread, while they wait for the turn's end.
+    bench.copy.lane.execution = "thread"
+    body = bytes(encode_infer_request("m", [("X", "FP32", np.array([5], np.float32))], parameters={"mine": 1}))
+    assert bench.infer(threaded, body) is None  # type: ignore[arg-type]  # as above
+    assert await asyncio.to_thread(entered.wait, 10)
+    bench.copy.lane.execution = "inline"
+    await asyncio.sleep(0)
+    assert not any(call.ended.is_set() for call in gathered)
+    opened.set()
+    for call in (*gathered, threaded):
+        await asyncio.wait_for(call.ended.wait(), 10)
+    assert (threaded.error, gathered[0].error) == (None, None)
+    assert gathered[1].error == (Status.INTERNAL, "ValueError: negative")
     await bench.router.close()
 
 

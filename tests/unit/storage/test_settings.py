@@ -45,6 +45,53 @@ def test_a_triton_configuration_is_read(tmp_path: Path) -> None:
     assert settings.outputs == (TensorSpec("OUT", "INT64", (-1, 1)),)
     assert settings.labels == {"OUT": ("cat", "dog")}
     assert settings.parameters == {"threads": "2"}
+    assert settings.instances == 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "instances"),
+    [
+        ("", 0),
+        ("instance_group { }", 1),
+        ("instance_group [ { count: 3 kind: KIND_CPU }, { kind: KIND_AUTO } ]", 4),
+        ("instance_group [ { count: 2 }, { count: 5 passive: true } ]", 2),
+    ],
+)
+def test_instances_are_those_of_all_groups(tmp_path: Path, groups: str, instances: int) -> None:
+    put(tmp_path, "config.pbtxt", groups)
+    assert read_settings(tmp_path).settings().instances == instances
+
+
+def test_instances_on_a_gpu_run_on_the_cpu_which_the_log_tells(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "config.pbtxt", "instance_group [ { count: 2 kind: KIND_GPU gpus: [ 0 ] } ]")
+    assert read_settings(tmp_path).instances == 2
+    assert f"{tmp_path.name}: its instance_group asks for a GPU; it runs on the CPU" in caplog.text
+
+
+def test_mmcore_yaml_states_instances_and_the_response_cache(tmp_path: Path) -> None:
+    put(tmp_path, "config.pbtxt", "instance_group { count: 2 }\nresponse_cache { enable: true }")
+    assert read_settings(tmp_path).settings().response_cache
+    put(tmp_path, "mmcore.yaml", "instances: 4\nresponse_cache: false")
+    settings = read_settings(tmp_path).settings()
+    assert (settings.instances, settings.response_cache) == (4, False)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "complaint"),
+    [
+        ("config.pbtxt", "instance_group { count: -1 }", "instance_group: count: must not be negative"),
+        ("config.pbtxt", "instance_group { count: 257 }", "must not be above 256 instances, got 257"),
+        ("mmcore.yaml", "instances: 0", "mmcore.yaml: instances: must be from 1 to 256, got 0"),
+        ("mmcore.yaml", "instances: many", "mmcore.yaml: instances: expected a whole number"),
+        ("mmcore.yaml", "response_cache: 1", "mmcore.yaml: response_cache: expected true or false, got 1"),
+    ],
+)
+def test_wrong_instances_and_switches_are_refused(tmp_path: Path, file: str, text: str, complaint: str) -> None:
+    put(tmp_path, file, text)
+    with pytest.raises(InvalidModel, match=complaint):
+        read_settings(tmp_path)
 
 
 def test_shapes_are_whole_without_a_batch_dimension(tmp_path: Path) -> None:
