@@ -5,6 +5,26 @@ and links are plain pointers: an entry that dies, and a list that dies, take the
 Calls are made from one thread, that of the event loop.
 """
 
+# Where the link lies in an entry; the same for all subclasses, which come after it.
+cdef Py_ssize_t LINK_AT = 0
+
+
+cdef inline Entry holder(Link* link):
+    """The entry that a link belongs to."""
+    return <Entry> <void*> (<char*> link - LINK_AT)
+
+
+cdef inline void unlink(Entry entry) noexcept:
+    cdef Lru lru = <Lru> entry.owner
+    lru.total -= entry.weight
+    if entry.pins:
+        lru.pinned -= entry.weight
+    entry.link.newer.older = entry.link.older
+    entry.link.older.newer = entry.link.newer
+    entry.link.newer = NULL
+    entry.link.older = NULL
+    entry.owner = NULL
+
 
 cdef class Entry:
     """One thing in an :class:`Lru`, at most one list at a time; made to be subclassed.
@@ -13,13 +33,16 @@ cdef class Entry:
         key: what the list finds it by; unique within the list.
         weight: what it counts for; changed by ``Lru.reweigh`` alone.
         pins: users now at work with it; ``Lru.oldest`` passes over an entry that has any.
+        uses: how often it has been touched since it was added.
+        used_at: what ``Lru.now`` was when it was added or last touched.
     """
 
     def __cinit__(self, *args, **fields):
         self.link.newer = NULL
         self.link.older = NULL
-        self.link.entry = <void*> self
         self.owner = NULL
+        global LINK_AT
+        LINK_AT = <char*> &self.link - <char*> <void*> self
 
     def __init__(self, key, Py_ssize_t weight=0):
         if self.owner != NULL:
@@ -32,7 +55,7 @@ cdef class Entry:
     def __dealloc__(self):
         # Reached with a list only while that list is being torn down by the collector.
         if self.owner != NULL:
-            self.unlink()
+            unlink(self)
 
     @property
     def linked(self) -> bool:
@@ -41,6 +64,8 @@ cdef class Entry:
 
     def pin(self) -> None:
         """Count one more user."""
+        if self.pins == 0 and self.owner != NULL:
+            (<Lru> self.owner).pinned += self.weight
         self.pins += 1
 
     def unpin(self) -> int:
@@ -48,15 +73,9 @@ cdef class Entry:
         if self.pins == 0:
             raise ValueError(f"{self.key!r} has no pin to take back")
         self.pins -= 1
+        if self.pins == 0 and self.owner != NULL:
+            (<Lru> self.owner).pinned -= self.weight
         return self.pins
-
-    cdef void unlink(self) noexcept:
-        (<Lru> self.owner).total -= self.weight
-        self.link.newer.older = self.link.older
-        self.link.older.newer = self.link.newer
-        self.link.newer = NULL
-        self.link.older = NULL
-        self.owner = NULL
 
 
 cdef class Lru:
@@ -64,13 +83,15 @@ cdef class Lru:
 
     Attributes:
         total: the weights of all entries together.
+        pinned: of those, the weights of entries that are in use.
+        now: the time that entries are marked with when they are touched, in the holder's units; the holder moves it on.
     """
 
     def __cinit__(self):
         self.ends.newer = &self.ends
         self.ends.older = &self.ends
-        self.ends.entry = NULL
         self.total = 0
+        self.pinned = 0
         self.entries = {}
 
     def __dealloc__(self):
@@ -80,7 +101,7 @@ cdef class Lru:
             following = link.newer
             link.newer = NULL
             link.older = NULL
-            (<Entry> link.entry).owner = NULL
+            holder(link).owner = NULL
             link = following
 
     cdef void put_newest(self, Link* link) noexcept:
@@ -92,6 +113,8 @@ cdef class Lru:
     cdef void move_newest(self, Entry entry) noexcept:
         """Touch an entry known to be in this list."""
         cdef Link* link = &entry.link
+        entry.uses += 1
+        entry.used_at = self.now
         link.newer.older = link.older
         link.older.newer = link.newer
         self.put_newest(link)
@@ -114,13 +137,17 @@ cdef class Lru:
             raise KeyError(f"{entry.key!r} is taken")
         self.entries[entry.key] = entry
         entry.owner = <void*> self
+        entry.uses = 0
+        entry.used_at = self.now
         self.put_newest(&entry.link)
         self.total += entry.weight
+        if entry.pins:
+            self.pinned += entry.weight
 
     def remove(self, Entry entry not None) -> None:
         """Take an entry out, pinned or not; KeyError when it is not in this list."""
         self.check_member(entry)
-        entry.unlink()
+        unlink(entry)
         del self.entries[entry.key]
 
     def touch(self, Entry entry not None) -> None:
@@ -140,6 +167,8 @@ cdef class Lru:
         if entry.owner != NULL:
             self.check_member(entry)
             self.total += weight - entry.weight
+            if entry.pins:
+                self.pinned += weight - entry.weight
         entry.weight = weight
 
     def oldest(self):
@@ -147,12 +176,18 @@ cdef class Lru:
 
         Pinned entries older than it are walked over: as many as are in use and were touched before it.
         """
+        cdef list found = self.oldest_of(1)
+        return found[0] if found else None
+
+    def oldest_of(self, Py_ssize_t count) -> list:
+        """Up to so many of the least recently used entries that nobody has pinned, the oldest first."""
+        cdef list found = []
         cdef Link* link = self.ends.newer
-        while link != &self.ends:
-            if (<Entry> link.entry).pins == 0:
-                return <Entry> link.entry
+        while link != &self.ends and len(found) < count:
+            if holder(link).pins == 0:
+                found.append(holder(link))
             link = link.newer
-        return None
+        return found
 
     def get(self, key):
         """The entry of that key, or None; no touch."""
@@ -169,6 +204,6 @@ cdef class Lru:
         cdef list found = []
         cdef Link* link = self.ends.newer
         while link != &self.ends:
-            found.append(<Entry> link.entry)
+            found.append(holder(link))
             link = link.newer
         return iter(found)

@@ -27,6 +27,7 @@ class LruMachine(RuleBasedStateMachine):
         self.entries: dict[int, Entry] = {}
         self.weights: dict[int, int] = {}
         self.pins: dict[int, int] = {}
+        self.uses: dict[int, tuple[int, int]] = {}
 
     def choose(self, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(self.order))
@@ -43,6 +44,7 @@ class LruMachine(RuleBasedStateMachine):
         self.lru.add(self.entries[key])
         self.order.append(key)
         self.weights[key], self.pins[key] = weight, 0
+        self.uses[key] = (0, self.lru.now)
 
     @precondition(lambda self: self.order)
     @rule(data=st.data())
@@ -51,6 +53,11 @@ class LruMachine(RuleBasedStateMachine):
         self.lru.touch(self.entries[key])
         self.order.remove(key)
         self.order.append(key)
+        self.uses[key] = (self.uses[key][0] + 1, self.lru.now)
+
+    @rule(seconds=st.integers(1, 100))
+    def pass_time(self, seconds: int) -> None:
+        self.lru.now += seconds
 
     @precondition(lambda self: self.order)
     @rule(data=st.data())
@@ -94,6 +101,12 @@ class LruMachine(RuleBasedStateMachine):
         assert [entry.key for entry in self.lru] == self.order
         assert len(self.lru) == len(self.order)
         assert self.lru.total == sum(self.weights[key] for key in self.order)
+        assert self.lru.pinned == sum(self.weights[key] for key in self.order if self.pins[key])
+        assert {key: (self.entries[key].uses, self.entries[key].used_at) for key in self.order} == {
+            key: self.uses[key] for key in self.order
+        }
+        free = [key for key in self.order if not self.pins[key]]
+        assert [entry.key for entry in self.lru.oldest_of(3)] == free[:3]
         oldest = self.lru.oldest()
         expected = next((key for key in self.order if self.pins[key] == 0), None)
         assert (oldest.key if oldest is not None else None) == expected
