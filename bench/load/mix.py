@@ -17,12 +17,14 @@ from bench.load.rounding import rounded
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Request bodies with their answers, whose last so many FP32 may be rounded otherwise, and the order of calls.
+    """Request bodies with their answers, and the order of calls.
+
+    The last so many floats of an answer, of struct's code ``f`` or ``d``, may be rounded otherwise.
 
     ``order`` holds positions in ``parts``; it is gone through again and again.
     """
 
-    parts: Sequence[tuple[bytes, bytes, int]]
+    parts: Sequence[tuple[bytes, bytes, int, str]]
     order: NDArray[np.int32]
 
     def write(self, path: Path) -> None:
@@ -36,7 +38,7 @@ class Mix:
 
     def exchanges(self) -> Iterator[tuple[bytes, bytes]]:
         """Body and answer of each call, without end."""
-        found = [(body, rounded(answer, values)) for body, answer, values in self.parts]
+        found = [(body, rounded(answer, values, code)) for body, answer, values, code in self.parts]
         return map(found.__getitem__, cycle(self.order.tolist()))
 
 

@@ -11,7 +11,9 @@ ABSOLUTE: Final = 1e-6
 
 
 class RoundedAnswer(bytes):
-    """An answer ending in ``values`` FP32 (little endian); equal to those that differ from it by rounding alone.
+    """An answer ending in ``values`` floats (little endian); equal to those that differ from it by rounding alone.
+
+    ``code`` is struct's: ``f`` for FP32, ``d`` for FP64.
 
     An answer found equal is remembered, and a matrix product rounds in a few ways only: nearly every comparison is a
     look into a set.
@@ -20,10 +22,10 @@ class RoundedAnswer(bytes):
     _values: struct.Struct
     _accepted: set[bytes]
 
-    def __new__(cls, answer: bytes, values: int) -> Self:
+    def __new__(cls, answer: bytes, values: int, code: str = "f") -> Self:
         """Of an answer that is right."""
         self = super().__new__(cls, answer)
-        self._values = struct.Struct(f"<{values}f")
+        self._values = struct.Struct(f"<{values}{code}")
         self._accepted = {bytes(answer)}
         return self
 
@@ -48,6 +50,6 @@ class RoundedAnswer(bytes):
         return False
 
 
-def rounded(answer: bytes, values: int) -> bytes:
-    """The answer, the last ``values`` FP32 of which may be rounded in another way; 0: it must come as it is."""
-    return RoundedAnswer(answer, values) if values else answer
+def rounded(answer: bytes, values: int, code: str = "f") -> bytes:
+    """The answer, the last ``values`` floats of which may be rounded in another way; 0: it must come as it is."""
+    return RoundedAnswer(answer, values, code) if values else answer
