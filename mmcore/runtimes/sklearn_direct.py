@@ -19,6 +19,8 @@ from scipy.special import expit
 from sklearn.ensemble._forest import ForestClassifier, ForestRegressor
 from sklearn.linear_model import ElasticNet, LinearRegression, LogisticRegression, Ridge
 from sklearn.linear_model._base import LinearClassifierMixin, LinearModel
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.neural_network._base import ACTIVATIONS
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.tree import BaseDecisionTree, DecisionTreeClassifier
@@ -100,6 +102,8 @@ def _step(estimator: Any, method: str) -> _Step | None:
         return _linear(estimator, own)
     if own in (StandardScaler.transform, MinMaxScaler.transform):
         return _scaler(estimator)
+    if own in (MLPClassifier.predict, MLPClassifier.predict_proba, MLPRegressor.predict):
+        return _network(estimator, own)
     return _trees(estimator, own) if getattr(estimator, "n_outputs_", 0) == 1 else None
 
 
@@ -205,6 +209,52 @@ def _scaler(estimator: Any) -> _Step | None:
 
         return _Step("range scaler", "fd", ranged)
     return None
+
+
+# Networks (sklearn.neural_network._multilayer_perceptron).
+
+
+def _network(estimator: Any, own: object) -> _Step | None:
+    forward = _forward(estimator)
+    one_column = estimator.n_outputs_ == 1
+    if own is MLPRegressor.predict:
+        if one_column:
+            return _Step("network", "fd", lambda features: forward(features).ravel())
+        return _Step("wide network", "fd", forward)
+    classes = estimator.classes_
+    if not isinstance(classes, np.ndarray) or len(classes) != (2 if one_column else estimator.n_outputs_):
+        return None
+    if estimator.out_activation_ != ("logistic" if one_column else "softmax"):
+        return None  # several labels at once
+    if own is MLPClassifier.predict_proba:
+        return _Step("network shares", "fd", (lambda rows: _both(forward(rows).ravel())) if one_column else forward)
+    if one_column:
+        return _Step("network binary", "fd", lambda rows: classes[(forward(rows).ravel() > 0.5).astype(np.int64)])
+    return _Step("network classes", "fd", lambda rows: classes.take(forward(rows).argmax(axis=1), mode="clip"))
+
+
+def _both(likely: Array) -> Array:
+    found: Array = np.vstack([1 - likely, likely]).T
+    return found
+
+
+def _forward(estimator: Any) -> Callable[[Array], Array]:
+    layers = list(zip(estimator.coefs_, estimator.intercepts_, strict=True))
+    activate, finish = ACTIVATIONS[estimator.activation], ACTIVATIONS[estimator.out_activation_]
+
+    def forward(features: Array) -> Array:
+        found = features
+        for weights, intercept in layers[:-1]:
+            found = found @ weights
+            found += intercept
+            activate(found)
+        weights, intercept = layers[-1]
+        answer: Array = found @ weights
+        answer += intercept
+        finish(answer)
+        return answer
+
+    return forward
 
 
 # Trees and forests (sklearn.tree._classes, sklearn.ensemble._forest), which take float32 alone.

@@ -4,7 +4,8 @@ Answers are those of XGBoost's own scikit-learn interface, which is what the arc
 from a ``Booster`` or a regressor answers ``predict`` in FP32; one saved from an ``XGBClassifier`` answers the class
 labels and offers ``predict_proba``. A model trained with early stopping answers from its best iteration.
 
-A request goes straight to the library's C function ``XGBoosterPredictFromDense`` (xgboost/c_api.h): the Python method
+A model's trees are walked by ``mmcore._ext.trees`` where that is known to answer the same (see ``xgboost_trees``). Else
+a request goes straight to the library's C function ``XGBoosterPredictFromDense`` (xgboost/c_api.h): the Python method
 around it, ``Booster.inplace_predict``, takes three times as long for a small model.
 """
 
@@ -29,6 +30,7 @@ from mmcore.runtimes.declared import method_outputs, single_input
 from mmcore.runtimes.failures import FailureReport
 from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor
 from mmcore.runtimes.size import estimated_size
+from mmcore.runtimes.xgboost_trees import forest
 
 _INPUT: Final = "predict"
 
@@ -95,9 +97,16 @@ class XgboostModel:
 
 
 class _Booster:
-    """A booster and its prediction function, called without the checks that a request's signature has made."""
+    """A booster's predictions, made without the checks that a request's signature has made.
 
-    def __init__(self, booster: xgboost.Booster) -> None:
+    Attributes:
+        values: FP32 [n, columns], what the objective makes of the trees' sum.
+        margins: FP32 [n, classes], the sum itself.
+
+    ``direct`` lets the trees be walked without the library, which is let go of then.
+    """
+
+    def __init__(self, booster: xgboost.Booster, *, direct: bool = True) -> None:
         config = json.loads(booster.save_config())["learner"]
         shape = config["learner_model_param"]
         self.width = booster.num_features()
@@ -112,6 +121,13 @@ class _Booster:
         self._iterations = 0 if best is None or self._linear else int(best) + 1
         self._value_config = self._config(_VALUE)
         self._margin_config = self._config(_MARGIN)
+        self.values: Prediction = self._library_values
+        self.margins: Prediction = self._library_margins
+        saved = bytes(booster.save_raw("ubj")) if direct and not self._linear else None
+        found = saved and forest(saved, iterations=self._iterations, values=self.values, margins=self.margins)
+        if found:
+            self.values, self.margins = found.values, found.margins
+            del self._booster, self._handle
 
     def _config(self, kind: int) -> bytes:
         options = {
@@ -125,17 +141,15 @@ class _Booster:
         }
         return json.dumps(options).encode()
 
-    def values(self, features: Features) -> Array:
-        """FP32 [n, columns]: what the objective makes of the trees' sum."""
+    def _library_values(self, features: Features) -> Array:
         return self._predict(features, self._value_config)
+
+    def _library_margins(self, features: Features) -> Array:
+        return self._predict(features, self._margin_config)
 
     def probabilities(self, features: Features) -> Array:
         """FP32 [n, columns]: the values, but of each class where the objective chooses one."""
         return _softmax(self.margins(features)) if self.objective == "multi:softmax" else self.values(features)
-
-    def margins(self, features: Features) -> Array:
-        """FP32 [n, classes]: the trees' sum itself."""
-        return self._predict(features, self._margin_config)
 
     def _predict(self, features: Features, config: bytes) -> Array:
         if self._linear:
@@ -170,7 +184,9 @@ def load(source: ModelSource) -> LoadedModel:
     """
     # What the library warns of (a model of an old version) is raised inside a C callback: it must not be an error.
     warnings.filterwarnings("always", message=r"\[\d\d:\d\d:\d\d\] WARNING", category=UserWarning)
-    booster = _Booster(_read(source.path, source.settings.parameters.get("nthread", "1")))
+    threads = source.settings.parameters.get("nthread", "1")
+    # Who asks for threads has batches worth them.
+    booster = _Booster(_read(source.path, threads), direct=threads == "1")
     backend = trees.TreeBackend.configured(source.settings.parameters)
     if backend is None:
         input_name, default = _INPUT, "predict"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ pytest.importorskip("sklearn")
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier, RandomForestRegressor
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ridge, RidgeClassifier, SGDClassifier
 from sklearn.naive_bayes import GaussianNB
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.svm import LinearSVC
@@ -29,6 +31,15 @@ ROWS = _RANDOM.normal(size=(200, WIDTH)).astype(np.float32)
 THREE = _RANDOM.integers(0, 3, 200)
 NAMES = np.array(["rain", "snow", "sun"])[THREE]
 VALUES = _RANDOM.normal(size=200)
+
+
+def network(kind: type, labels: Any, activation: str = "relu") -> Any:
+    """A network after a few rounds: it has not converged, and need not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        estimator = kind(hidden_layer_sizes=(5, 4), activation=activation, max_iter=3, random_state=1)
+        return estimator.fit(ROWS, labels)
+
 
 FITTED = [
     LogisticRegression().fit(ROWS, THREE),
@@ -48,6 +59,10 @@ FITTED = [
     make_pipeline(StandardScaler(), LogisticRegression()).fit(ROWS, NAMES),
     make_pipeline(MinMaxScaler(), StandardScaler(with_mean=False), Ridge()).fit(ROWS, VALUES),
     make_pipeline(StandardScaler(), RandomForestClassifier(5, random_state=1)).fit(ROWS, THREE),
+    network(MLPRegressor, VALUES),
+    network(MLPRegressor, np.stack([VALUES, -VALUES], axis=1)),
+    network(MLPClassifier, NAMES, "tanh"),
+    network(MLPClassifier, NAMES == "sun", "logistic"),
 ]
 PAIRS = [
     pytest.param(estimator, method, id=f"{at}-{type(estimator).__name__}-{method}")
@@ -63,7 +78,7 @@ def same(found: Any, right: Any) -> bool:
 
 
 @pytest.mark.parametrize(("estimator", "method"), PAIRS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_answers_are_the_estimators_own(estimator: Any, method: str, data: st.DataObject) -> None:
     call = direct(estimator, method)
@@ -128,6 +143,7 @@ def test_a_subclass_that_overrides_a_method_is_left_alone() -> None:
         RidgeClassifier().fit(ROWS, THREE),
         LogisticRegression().fit(ROWS, THREE).sparsify(),
         RandomForestClassifier(3).fit(ROWS, np.stack([THREE, THREE], axis=1)),
+        network(MLPClassifier, np.stack([THREE > 0, THREE > 1], axis=1)),
         make_pipeline(GaussianNB()).fit(ROWS, THREE),
         make_pipeline(MinMaxScaler(clip=True), LogisticRegression()).fit(ROWS, THREE),
         make_pipeline("passthrough", LogisticRegression()).fit(ROWS, THREE),
