@@ -92,6 +92,10 @@ class ServeSettings:
         grpc_port: its port; 0 picks a free one.
         uds: path of a Unix socket to listen on as well.
         capacity_bytes: what loaded models may take together.
+        registry: where registered models and vmodels are kept, as :func:`mmcore.registry.open_registry` reads it.
+        management_port: a port that the management API is served on alone; None for the gRPC port only.
+        vmodel_owner: who owns vmodels that are set without an owner.
+        static_models, type_constraints, dataplane_config: files, read again when they change.
         preload: names of models to load before the instance is ready; ``("all",)`` means every one.
         response_cache_bytes: what answers may take that are kept for models whose settings ask for that.
         isolate: the models to be run in worker processes whatever they say: ``none``, ``untrusted`` formats or ``all``.
@@ -108,6 +112,12 @@ class ServeSettings:
     grpc_port: int = 8033
     uds: Path | None = None
     capacity_bytes: int = 2**30
+    registry: str = "memory:"
+    management_port: int | None = None
+    vmodel_owner: str = ""
+    static_models: Path | None = None
+    type_constraints: Path | None = None
+    dataplane_config: Path | None = None
     preload: tuple[str, ...] = ()
     response_cache_bytes: int = 64 * 2**20
     isolate: str = "none"

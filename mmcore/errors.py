@@ -71,6 +71,18 @@ class MessageTooLong(Overloaded):
     """A message, or what it decompresses to, is above the limit."""
 
 
+class Conflict(MmcoreError):
+    """What is there stands against the change: a model that vmodels refer to, a target other than expected."""
+
+    status = Status.FAILED_PRECONDITION
+
+
+class InvalidSetting(MmcoreError):
+    """A file of settings says what cannot be; the text names the file and the field."""
+
+    status = Status.INVALID_ARGUMENT
+
+
 class LoadFailed(MmcoreError):
     """A model could not be loaded; the text tells the cause."""
 

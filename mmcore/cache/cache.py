@@ -97,6 +97,8 @@ class Cache:
         failures: why loads failed.
         on_loaded: called with each copy that may be given requests from now on.
         on_gone: called with each copy that may not any more.
+        on_state: called with a model's name and the state of its load when one begins, and with None and the error when
+            it has ended without a copy.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Cache:
         self.failures: Final = Failures(clock)
         self.on_loaded: Callable[[Copy], None] = lambda copy: None
         self.on_gone: Callable[[Copy], None] = lambda copy: None
+        self.on_state: Callable[[str, CopyState | None, MmcoreError | None], None] = lambda name, state, error: None
         self._load_model = load
         self._bind = bind
         self._threads = LoaderThreads(loader_threads)
@@ -208,6 +211,7 @@ class Cache:
     def _start(self, name: str, version: str, origin: Origin, *, replacing: bool) -> _Load:
         load = _Load(name, version, origin, replacing=replacing)
         self._loads[name, version] = load
+        self.on_state(name, load.state, None)
         task = asyncio.get_running_loop().create_task(self._run(load), name=f"load {name}/{version}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -232,6 +236,8 @@ class Cache:
         finally:
             if self._loads.get((load.name, load.version)) is load:
                 del self._loads[load.name, load.version]
+                if error is not None:
+                    self.on_state(load.name, None, error)
             load.settle(copy, error)
 
     async def _bring(self, load: _Load) -> Copy:

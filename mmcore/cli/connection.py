@@ -16,7 +16,10 @@ from mmcore.transport import Channel
 
 #: The instance's own limit is the one that matters; this keeps a wrong address from filling the memory.
 ANSWER_LIMIT_BYTES: Final = 2**30
-SERVICE: Final = "/inference.GRPCInferenceService"
+#: The services that commands ask.
+V2: Final = "/inference.GRPCInferenceService"
+MANAGEMENT: Final = "/mmesh.ModelMesh"
+CLUSTER: Final = "/mmcore.Cluster"
 
 ResultT = TypeVar("ResultT")
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -45,17 +48,19 @@ class Connection:
         self._channel = channel
         self._timeout_s = timeout_s
 
-    async def call(self, method: str, request: Message, response_type: type[ResponseT]) -> ResponseT:
-        """One unary call of the v2 service.
+    async def call(
+        self, method: str, request: Message, response_type: type[ResponseT], *, service: str = V2
+    ) -> ResponseT:
+        """One unary call.
 
         Raises:
             RpcError: what the instance answered instead.
         """
-        return response_type.FromString(await self.send(method, request.SerializeToString()))
+        return response_type.FromString(await self.send(method, request.SerializeToString(), service=service))
 
-    async def send(self, method: str, body: bytes) -> bytes:
+    async def send(self, method: str, body: bytes, *, service: str = V2) -> bytes:
         """The same with the messages' bytes."""
-        return await self._channel.unary(f"{SERVICE}/{method}", body, timeout_s=self._timeout_s)
+        return await self._channel.unary(f"{service}/{method}", body, timeout_s=self._timeout_s)
 
 
 def ask(target: str, timeout_s: float, work: Callable[[Connection], Awaitable[ResultT]]) -> ResultT:

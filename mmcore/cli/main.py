@@ -18,7 +18,9 @@ from mmcore.errors import MmcoreError, RpcError
 COMMANDS: Final = {
     "serve": ("mmcore.cli.serve", "Serve a folder of models over KServe v2 gRPC."),
     "infer": ("mmcore.cli.infer", "Ask a running instance for one inference."),
-    "models": ("mmcore.cli.models", "List the models of a running instance."),
+    "models": ("mmcore.cli.models", "List the models of a running instance, register and unregister them."),
+    "vmodels": ("mmcore.cli.vmodels", "List the vmodels, set and delete them."),
+    "status": ("mmcore.cli.status", "List the instances that work together."),
 }
 
 

@@ -24,6 +24,7 @@ from mmcore.config import (
 )
 
 _TRANSPORT: Final = TransportSettings()
+_SERVE: Final = ServeSettings()
 _STORAGE: Final = StorageSettings()
 
 
@@ -43,6 +44,7 @@ class Parsed(click.ParamType[object]):
 
 
 SIZE: Final = Parsed("size", parse_size)
+FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 DURATION: Final = Parsed("duration", parse_duration)
 
 
@@ -110,6 +112,20 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     default="64MiB",
     help="What kept answers may take together, of models whose settings say response_cache.",
 )
+@option(
+    "--registry",
+    default=_SERVE.registry,
+    help="Where registered models are kept: memory:, sqlite:PATH, or etcd://HOST:PORT[,HOST:PORT]/PREFIX.",
+)
+@option(
+    "--management-port",
+    type=click.IntRange(0, 65535),
+    help="Serve the management API, which the gRPC port has too, on a port of its own as well.",
+)
+@option("--vmodel-owner", default="", show_default="nobody", help="Owner of vmodels that are set without one.")
+@option("--static-models", type=FILE, help="JSON list of models and vmodels to register; read again when it changes.")
+@option("--type-constraints", type=FILE, help="JSON of the labels that types of models need; read again likewise.")
+@option("--dataplane-config", type=FILE, help="JSON of what is served and where requests name their model; likewise.")
 @option("--preload", multiple=True, help="Load this model before being ready; repeat it, or say 'all'.")
 @option(
     "--storage-config",
@@ -154,6 +170,12 @@ def command(
     capacity: int | None,
     max_message: int,
     response_cache: int,
+    registry: str,
+    management_port: int | None,
+    vmodel_owner: str,
+    static_models: Path | None,
+    type_constraints: Path | None,
+    dataplane_config: Path | None,
     preload: tuple[str, ...],
     storage_config: Path | None,
     model_cache: Path,
@@ -181,6 +203,12 @@ def command(
             grpc_port=grpc_port,
             uds=uds,
             capacity_bytes=capacity or default_capacity(),
+            registry=registry,
+            management_port=management_port,
+            vmodel_owner=vmodel_owner,
+            static_models=static_models,
+            type_constraints=type_constraints,
+            dataplane_config=dataplane_config,
             preload=preload,
             response_cache_bytes=response_cache,
             isolate=isolate,

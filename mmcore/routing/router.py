@@ -12,7 +12,7 @@ import functools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from mmcore._ext.router import Registration, Table
@@ -20,7 +20,7 @@ from mmcore._ext.v2codec import Signature
 from mmcore.batching import Execution
 from mmcore.cache import Cache, Copy, CopyState
 from mmcore.cache.cache import LOADER_THREADS, bind_signature
-from mmcore.errors import LoadFailed, MmcoreError, NotFound
+from mmcore.errors import LoadFailed, MmcoreError, NotFound, Overloaded
 from mmcore.model import ModelSource
 from mmcore.routing.overrides import override_origin
 from mmcore.runtimes import LoadedModel, load_model
@@ -52,13 +52,51 @@ class IndexRow(NamedTuple):
     reason: str
 
 
+class Catalog:
+    """Models that are known without a folder; here there are none (see :class:`mmcore.routing.registered.Registered`).
+
+    The router holds a registration of one only while it is being loaded, loaded, or unloaded on demand.
+
+    Attributes:
+        origin: that of all their registrations, and of no others.
+    """
+
+    origin: Any = object()
+
+    def __contains__(self, name: object) -> bool:
+        return False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def registration(self, name: str) -> Registration | None:
+        """A new registration of a model, None where there is none of that name."""
+        return None
+
+    def held(self, name: str) -> None:
+        """The router holds a registration of that model from now on."""
+
+    def let_go(self, name: str) -> None:
+        """The router holds it no longer."""
+
+    def changed_state(self, name: str, state: CopyState | None, error: MmcoreError | None) -> None:
+        """The copy here is LOADING, LOADED or, with None, not there, because of ``error`` if there is one."""
+
+    def gone(self, copy: Copy) -> None:
+        """A copy takes no more requests."""
+
+
 class Router:
     """Models by name.
 
     Attributes:
         lookup: ``(name, version="") -> Copy | None``, the copy that is loaded here; counts as its use. None both for a
             model that is not loaded and for one that is not known. It may be run in the same turn of the loop; to keep
-            it longer take a lease (``Copy.acquire``, ``Copy.release``).
+            it longer take a lease (``Copy.acquire``, ``Copy.release``). An alias of a model goes before the model of
+            that name; everything else here takes names of models.
+        lookup_model: the same without aliases.
+        table: the routing table, for those who keep its aliases.
+        catalog: the models that are in no folder.
         infer: :meth:`mmcore.batching.Execution.run`.
         cache, execution: what it is built on.
 
@@ -83,9 +121,12 @@ class Router:
         )
         self.cache.on_loaded = self._loaded
         self.cache.on_gone = self._gone
+        self.cache.on_state = self._changed_state
         self.execution = execution or Execution()
-        self._table = Table(self.cache.lru)
+        self.catalog = Catalog()
+        self.table = self._table = Table(self.cache.lru)
         self.lookup: Callable[..., Copy | None] = self._table.lookup
+        self.lookup_model: Callable[..., Copy | None] = self._table.lookup_model
         self.infer = self.execution.run
         self._folder = folder
         self._watching: asyncio.Task[None] | None = None
@@ -128,15 +169,25 @@ class Router:
     # What is known.
 
     def names(self) -> list[str]:
-        """The names of all registered models."""
-        return [registration.name for registration in self._table]
+        """The names of all models, of the folder and of the catalog."""
+        held = [registration.name for registration in self._table]
+        return held + [name for name in self.catalog if name not in self._table]
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a model of that name."""
+        return name in self._table or name in self.catalog
+
+    def in_folder(self, name: str) -> bool:
+        """Whether there is one that is not the catalog's."""
+        registration = self._table.get(name)
+        return registration is not None and not self._is_catalogs(registration)
 
     def versions(self, name: str) -> tuple[str, ...]:
         """The versions that can be asked for, ascending, the last being the default; empty for an unknown model.
 
         They are numbers, but for a model whose settings give it one version of another name.
         """
-        registration = self._table.get(name)
+        registration = self._registration(name)
         return registration.versions if registration is not None else ()
 
     def copies(self, name: str | None = None) -> list[Copy]:
@@ -166,7 +217,13 @@ class Router:
 
     def index(self) -> list[IndexRow]:
         """Every version of every model and its state."""
-        return [row for registration in self._table for row in self._rows(registration)]
+        held = [row for registration in self._table for row in self._rows(registration)]
+        return held + [row for name in self.catalog if name not in self._table for row in self.rows(name)]
+
+    def rows(self, name: str) -> list[IndexRow]:
+        """The versions of one model and their states."""
+        registration = self._registration(name)
+        return list(self._rows(registration)) if registration is not None else []
 
     def _rows(self, registration: Registration) -> Iterable[IndexRow]:
         problems = registration.problems or {}
@@ -213,8 +270,13 @@ class Router:
         elif not version and not registration.versions:
             waiter.set_exception(LoadFailed(_problem(registration)))
         else:
+            self._hold(registration)
             return self.cache.load(name, self._version(registration, version), registration.origin)
         return waiter
+
+    def touch(self, name: str) -> None:
+        """Count the copy that answers for a model, if it is here, as used now."""
+        self._table.lookup_model(name)
 
     async def preload(self, names: Sequence[str]) -> dict[str, MmcoreError]:
         """Load these models, or every one for ``("all",)``, and return the errors of those that would not, by name."""
@@ -245,9 +307,10 @@ class Router:
         async with self._lock(name):
             if self._folder is not None:
                 self.apply(await self._folder.scan_now())
-            registration = self._table.get(name)
+            registration = self._registration(name)
             if registration is None:
                 raise NotFound(f"failed to load '{name}', failed to poll from model repository")
+            self._hold(registration)
             if name in self._own_origins and self._folder is not None and self._folder.has(name):
                 self.apply(self._folder.look_again(name))
             registration.withdrawn = False
@@ -298,9 +361,10 @@ class Router:
             NotFound: there is no such model.
         """
         async with self._lock(name):
-            registration = self._table.get(name)
+            registration = self._registration(name)
             if registration is None:
                 raise NotFound(f"Request for unknown model: '{name}' is not found")
+            self._hold(registration)
             registration.withdrawn = True
             self.cache.drop_loads(name, _no_versions(name))
             for copy in registration.loaded().values():
@@ -333,15 +397,26 @@ class Router:
         """Register, refresh and remove models as their files are now."""
         for change in changes:
             if change.layout is None and change.problem is None:
-                self._remove(change.name)
+                self.remove(change.name)
             else:
                 assert self._folder is not None
                 self._refresh(change, self._folder)
 
     def register(self, name: str, versions: Sequence[str], origin: Origin) -> None:
         """Register a model that is not in the folder; ``versions`` ascending. Replaces one of the same name."""
-        self._remove(name)
+        self.remove(name)
         self._table.add(Registration(name, tuple(versions), origin))
+
+    def remove(self, name: str) -> None:
+        """Forget a model: its loads are given up and its copies unloaded. An unknown one is no error."""
+        registration = self._table.get(name)
+        if registration is None:
+            return
+        self._adopt(registration, (), registration.origin, None)
+        self._discard(registration)
+        self.cache.drop_loads(name, NotFound(f"Request for unknown model: '{name}' is not found"))
+        for copy in registration.loaded().values():
+            self.cache.unload(copy)
 
     def _refresh(self, change: Change, origin: Origin) -> None:
         registration = self._table.get(change.name)
@@ -386,16 +461,6 @@ class Router:
             del self._own_origins[registration.name]
             asyncio.get_running_loop().run_in_executor(None, replaced.close)
 
-    def _remove(self, name: str) -> None:
-        registration = self._table.get(name)
-        if registration is None:
-            return
-        self._adopt(registration, (), registration.origin, None)
-        self._table.discard(name)
-        self.cache.drop_loads(name, NotFound(f"Request for unknown model: '{name}' is not found"))
-        for copy in registration.loaded().values():
-            self.cache.unload(copy)
-
     def _reload(self, registration: Registration, version: str) -> None:
         """Load a version's new files behind the copy that serves."""
         key = (registration.name, version)
@@ -423,10 +488,13 @@ class Router:
     # What the cache says.
 
     def _loaded(self, copy: Copy) -> None:
-        registration = self._table.get(copy.name)
+        registration = self._registration(copy.name)
         if registration is None:
             self.cache.unload(copy)
             return
+        if self._is_catalogs(registration):
+            self._hold(registration)
+            self.catalog.changed_state(copy.name, CopyState.LOADED, None)
         registration.place(copy.version, copy)
         if registration.problems is not None:
             registration.problems.pop(copy.version, None)
@@ -444,13 +512,59 @@ class Router:
         if copy.prepared is not None:
             copy.prepared.close()
         registration = self._table.get(copy.name)
-        if registration is not None:
-            registration.displace(copy.version, copy)
+        if registration is None:
+            return
+        registration.displace(copy.version, copy)
+        if self._is_catalogs(registration):
+            self.catalog.gone(copy)
+            self._let_go(registration)
+
+    def _changed_state(self, name: str, state: CopyState | None, error: MmcoreError | None) -> None:
+        """A load has begun, or has ended without a copy."""
+        registration = self._table.get(name)
+        if registration is None or not self._is_catalogs(registration):
+            return
+        if registration.here is not None:
+            # It goes on serving whatever becomes of its successor.
+            return
+        if state is not None:
+            self.catalog.changed_state(name, CopyState.LOADING, None)
+            return
+        if isinstance(error, LoadFailed | Overloaded):
+            self.catalog.changed_state(name, None, error)
+        self._let_go(registration)
+
+    # What the router holds of the catalog.
+
+    def _registration(self, name: str) -> Registration | None:
+        """The model's registration: the one that is held, or one made of what the catalog knows."""
+        return self._table.get(name) or self.catalog.registration(name)
+
+    def _is_catalogs(self, registration: Registration) -> bool:
+        return registration.origin is self.catalog.origin
+
+    def _hold(self, registration: Registration) -> None:
+        if registration.name not in self._table:
+            self._table.add(registration)
+            self.catalog.held(registration.name)
+
+    def _let_go(self, registration: Registration) -> None:
+        """Forget a registration of the catalog's that has nothing to tell any more."""
+        if registration.loaded():
+            return
+        self.catalog.changed_state(registration.name, None, None)
+        if not registration.withdrawn:
+            self._discard(registration)
+
+    def _discard(self, registration: Registration) -> None:
+        self._table.discard(registration.name)
+        if self._is_catalogs(registration):
+            self.catalog.let_go(registration.name)
 
     # Names.
 
     def _known(self, name: str, version: str) -> Registration:
-        registration = self._table.get(name)
+        registration = self._registration(name)
         if registration is None:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
         if registration.withdrawn:

@@ -13,21 +13,25 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from mmcore._ext.infer import CommonPath, Prepared
+from mmcore._ext.pbwire import find_string
 from mmcore._ext.rates import now_ns
 from mmcore._ext.responses import ResponseCache, Shelf
-from mmcore._ext.v2codec import InferRequest, encode_infer_response
+from mmcore._ext.v2codec import InferRequest, decode_infer_request, encode_infer_response
 from mmcore.batching.execution import Ran, rows_of
 from mmcore.cache import Copy
-from mmcore.errors import InvalidRequest
-from mmcore.routing import Router
+from mmcore.errors import NotFound
+from mmcore.routing import Kind, Names, Router
 from mmcore.runtimes import OutputTensor
 from mmcore.server.calls import Answer, Body, Waiting, refuse
+from mmcore.server.dataplane import DataplaneConfig
+from mmcore.server.headers import Asked, asked
+from mmcore.server.several import ask_several
 from mmcore.server.shared_memory import SharedMemory
 from mmcore.server.tensors import answer_with_parameters, bind_tensors, schedule_of
 from mmcore.server.tracing import Tracing
 
-#: Metadata that names the model where the message does not (ModelMesh: a vmodel goes before a model).
-_NAME_HEADERS: Final = ("mm-vmodel-id", "mm-model-id", "mm-vmodel-id-bin", "mm-model-id-bin")
+#: Where the v2 protocol has the model's name.
+_NAME_PATH: Final = (1,)
 
 
 class Inference:
@@ -41,12 +45,14 @@ class Inference:
     def __init__(
         self,
         router: Router,
+        names: Names,
         regions: SharedMemory,
         tracing: Tracing,
         waiting: Waiting,
         responses: ResponseCache,
     ) -> None:
         self._router = router
+        self._names = names
         self._regions = regions
         self._tracing = tracing
         self._waiting = waiting
@@ -58,19 +64,63 @@ class Inference:
     def _follow_tracing(self, active: bool) -> None:
         self._path.tracing = active
 
-    def _uncommon(self, call: Answer, request: InferRequest, copy: Copy | None, started: int) -> Body | None:
-        """A request whose copy is not here, or that has parameters."""
-        if copy is None:
-            self._waiting.start(call, self._load_and_infer(call, request, started), "ModelInfer")
-            return None
-        return self._bind_and_run(call, request, copy, started, 0)
+    def configured(self, method: str, config: Callable[[], DataplaneConfig]) -> Callable[[Answer, bytes], Body | None]:
+        """A handler like :attr:`infer` that finds the model where ``config`` says for ``method``."""
 
-    async def _load_and_infer(self, call: Answer, request: InferRequest, started: int) -> Body | None:
-        """The way of a request whose model is not here, or that names it in the metadata."""
-        name = request.model_name or _named_by(call.metadata)
-        copy = self._router.lookup(name, request.model_version)
-        if copy is None:
-            copy = await self._router.load(name, request.model_version)
+        def infer(call: Answer, body: bytes) -> Body | None:
+            started = now_ns()
+            rpc = config().of(method)
+            request = decode_infer_request(body)
+            name = find_string(body, rpc.path or _NAME_PATH)
+            if name:
+                return self._ask(call, request, name, rpc.kind, started)
+            return self._ask_all(call, request, asked(call.metadata), started)
+
+        return infer
+
+    def _uncommon(self, call: Answer, request: InferRequest, copy: Copy | None, started: int) -> Body | None:
+        """A request whose copy is not here, that names its model in the metadata, or that has parameters."""
+        if copy is not None:
+            return self._bind_and_run(call, request, copy, started, 0)
+        if request.model_name:
+            return self._ask(call, request, request.model_name, Kind.ANY, started)
+        return self._ask_all(call, request, asked(call.metadata), started)
+
+    def _ask_all(self, call: Answer, request: InferRequest, models: Asked, started: int) -> Body | None:
+        """Ask the models that the metadata names; the answers of several make one."""
+        if len(models.ids) == 1:
+            return self._ask(call, request, models.ids[0], models.kind, started)
+
+        def ask(part: Answer, name: str) -> Body | None:
+            return self._ask(part, request, name, models.kind, started)
+
+        self._waiting.start(call, ask_several(call, models, self._names, ask), "ModelInfer")
+        return None
+
+    def _ask(self, call: Answer, request: InferRequest, name: str, kind: Kind, started: int) -> Body | None:
+        """Ask one model, at once if it is here."""
+        try:
+            copy = self._router.lookup_model(self._names.model(name, kind), request.model_version)
+        except NotFound:
+            copy = None
+        if copy is not None:
+            return self._bind_and_run(call, request, copy, started, 0)
+        self._waiting.start(call, self._load_and_infer(call, request, name, kind, started), "ModelInfer")
+        return None
+
+    async def _load_and_infer(
+        self, call: Answer, request: InferRequest, name: str, kind: Kind, started: int
+    ) -> Body | None:
+        """The way of a request whose model is not here."""
+        model = await self._names.find(name, kind)
+        try:
+            copy = await self._router.load(model, request.model_version)
+        except NotFound:
+            # A vmodel may have been moved on meanwhile, and what it stood for deleted.
+            moved_to = await self._names.find(name, kind)
+            if moved_to == model:
+                raise
+            copy = await self._router.load(moved_to, request.model_version)
         return self._bind_and_run(call, request, copy, started, now_ns() - started)
 
     def _bind_and_run(
@@ -211,13 +261,3 @@ class UnderWay:
         except Exception as failure:
             self.copy.statistics.fail(now_ns() - self.started)
             refuse(self.call, failure, f"inference of model {self.copy.name}")
-
-
-def _named_by(metadata: tuple[tuple[str, str | bytes], ...]) -> str:
-    """The model's name from the metadata, as clients of ModelMesh give it."""
-    found = dict(metadata)
-    for header in _NAME_HEADERS:
-        value = found.get(header)
-        if value:
-            return value.decode(errors="replace") if isinstance(value, bytes) else value
-    raise InvalidRequest("the request names no model: model_name is empty and there is no mm-model-id in the metadata")

@@ -12,25 +12,36 @@ import logging
 import os
 import secrets
 import signal
+import time
 from collections.abc import Callable
-from typing import Final
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import mmcore
 from mmcore import log as logs
 from mmcore import pb
-from mmcore.config import ServeSettings
-from mmcore.errors import Unavailable
-from mmcore.routing import Router
+from mmcore.config import ServeSettings, StorageSettings
+from mmcore.errors import InvalidSetting, Unavailable
+from mmcore.placement import TypeConstraints
+from mmcore.registry import InstanceRecord, Registry, open_registry
+from mmcore.routing import Names, Registered, Router, Transitions, VModels
+from mmcore.routing.watched_file import WatchedFile
 from mmcore.runtimes.isolation import policy_loader
+from mmcore.server import cluster, management
 from mmcore.server.allocator import keep_freed_memory
+from mmcore.server.dataplane import parse_dataplane_config
+from mmcore.server.static_models import StaticModels, parse_static_models
 from mmcore.server.v2 import SERVICE, V2Service
-from mmcore.storage import ModelFolder
+from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig
 from mmcore.transport import Server, add_health, add_reflection
 
 log = logging.getLogger(__name__)
 
+ValueT = TypeVar("ValueT")
+
 #: The services that reflection tells of.
-_SERVICES: Final = (SERVICE, "grpc.health.v1.Health")
+_SERVICES: Final = (SERVICE, management.SERVICE, cluster.SERVICE, "grpc.health.v1.Health")
 
 
 class Node:
@@ -38,12 +49,17 @@ class Node:
 
     Attributes:
         instance: its id, new at every start.
-        addresses: where it listens, by kind: ``grpc``, and ``uds`` where it has been told to.
+        constraints: what types of models need of instances, by the file that says so; None without one.
+        addresses: where it listens, by kind: ``grpc``, and ``uds`` and ``management`` where it has been told to.
+
+    Raises:
+        InvalidSetting: a file of settings, or the address of the registry, says what cannot be.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
         self.instance = secrets.token_hex(4)
         self.addresses: dict[str, str] = {}
+        self._started_ms = time.time_ns() // 1_000_000
         self._settings = settings
         self._server = Server(settings=settings.transport)
         self._health = add_health(self._server)
@@ -52,31 +68,51 @@ class Node:
             folder=ModelFolder(settings.models) if settings.models else None,
             load=policy_loader(settings.isolate),
         )
+        self._registry = _open(settings.registry, self.instance)
+        self._puller = _puller(settings.storage)
+        self._registered = Registered(self._registry, self._router, partial(PulledOrigin, self._puller))
+        self._vmodels = VModels(self._registry, self._registered, default_owner=settings.vmodel_owner)
+        self._transitions = Transitions(self._registry, self._vmodels, self._registered.loads)
+        self._static = StaticModels(self._registered, self._vmodels)
+        self._files: list[WatchedFile[Any]] = []
+        self._following: list[asyncio.Task[None]] = []
+        self.constraints = self._watched(settings.type_constraints, _read_constraints)
+        self._static_file = self._watched(settings.static_models, parse_static_models)
+        dataplane = self._watched(settings.dataplane_config, parse_dataplane_config)
         self._service = V2Service(
             self._router,
+            Names(self._router.table, self._registry, self._router.knows),
             server_name=settings.server_name,
             response_cache_bytes=settings.response_cache_bytes,
+            config=(lambda: dataplane.value) if dataplane is not None else None,
         )
         self._service.register(self._server)
+        self._management_server = Server(settings=settings.transport)
+        for server in (self._server, self._management_server):
+            management.Management(self._registered, self._vmodels).register(server)
+            cluster.Cluster(self._registry, self._router, self._registered, self._vmodels, self.record).register(server)
         add_reflection(self._server, pb.descriptor_protos(), list(_SERVICES))
+        add_reflection(self._management_server, pb.descriptor_protos(), [management.SERVICE, cluster.SERVICE])
         self._set_serving(serving=False)
 
     async def start(self) -> None:
         """Register the models of the folder, listen, load what is to be loaded; ready when it returns.
 
         Raises:
-            Unavailable: an address cannot be listened on; the text tells which option to change.
+            Unavailable: an address cannot be listened on, or the registry be reached; the text tells which.
+            MmcoreError: a static model could not be registered or loaded.
         """
         settings = self._settings
         await self._router.start()
-        try:
-            self.addresses["grpc"] = await self._server.listen_tcp(settings.host, settings.grpc_port)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise Unavailable(
-                f"cannot listen on {settings.host}:{settings.grpc_port}: {reason}; "
-                "choose another --host or --grpc-port (0 picks a free port)"
-            ) from error
+        await self._registry.start()
+        self._registered.start()
+        self._transitions.start()
+        await self._start_files()
+        self.addresses["grpc"] = await self._listen(self._server, settings.grpc_port, "--grpc-port")
+        if settings.management_port is not None:
+            self.addresses["management"] = await self._listen(
+                self._management_server, settings.management_port, "--management-port"
+            )
         if settings.uds:
             try:
                 self.addresses["uds"] = (await self._server.listen_unix(str(settings.uds))).removeprefix("unix:")
@@ -84,6 +120,44 @@ class Node:
                 raise Unavailable(f"cannot listen on {settings.uds}: {error}; choose another --uds") from error
         await self._preload()
         self._set_serving(serving=True)
+
+    async def _listen(self, server: Server, port: int, option: str) -> str:
+        host = self._settings.host
+        try:
+            return await server.listen_tcp(host, port)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise Unavailable(
+                f"cannot listen on {host}:{port}: {reason}; choose another --host or {option} (0 picks a free port)"
+            ) from error
+
+    def _watched(self, path: Path | None, parse: Callable[[str], ValueT]) -> WatchedFile[ValueT] | None:
+        if path is None:
+            return None
+        file = WatchedFile(path, parse)
+        self._files.append(file)
+        return file
+
+    async def _start_files(self) -> None:
+        """Register the static models, and follow the files."""
+        if self._static_file is not None:
+            self._static_file.on_change = self._static.changed
+            await self._static.apply(self._static_file.value)
+        for file in self._files:
+            self._following.append(asyncio.get_running_loop().create_task(file.watch(), name="watch a file"))
+
+    def record(self) -> InstanceRecord:
+        """What others are told of this instance."""
+        cache = self._router.cache
+        return InstanceRecord(
+            address=self.addresses.get("grpc", ""),
+            started_ms=self._started_ms,
+            version=mmcore.__version__,
+            capacity_bytes=cache.capacity_bytes,
+            used_bytes=cache.used_bytes,
+            models=len(cache.lru),
+            draining=not self._service.ready,
+        )
 
     def ready_line(self) -> str:
         """What is printed when the instance is ready: one line of JSON."""
@@ -97,8 +171,17 @@ class Node:
         self._set_serving(serving=False)
         self._health.close()
         self._service.drain()
-        await self._server.drain(self._settings.grace_s)
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(
+            self._server.drain(self._settings.grace_s), self._management_server.drain(self._settings.grace_s)
+        )
+        await self._static.close()
+        await self._transitions.close()
+        self._puller.close()
         await self._router.close()
+        await self._registered.close()
+        await self._registry.close()
 
     def _set_serving(self, *, serving: bool) -> None:
         self._service.ready = serving
@@ -109,6 +192,22 @@ class Node:
         """Load the models asked for; one that fails is logged and does not keep the others from being served."""
         for name, error in (await self._router.preload(self._settings.preload)).items():
             log.error("model %s was not preloaded: %s", name, error)
+
+
+def _read_constraints(text: str) -> TypeConstraints:
+    return TypeConstraints.of(json.loads(text))
+
+
+def _open(url: str, instance: str) -> Registry:
+    try:
+        return open_registry(url, instance)
+    except ValueError as error:
+        raise InvalidSetting(f"--registry: {error}") from None
+
+
+def _puller(settings: StorageSettings) -> Puller:
+    cache = DiskCache(settings.cache.expanduser(), settings.cache_limit_bytes)
+    return Puller(StorageConfig(settings.entries), cache, pvc_mounts=settings.pvc_mounts)
 
 
 def run(settings: ServeSettings) -> int:

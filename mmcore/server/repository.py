@@ -25,7 +25,7 @@ class Repository:
     def __init__(self, router: Router) -> None:
         self._router = router
 
-    def model_ready(self, request: inference_pb2.ModelReadyRequest) -> inference_pb2.ModelReadyResponse:
+    async def model_ready(self, request: inference_pb2.ModelReadyRequest) -> inference_pb2.ModelReadyResponse:
         """Whether a request would be answered by this version; an unknown one is not ready, which is no error."""
         return inference_pb2.ModelReadyResponse(ready=self._is_ready(request.name, request.version))
 

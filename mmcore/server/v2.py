@@ -15,16 +15,19 @@ import mmcore
 from mmcore._ext.responses import ResponseCache
 from mmcore.errors import Unimplemented
 from mmcore.pb import inference_pb2
-from mmcore.routing import Router
+from mmcore.routing import Names, Router
 from mmcore.server import settings
-from mmcore.server.calls import Waiting, immediate
+from mmcore.server.calls import Answer, Body, Waiting, immediate
+from mmcore.server.dataplane import DataplaneConfig
 from mmcore.server.inference import Inference
+from mmcore.server.naming import Naming
 from mmcore.server.repository import Repository
 from mmcore.server.shared_memory import SharedMemory
 from mmcore.server.statistics import statistics_of
 from mmcore.server.streaming import StreamInference
 from mmcore.server.tracing import Tracing
-from mmcore.transport import Server, ServerCall
+from mmcore.transport import Server, ServerCall, StreamCall
+from mmcore.transport.server import UnaryHandler
 
 SERVICE: Final = "inference.GRPCInferenceService"
 
@@ -46,14 +49,22 @@ RequestT = TypeVar("RequestT", bound=Message)
 
 
 class V2Service:
-    """The service of one instance.
+    """The service of one instance. ``config`` says what is served and where requests name their model; None: as usual.
 
     Attributes:
         ready: what ServerReady answers; the node sets it when models asked for at start are loaded, and takes it back
             when it drains.
     """
 
-    def __init__(self, router: Router, *, server_name: str, response_cache_bytes: int) -> None:
+    def __init__(
+        self,
+        router: Router,
+        names: Names,
+        *,
+        server_name: str,
+        response_cache_bytes: int,
+        config: Callable[[], DataplaneConfig] | None = None,
+    ) -> None:
         self.ready = False
         self._name = server_name
         self._router = router
@@ -62,41 +73,67 @@ class V2Service:
         self._waiting = Waiting()
         self._tracing = Tracing(router)
         responses = ResponseCache(response_cache_bytes)
-        self._inference = Inference(router, self._regions, self._tracing, self._waiting, responses)
-        self._streams = StreamInference(self._inference.infer)
+        self._inference = Inference(router, names, self._regions, self._tracing, self._waiting, responses)
+        self._config = config
+        self._naming = Naming(names, self._waiting, config or DataplaneConfig)
+        self._streams = StreamInference(self._infer("ModelStreamInfer"))
 
     def register(self, server: Server) -> None:
         """Add every method to ``server``."""
-        server.add_unary(f"/{SERVICE}/ModelInfer", self._inference.infer)
-        server.add_stream(f"/{SERVICE}/ModelStreamInfer", self._streams.serve)
+        server.add_unary(f"/{SERVICE}/ModelInfer", self._infer("ModelInfer"))
+        server.add_stream(f"/{SERVICE}/ModelStreamInfer", self._serve_stream)
 
         def at_once(name: str, request_type: type[RequestT], method: Callable[[RequestT], Message]) -> None:
-            server.add_unary(f"/{SERVICE}/{name}", immediate(request_type, method))
+            self._add(server, name, immediate(request_type, method))
 
         pb = inference_pb2
         at_once("ServerLive", pb.ServerLiveRequest, self._server_live)
         at_once("ServerReady", pb.ServerReadyRequest, self._server_ready)
         at_once("ServerMetadata", pb.ServerMetadataRequest, self._server_metadata)
-        at_once("ModelReady", pb.ModelReadyRequest, self._repository.model_ready)
-        at_once("ModelStatistics", pb.ModelStatisticsRequest, self._model_statistics)
         at_once("RepositoryIndex", pb.RepositoryIndexRequest, self._repository.index)
         at_once("TraceSetting", pb.TraceSettingRequest, self._tracing.update)
         at_once("LogSettings", pb.LogSettingsRequest, settings.update_log_settings)
         at_once("SystemSharedMemoryStatus", pb.SystemSharedMemoryStatusRequest, self._region_status)
         at_once("SystemSharedMemoryRegister", pb.SystemSharedMemoryRegisterRequest, self._register_region)
         at_once("SystemSharedMemoryUnregister", pb.SystemSharedMemoryUnregisterRequest, self._unregister_region)
-        server.add_unary(f"/{SERVICE}/CudaSharedMemoryStatus", _no_cuda)
-        server.add_unary(f"/{SERVICE}/CudaSharedMemoryRegister", _no_cuda)
+        self._add(server, "CudaSharedMemoryStatus", _no_cuda)
+        self._add(server, "CudaSharedMemoryRegister", _no_cuda)
         at_once("CudaSharedMemoryUnregister", pb.CudaSharedMemoryUnregisterRequest, self._unregister_cuda)
 
         waiting, repository = self._waiting, self._repository
-        for name, handler in (
-            ("ModelMetadata", waiting.handler(pb.ModelMetadataRequest, repository.model_metadata)),
-            ("ModelConfig", waiting.handler(pb.ModelConfigRequest, repository.model_config)),
-            ("RepositoryModelLoad", waiting.handler(pb.RepositoryModelLoadRequest, repository.load)),
-            ("RepositoryModelUnload", waiting.handler(pb.RepositoryModelUnloadRequest, repository.unload)),
+        self._add(server, "RepositoryModelLoad", waiting.handler(pb.RepositoryModelLoadRequest, repository.load))
+        self._add(server, "RepositoryModelUnload", waiting.handler(pb.RepositoryModelUnloadRequest, repository.unload))
+        not_ready = pb.ModelReadyResponse(ready=False)
+        for name, request, answer, absent in (
+            ("ModelReady", pb.ModelReadyRequest, repository.model_ready, not_ready),
+            ("ModelStatistics", pb.ModelStatisticsRequest, self._model_statistics, None),
+            ("ModelMetadata", pb.ModelMetadataRequest, repository.model_metadata, None),
+            ("ModelConfig", pb.ModelConfigRequest, repository.model_config, None),
         ):
-            server.add_unary(f"/{SERVICE}/{name}", handler)
+            method = f"{SERVICE}/{name}"
+            server.add_unary(f"/{method}", self._naming.handler(method, request, answer, absent=absent))
+
+    async def _serve_stream(self, call: StreamCall) -> None:
+        if self._config is not None:
+            self._config().of(f"{SERVICE}/ModelStreamInfer")
+        await self._streams.serve(call)
+
+    def _infer(self, name: str) -> Callable[[Answer, bytes], Body | None]:
+        """What answers inferences that come through a method: the quick path, unless there is a configuration."""
+        if self._config is None:
+            return self._inference.infer
+        return self._inference.configured(f"{SERVICE}/{name}", self._config)
+
+    def _add(self, server: Server, name: str, handler: UnaryHandler) -> None:
+        """Serve a method that is for no model in particular, if the configuration allows it."""
+        config = self._config
+
+        def allowed(call: ServerCall, body: bytes) -> Body | None:
+            assert config is not None
+            config().of(f"{SERVICE}/{name}")
+            return handler(call, body)
+
+        server.add_unary(f"/{SERVICE}/{name}", handler if config is None else allowed)
 
     def drain(self) -> None:
         """Answer ServerReady with no, and end streams that have nothing under way."""
@@ -112,7 +149,9 @@ class V2Service:
     def _server_metadata(self, request: inference_pb2.ServerMetadataRequest) -> inference_pb2.ServerMetadataResponse:
         return inference_pb2.ServerMetadataResponse(name=self._name, version=mmcore.__version__, extensions=EXTENSIONS)
 
-    def _model_statistics(self, request: inference_pb2.ModelStatisticsRequest) -> inference_pb2.ModelStatisticsResponse:
+    async def _model_statistics(
+        self, request: inference_pb2.ModelStatisticsRequest
+    ) -> inference_pb2.ModelStatisticsResponse:
         return statistics_of(self._router, request.name, request.version)
 
     def _region_status(

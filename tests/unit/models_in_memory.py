@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from mmcore.cache import Copy
 from mmcore.errors import NotFound
 from mmcore.model import ModelSettings, ModelSource, TensorSpec
+from mmcore.registry import open_registry
+from mmcore.routing import Names, Router
 from mmcore.runtimes import OutputTensor
 
 
@@ -111,3 +113,8 @@ def made_copy(model: FakeModel, settings: ModelSettings | None = None, name: str
 def rows(count: int) -> dict[str, NDArray[Any]]:
     """Inputs of so many rows."""
     return {"X": np.zeros(count, np.float32)}
+
+
+def names_of(router: Router) -> Names:
+    """The names of an instance without registered models."""
+    return Names(router.table, open_registry("memory:", "i"), router.knows)

@@ -302,7 +302,7 @@ async def test_a_model_removed_while_it_is_loaded_is_not_found(instance: Instanc
     instance.put("m/model.onnx")
     await instance.router.start()
     waiter = instance.router.load("m")
-    instance.router._remove("m")
+    instance.router.remove("m")
     with pytest.raises(NotFound):
         await waiter
     await until(lambda: instance.router.cache.used_bytes == 0)

@@ -23,7 +23,7 @@ from mmcore.server.calls import Waiting
 from mmcore.server.inference import Inference
 from mmcore.server.shared_memory import SharedMemory
 from mmcore.server.tracing import Tracing
-from tests.unit.models_in_memory import FakeModel, FakeOrigin
+from tests.unit.models_in_memory import FakeModel, FakeOrigin, names_of
 from tests.unit.server.test_inference import FakeCall
 
 CALL_S = 200e-6
@@ -62,7 +62,9 @@ class Bench:
 
         self.router = Router(capacity_bytes=2**20, load=load)
         self.router.register("m", ("1",), FakeOrigin(settings))
-        self.infer = Inference(self.router, SharedMemory(), Tracing(self.router), Waiting(), ResponseCache(2**20)).infer
+        self.infer = Inference(
+            self.router, names_of(self.router), SharedMemory(), Tracing(self.router), Waiting(), ResponseCache(2**20)
+        ).infer
 
     @property
     def copy(self) -> Copy:

@@ -20,7 +20,7 @@ from mmcore.server.calls import Body, Waiting
 from mmcore.server.inference import Inference
 from mmcore.server.shared_memory import SharedMemory
 from mmcore.server.tracing import Tracing
-from tests.unit.models_in_memory import FakeModel, FakeOrigin, Loader
+from tests.unit.models_in_memory import FakeModel, FakeOrigin, Loader, names_of
 
 INLINE, THREAD = ModelSettings(execution="inline"), ModelSettings(execution="thread")
 
@@ -54,7 +54,9 @@ class Bench:
         self.router = Router(capacity_bytes=2**20, load=self.loader)
         self.router.register("m", ("1",), FakeOrigin(settings))
         self.tracing = Tracing(self.router)
-        self.infer = Inference(self.router, SharedMemory(), self.tracing, Waiting(), ResponseCache(2**20)).infer
+        self.infer = Inference(
+            self.router, names_of(self.router), SharedMemory(), self.tracing, Waiting(), ResponseCache(2**20)
+        ).infer
 
     async def load(self) -> FakeModel:
         await self.router.load("m")
@@ -246,9 +248,8 @@ async def test_a_request_that_came_too_late_is_not_run(inline: Bench) -> None:
 async def test_metadata_may_name_the_model(bench: Bench) -> None:
     response = await bench.ask(body(model=""), FakeCall(metadata=(("mm-model-id", "m"),)))
     assert response.model_name == "m"
-    status, text = await bench.refused(body(model=""))
-    assert status == Status.INVALID_ARGUMENT
-    assert "names no model" in text
+    with pytest.raises(InvalidRequest, match="must include mm-model-id header"):
+        await bench.ask(body(model=""))
 
 
 async def test_a_model_that_turns_slow_moves_to_a_thread() -> None:

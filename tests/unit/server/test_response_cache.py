@@ -22,7 +22,7 @@ from mmcore.server.calls import Body, Waiting
 from mmcore.server.inference import Inference
 from mmcore.server.shared_memory import SharedMemory
 from mmcore.server.tracing import Tracing
-from tests.unit.models_in_memory import FakeModel, FakeOrigin
+from tests.unit.models_in_memory import FakeModel, FakeOrigin, names_of
 from tests.unit.server.test_inference import FakeCall
 
 KEPT = {"inline": ModelSettings(execution="inline", response_cache=True)}
@@ -57,7 +57,9 @@ class Bench:
         self.router = Router(capacity_bytes=2**20, load=self._load)
         self.origin = FakeOrigin(settings)
         self.router.register("m", ("1",), self.origin)
-        self._inference = Inference(self.router, SharedMemory(), Tracing(self.router), Waiting(), self.responses)
+        self._inference = Inference(
+            self.router, names_of(self.router), SharedMemory(), Tracing(self.router), Waiting(), self.responses
+        )
 
     def _load(self, source: ModelSource) -> FakeModel:
         self.models.append(Numbering(len(self.models) + 1))
