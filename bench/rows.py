@@ -25,6 +25,7 @@ UNITS: Final = {
     "time": "µs",
     "rss": "MB",
     "ready": "ms",
+    "threads": "threads",
 }
 
 

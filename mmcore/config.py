@@ -17,6 +17,10 @@ CAPACITY_SHARE: Final = 0.8
 #: Which models an instance can demand to be run in worker processes.
 ISOLATION_POLICIES: Final = ("none", "untrusted", "all")
 
+#: What the libraries under frameworks (OpenMP, OpenBLAS, MKL) read when they are loaded: threads that each may start.
+#: One, unless the environment says otherwise: requests are what runs in parallel here.
+THREAD_POOLS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
 _UNITS: Final = {
     "": 1, "b": 1,
     "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,

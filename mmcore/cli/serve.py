@@ -6,6 +6,7 @@ precedence. Keys of the file are the flags' names without the leading dashes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,7 @@ import click
 from mmcore import log
 from mmcore.config import (
     ISOLATION_POLICIES,
+    THREAD_POOLS,
     ServeSettings,
     StorageSettings,
     TransportSettings,
@@ -194,6 +196,9 @@ def command(
     One line of JSON on standard output says when the instance is ready and on which addresses. SIGTERM and SIGINT
     finish the calls in flight before leaving, a second signal leaves at once.
     """
+    # Before numpy is imported, whose library starts its threads then.
+    for pool in THREAD_POOLS:
+        os.environ.setdefault(pool, "1")
     from mmcore.server.node import run
 
     return run(

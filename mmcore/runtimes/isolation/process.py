@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from mmcore.config import THREAD_POOLS
 from mmcore.errors import MmcoreError
 from mmcore.model import ModelSource
 from mmcore.runtimes.isolation.frames import BrokenFrame, Described, Kind, description_in, error_in, frame, receive
@@ -32,7 +33,7 @@ _PROGRAM: Final = "mmcore.runtimes.isolation.worker"
 #: credentials, no addresses.
 _PASSED: Final = (
     *("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "CUDA_VISIBLE_DEVICES"),
-    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+    *THREAD_POOLS,
 )
 #: An operation on the connection returns after so long to look whether somebody still waits for it.
 LOOK_S: Final = 0.05
@@ -305,7 +306,8 @@ def _start(descriptors: tuple[int, int, int]) -> subprocess.Popen[bytes]:
 
 
 def _environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    # As many threads as there are processors in each of very many workers would be too many.
+    kept = dict.fromkeys(THREAD_POOLS, "1") | {name: os.environ[name] for name in _PASSED if name in os.environ}
     # Where this process finds its modules; the worker is to find the same ones.
     return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONDONTWRITEBYTECODE": "1"}
 
