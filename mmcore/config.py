@@ -94,6 +94,7 @@ class ServeSettings:
         models: folder of models to serve and to keep in step with; None serves none.
         host: address of the TCP listener.
         grpc_port: its port; 0 picks a free one.
+        rest_port: the port of REST on the same address; 0 picks a free one.
         uds: path of a Unix socket to listen on as well.
         capacity_bytes: what loaded models may take together.
         registry: where registered models and vmodels are kept, as :func:`mmcore.registry.open_registry` reads it.
@@ -114,6 +115,7 @@ class ServeSettings:
     models: Path | None = None
     host: str = "127.0.0.1"
     grpc_port: int = 8033
+    rest_port: int = 8008
     uds: Path | None = None
     capacity_bytes: int = 2**30
     registry: str = "memory:"

@@ -30,6 +30,12 @@ class Instance:
         assert isinstance(address, str)
         return address
 
+    @property
+    def rest(self) -> str:
+        address = self.ready["rest"]
+        assert isinstance(address, str)
+        return address
+
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
@@ -46,7 +52,9 @@ def command(*args: object) -> list[str]:
 
 def environment(**changes: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MMCORE_")}
-    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **changes}
+    # As with the gRPC port, many instances run at once.
+    ports = {"MMCORE_REST_PORT": "0"}
+    return {**kept, **ports, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **changes}
 
 
 class Instances:

@@ -16,7 +16,7 @@ from mmcore.errors import MmcoreError, RpcError
 
 #: Sub-command to the module that holds it and one line on what it does.
 COMMANDS: Final = {
-    "serve": ("mmcore.cli.serve", "Serve a folder of models over KServe v2 gRPC."),
+    "serve": ("mmcore.cli.serve", "Serve a folder of models over KServe v2, gRPC and REST."),
     "infer": ("mmcore.cli.infer", "Ask a running instance for one inference."),
     "models": ("mmcore.cli.models", "List the models of a running instance, register and unregister them."),
     "vmodels": ("mmcore.cli.vmodels", "List the vmodels, set and delete them."),

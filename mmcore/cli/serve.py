@@ -100,6 +100,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--grpc-port", type=click.IntRange(0, 65535), default=8033, help="gRPC port; 0 picks a free one.")
+@option("--rest-port", type=click.IntRange(0, 65535), default=8008, help="REST port; 0 picks a free one.")
 @option("--uds", type=click.Path(path_type=Path), help="Listen for gRPC on this Unix socket as well.")
 @option(
     "--capacity",
@@ -168,6 +169,7 @@ def command(
     models: Path | None,
     host: str,
     grpc_port: int,
+    rest_port: int,
     uds: Path | None,
     capacity: int | None,
     max_message: int,
@@ -191,7 +193,7 @@ def command(
     max_connection_age: float,
     event_loop: str,
 ) -> int:
-    """Serve a folder of models over KServe v2 gRPC.
+    """Serve a folder of models over KServe v2, gRPC and REST.
 
     One line of JSON on standard output says when the instance is ready and on which addresses. SIGTERM and SIGINT
     finish the calls in flight before leaving, a second signal leaves at once.
@@ -206,6 +208,7 @@ def command(
             models=models,
             host=host,
             grpc_port=grpc_port,
+            rest_port=rest_port,
             uds=uds,
             capacity_bytes=capacity or default_capacity(),
             registry=registry,

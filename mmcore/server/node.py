@@ -31,6 +31,7 @@ from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.allocator import keep_freed_memory
 from mmcore.server.dataplane import parse_dataplane_config
+from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
 from mmcore.server.v2 import SERVICE, V2Service
 from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig
@@ -50,7 +51,7 @@ class Node:
     Attributes:
         instance: its id, new at every start.
         constraints: what types of models need of instances, by the file that says so; None without one.
-        addresses: where it listens, by kind: ``grpc``, and ``uds`` and ``management`` where it has been told to.
+        addresses: where it listens, by kind: ``grpc``, ``rest``, and ``uds`` and ``management`` where it has been told to.
 
     Raises:
         InvalidSetting: a file of settings, or the address of the registry, says what cannot be.
@@ -93,6 +94,7 @@ class Node:
             cluster.Cluster(self._registry, self._router, self._registered, self._vmodels, self.record).register(server)
         add_reflection(self._server, pb.descriptor_protos(), list(_SERVICES))
         add_reflection(self._management_server, pb.descriptor_protos(), [management.SERVICE, cluster.SERVICE])
+        self._rest = Listener(self._first_rest_request, settings.transport)
         self._set_serving(serving=False)
 
     async def start(self) -> None:
@@ -109,6 +111,7 @@ class Node:
         self._transitions.start()
         await self._start_files()
         self.addresses["grpc"] = await self._listen(self._server, settings.grpc_port, "--grpc-port")
+        self.addresses["rest"] = await self._listen(self._rest, settings.rest_port, "--rest-port")
         if settings.management_port is not None:
             self.addresses["management"] = await self._listen(
                 self._management_server, settings.management_port, "--management-port"
@@ -121,7 +124,7 @@ class Node:
         await self._preload()
         self._set_serving(serving=True)
 
-    async def _listen(self, server: Server, port: int, option: str) -> str:
+    async def _listen(self, server: Server | Listener, port: int, option: str) -> str:
         host = self._settings.host
         try:
             return await server.listen_tcp(host, port)
@@ -173,8 +176,9 @@ class Node:
         self._service.drain()
         for task in self._following:
             task.cancel()
+        grace_s = self._settings.grace_s
         await asyncio.gather(
-            self._server.drain(self._settings.grace_s), self._management_server.drain(self._settings.grace_s)
+            self._server.drain(grace_s), self._management_server.drain(grace_s), self._rest.drain(grace_s)
         )
         await self._static.close()
         await self._transitions.close()
@@ -182,6 +186,14 @@ class Node:
         await self._router.close()
         await self._registered.close()
         await self._registry.close()
+
+    def _first_rest_request(self, request: Request) -> None:
+        """Take over for REST when there is a client of it: what it imports is not in an instance's idle memory."""
+        from mmcore.server.rest.routes import Routes
+
+        routes = Routes(self._server.unary, self._settings.transport.max_message_bytes)
+        self._rest.handle = routes.handle
+        routes.handle(request)
 
     def _set_serving(self, *, serving: bool) -> None:
         self._service.ready = serving

@@ -9,6 +9,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from mmcore._ext.h2 import Method
 from mmcore._ext.h2server import ServerCall, ServerSession
@@ -102,6 +103,7 @@ class Server:
     def __init__(self, *, settings: TransportSettings | None = None) -> None:
         self._settings = settings or TransportSettings()
         self._methods: dict[bytes, Method] = {}
+        self._unary: dict[str, UnaryHandler] = {}
         self._listeners: list[asyncio.Server] = []
         self._unix_paths: list[Path] = []
         self._connections: set[ServerConnection] = set()
@@ -124,6 +126,15 @@ class Server:
     def add_unary(self, path: str, handler: UnaryHandler) -> None:
         """Serve a unary method, ``/package.Service/Method``; see UnaryHandler."""
         self._add(Method(path, handler, False))
+        self._unary[path] = handler
+
+    def unary(self, path: str) -> Callable[[Any, bytes], Message | None]:
+        """The handler of a unary method, for calls that come in another way and answer as a ServerCall does.
+
+        Raises:
+            KeyError: there is no such method.
+        """
+        return self._unary[path]
 
     def add_stream(self, path: str, handler: StreamHandler) -> None:
         """Serve a method that streams either way or both; see StreamHandler."""

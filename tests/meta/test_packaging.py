@@ -50,7 +50,7 @@ def test_wheel_holds_the_package_alone(published: Path) -> None:
     names = zipfile.ZipFile(only(published, "*.whl")).namelist()
     for source in SOURCES:
         assert [name for name in names if name.startswith(f"mmcore/_ext/{source}.cpython-") and name.endswith(".so")]
-    assert {"mmcore/py.typed", "mmcore/pb/descriptors.binpb"} <= set(names)
+    assert {"mmcore/py.typed", "mmcore/pb/descriptors.binpb", "mmcore/server/rest/try.html"} <= set(names)
     assert {name.split("/", 1)[0] for name in names} == {"mmcore", f"mmcore-{mmcore.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".c", ".pyx", ".pxd", ".h"))]
 

@@ -15,13 +15,14 @@ import yaml
 
 from mmcore.cli.serve import command as serve
 from mmcore.storage import settings
-from tests.serving import Serve
+from tests.serving import Instance, Serve
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-#: The address of the examples, where the fixture's server has another port.
+#: The addresses of the examples, where the fixture's server has other ports.
 ADDRESS = "127.0.0.1:8033"
+REST_ADDRESS = "127.0.0.1:8008"
 
 
 @dataclass(frozen=True)
@@ -59,29 +60,29 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(serve_for_session: Serve, samples: Path) -> str:
-    """Where a server of these models listens."""
-    return serve_for_session(samples).grpc
+def instance(serve_for_session: Serve, samples: Path) -> Instance:
+    """A server of these models."""
+    return serve_for_session(samples)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", RUN, ids=lambda block: block.text.split("\n", 1)[0])
-def test_example_runs_as_shown(block: Block, address: str) -> None:
-    text = block.text.replace(ADDRESS, address)
+def test_example_runs_as_shown(block: Block, instance: Instance) -> None:
+    text = block.text.replace(ADDRESS, instance.grpc).replace(REST_ADDRESS, instance.rest)
     argv = [sys.executable, "-c", text] if block.language == "python" else ["bash", "-euc", text]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        argv, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path, "MMCORE_TARGET": address}
-    )
+    environment = os.environ | {"PATH": path, "MMCORE_TARGET": instance.grpc}
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert re.search(r"iris-sklearn|predict|celsius|\[\[0", done.stdout)
 
 
 @pytest.mark.slow
 def test_first_inference_of_make_run_prints_its_answer_and_ends_with_0(samples: Path) -> None:
+    ports = {"MMCORE_GRPC_PORT": "0", "MMCORE_REST_PORT": "0"}
     done = subprocess.run(
         [sys.executable, ROOT / "deploy/samples/first_inference.py", samples, "--once"],
-        capture_output=True, text=True, check=False, env=os.environ | {"MMCORE_GRPC_PORT": "0"},
+        capture_output=True, text=True, check=False, env=os.environ | ports,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"predict = \[\[?0", done.stdout)

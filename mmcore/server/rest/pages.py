@@ -1,0 +1,143 @@
+"""What the REST port says of itself: an OpenAPI document, and a page to try it that needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+import mmcore
+from mmcore.model import NUMPY_DTYPES
+
+_PAGE: Final = Path(__file__).with_name("try.html")
+
+_SUMMARIES: Final = {
+    "live": "Whether the server is live",
+    "ready": "Whether the server is ready",
+    "server_metadata": "Name, version and extensions of the server",
+    "models": "The names of all models",
+    "model_ready": "Whether a request for the model would be answered",
+    "model_metadata": "Names, datatypes and shapes of the model's tensors",
+    "model_config": "The model's configuration, as Triton's ModelConfig",
+    "model_statistics": "What was answered, and the time it took",
+    "infer": "Run the model",
+    "predict": "Run the model on rows (KServe V1)",
+    "trace_settings": "Read or change which requests are traced",
+    "log_settings": "Read or change which lines are logged",
+    "index": "Every version of every model and its state",
+    "load": "Load the model from its files as they are now",
+    "unload": "Take the model out of service",
+    "region_status": "The shared memory that has been registered",
+    "register_region": "Register a region of system shared memory",
+    "unregister_region": "Forget a region of shared memory, or all",
+    "cuda_status": "Not served",
+    "register_cuda": "Not served",
+    "unregister_cuda": "Forget nothing; taken from clients that begin afresh",
+}
+
+_PARAMETERS: Final = {
+    "type": "object",
+    "additionalProperties": {"oneOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"}]},
+}
+_TENSOR: Final = {
+    "name": {"type": "string"},
+    "datatype": {"type": "string", "enum": list(NUMPY_DTYPES)},
+    "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+    "parameters": {"$ref": "#/components/schemas/Parameters"},
+    "data": {"type": "array", "items": {}, "description": "elements, flat or nested, row-major"},
+}
+_SCHEMAS: Final[dict[str, Any]] = {
+    "Parameters": _PARAMETERS,
+    "Tensor": {"type": "object", "required": ["name", "datatype", "shape"], "properties": _TENSOR},
+    "RequestedOutput": {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": {"type": "string"}, "parameters": {"$ref": "#/components/schemas/Parameters"}},
+    },
+    "InferRequest": {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "id": {"type": "string"},
+            "parameters": {"$ref": "#/components/schemas/Parameters"},
+            "inputs": {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
+            "outputs": {"type": "array", "items": {"$ref": "#/components/schemas/RequestedOutput"}},
+        },
+    },
+    "InferResponse": {
+        "type": "object",
+        "required": ["model_name", "outputs"],
+        "properties": {
+            "model_name": {"type": "string"},
+            "model_version": {"type": "string"},
+            "id": {"type": "string"},
+            "parameters": {"$ref": "#/components/schemas/Parameters"},
+            "outputs": {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
+        },
+    },
+    "PredictRequest": {"type": "object", "properties": {"instances": {"type": "array", "items": {}}, "inputs": {}}},
+    "PredictResponse": {"type": "object", "properties": {"predictions": {}}},
+    "Error": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}},
+}
+#: What the segment behind such a one names.
+_NAMES: Final = {"models": "model", "versions": "version", "region": "region", "repository": "repository"}
+_BODIES: Final = {"infer": ("InferRequest", "InferResponse"), "predict": ("PredictRequest", "PredictResponse")}
+
+
+@cache
+def openapi(routes: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]) -> bytes:
+    """The OpenAPI 3.1 document of these routes: paths with the methods by HTTP method."""
+    paths: dict[str, Any] = {}
+    for pattern, methods in routes:
+        path, names = _template(pattern)
+        paths[path] = {verb.lower(): _operation(f"{verb} {path}", verb, method, names) for verb, method in methods}
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": "mmcore", "version": mmcore.__version__, "summary": "KServe V2 and V1 over HTTP"},
+        "paths": paths,
+        "components": {"schemas": _SCHEMAS},
+    }
+    return orjson.dumps(document)
+
+
+def _template(pattern: str) -> tuple[str, list[str]]:
+    """A route's path as OpenAPI writes it, and the names of its parameters."""
+    names: list[str] = []
+
+    def name(match: re.Match[str]) -> str:
+        names.append(_NAMES[match[1]])
+        return f"{match[1]}/{{{names[-1]}}}"
+
+    return "/" + re.sub(r"(\w+)/\*", name, pattern), names
+
+
+def _operation(operation: str, verb: str, method: str, names: list[str]) -> dict[str, Any]:
+    asked, told = _BODIES.get(method, (None, None))
+    found: dict[str, Any] = {
+        "operationId": re.sub(r"\W+", "_", operation).strip("_"),
+        "summary": _SUMMARIES[method],
+        "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names],
+        "responses": {
+            "200": {"description": "OK", "content": {"application/json": {"schema": _reference(told)}}},
+            "default": {
+                "description": "an error",
+                "content": {"application/json": {"schema": _reference("Error")}},
+            },
+        },
+    }
+    if verb == "POST":
+        found["requestBody"] = {"content": {"application/json": {"schema": _reference(asked)}}}
+    return found
+
+
+def _reference(schema: str | None) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{schema}"} if schema else {}
+
+
+@cache
+def try_page() -> bytes:
+    """The page."""
+    return _PAGE.read_bytes()

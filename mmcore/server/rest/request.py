@@ -1,0 +1,76 @@
+"""One HTTP request, and the way its answer goes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from mmcore.server.rest.connection import Connection
+
+Part = bytes | bytearray | memoryview
+
+JSON: Final = b"application/json"
+
+#: gRPC status to HTTP status as google/rpc/code.proto gives it; the archived stack's REST proxy went by it as well.
+HTTP_STATUS: Final = (200, 499, 500, 400, 504, 404, 409, 403, 429, 400, 409, 400, 501, 500, 503, 500, 401)
+
+_PHRASES: Final = {status.value: status.phrase for status in HTTPStatus} | {499: "Client Closed Request"}
+
+
+class Request:
+    """What came, and where its answer goes.
+
+    Attributes:
+        method, target: ``GET`` and ``/v2/models?limit=1``, as they came.
+        headers: names in lower case; of a repeated one the last value.
+        body: as it came, not decompressed.
+        on_cancel: called when the client goes away before it has its answer.
+    """
+
+    __slots__ = ("_connection", "answered", "body", "headers", "keep_alive", "method", "on_cancel", "target")
+
+    def __init__(
+        self, connection: Connection, method: str, target: str, headers: dict[bytes, bytes], body: bytes,
+        *, keep_alive: bool,
+    ) -> None:  # fmt: skip
+        self._connection = connection
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+        self.keep_alive = keep_alive
+        self.answered = False
+        self.on_cancel: Callable[[], object] | None = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self.answered or self._connection.lost
+
+    def send(
+        self,
+        body: Part | Sequence[Part] = b"",
+        *,
+        status: int = 200,
+        content_type: bytes = JSON,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
+        """Answer. The parts of a body go out one behind the other; what comes when nobody waits is dropped."""
+        if self.gone:
+            return
+        self.answered = True
+        parts = [body] if isinstance(body, Part) else list(body)
+        length = sum(len(part) for part in parts)
+        head = b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n" % (
+            status, _PHRASES[status].encode(), content_type, length,
+        )  # fmt: skip
+        for name, value in headers:
+            head += b"%b: %b\r\n" % (name, value)
+        self._connection.answer(self, head, [] if self.method == "HEAD" else parts)
+
+    def fail(self, status: int, text: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Answer with an HTTP status and ``{"error": text}``."""
+        self.send(json.dumps({"error": text}).encode(), status=status, headers=headers)
