@@ -24,6 +24,7 @@ from mmcore.config import (
     parse_duration,
     parse_size,
 )
+from mmcore.registry import registry_url
 
 _TRANSPORT: Final = TransportSettings()
 _SERVE: Final = ServeSettings()
@@ -48,6 +49,7 @@ class Parsed(click.ParamType[object]):
 SIZE: Final = Parsed("size", parse_size)
 FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 DURATION: Final = Parsed("duration", parse_duration)
+REGISTRY: Final = Parsed("url", registry_url)
 
 
 def option(flag: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -117,8 +119,10 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @option(
     "--registry",
+    type=REGISTRY,
     default=_SERVE.registry,
-    help="Where registered models are kept: memory:, sqlite:PATH, or etcd://HOST:PORT[,HOST:PORT]/PREFIX.",
+    help="Where registered models are kept, and what instances share: memory:, sqlite:PATH, "
+    "etcd://HOST:PORT[,HOST:PORT]/PREFIX, etcds://… with TLS, or etcd:FILE with a connection file.",
 )
 @option(
     "--management-port",

@@ -5,7 +5,7 @@ transactions that compare what they replace.
 """
 
 from mmcore.registry.memory import MemoryStore
-from mmcore.registry.opening import open_registry
+from mmcore.registry.opening import open_registry, registry_url
 from mmcore.registry.records import (
     CopyRecord,
     CorruptRecord,
@@ -32,4 +32,5 @@ __all__ = [
     "Table",
     "VModelRecord",
     "open_registry",
+    "registry_url",
 ]

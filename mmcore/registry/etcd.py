@@ -21,6 +21,8 @@ from mmcore.registry.store import Changes, Compacted, Entry, Fence, LeaseGone, N
 PAGE: Final = 2000
 #: etcd may be slow to answer a page, or a new watch, when it has just started with many keys.
 PAGE_S: Final = 5.0
+#: How long a start may take to find a member that works: three that do not answer, and one that does.
+START_S: Final = 4.0
 
 _RANGE: Final = Method("/etcdserverpb.KV/Range", pb.RangeResponse)
 _TXN: Final = Method("/etcdserverpb.KV/Txn", pb.TxnResponse)
@@ -40,8 +42,8 @@ class EtcdStore:
         self._connection = EtcdConnection(address, probed=self._key("store"))
 
     async def connect(self) -> None:
-        """Ask a member for something."""
-        await self.read("store")
+        """Ask the members in turn for something."""
+        await self._call(_RANGE, pb.RangeRequest(key=self._key("store")), timeout_s=START_S)
 
     async def read(self, key: str) -> Entry | None:
         """Linearizable, as all reads of etcd that do not say otherwise."""

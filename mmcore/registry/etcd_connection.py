@@ -114,7 +114,10 @@ class EtcdConnection:
                     await self._drop(live)
                 return await self._call(await self._connected(), method, request, timeout_s)
         except TimeoutError:
-            await self.close()
+            if self._live is None:
+                endpoints = ", ".join(self._address.endpoints)
+                raise Unavailable(f"cannot connect to etcd at {endpoints} within {timeout_s:g} s") from None
+            await self._drop(self._live)
             raise Unavailable(f"etcd did not answer within {timeout_s:g} s") from None
 
     async def stream(self, method: Method, requests: Sequence[Any], *, first_s: float) -> AsyncGenerator[Any, None]:

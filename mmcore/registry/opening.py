@@ -22,6 +22,16 @@ def open_registry(url: str, instance: str, *, lease_s: float = LEASE_S) -> Regis
     return Registry(_store(url), instance, lease_s=lease_s)
 
 
+def registry_url(url: str) -> str:
+    """The text itself, if there can be a registry at it.
+
+    Raises:
+        ValueError: it is no address of a registry, or names a file that does not say what it must.
+    """
+    _store(url)
+    return url
+
+
 def _store(url: str) -> Store:
     if url == "memory:":
         return MemoryStore()

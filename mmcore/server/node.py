@@ -106,7 +106,10 @@ class Node:
         """
         settings = self._settings
         await self._router.start()
-        await self._registry.start()
+        try:
+            await self._registry.start()
+        except Unavailable as error:
+            raise Unavailable(f"{error}; see --registry {settings.registry}") from error
         self._registered.start()
         self._transitions.start()
         await self._start_files()

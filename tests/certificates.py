@@ -1,0 +1,52 @@
+"""Certificates for tests: an authority, and servers and clients that it has signed; made by the openssl command."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """Files of a certificate and its key, PEM."""
+
+    certificate: Path
+    key: Path
+
+
+class Authority:
+    """A certificate authority of its own.
+
+    Attributes:
+        certificate: the file to trust.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.certificate = folder / "ca.pem"
+        self._key = folder / "ca.key"
+        _openssl(
+            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+            "-subj", "/CN=test authority", "-keyout", self._key, "-out", self.certificate,
+        )  # fmt: skip
+
+    def sign(self, name: str, *alternatives: str) -> Signed:
+        """A certificate for ``name``, good for the alternatives (``DNS:…``, ``IP:…``) too."""
+        signed = Signed(self._folder / f"{name}.pem", self._folder / f"{name}.key")
+        request = self._folder / f"{name}.csr"
+        _openssl(
+            "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}",
+            "-keyout", signed.key, "-out", request,
+        )  # fmt: skip
+        extensions = self._folder / f"{name}.ext"
+        extensions.write_text(f"subjectAltName={','.join((f'DNS:{name}', *alternatives))}\n")
+        _openssl(
+            "x509", "-req", "-in", request, "-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial",
+            "-days", "2", "-extfile", extensions, "-out", signed.certificate,
+        )  # fmt: skip
+        return signed
+
+
+def _openssl(*arguments: object) -> None:
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
