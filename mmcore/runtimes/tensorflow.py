@@ -1,17 +1,13 @@
 """TensorFlow: SavedModels, frozen graphs (GraphDef), and Keras files, through the library's C API.
 
 Names are those of a SavedModel's signature (``serving_default``, or what the parameter ``TF_SIGNATURE_DEF`` of Triton's
-backend says) or of a graph's operations. Strings are BYTES. A Keras file is written as a SavedModel first, by a process
-of its own, as the archived stack did it.
+backend says) or of a graph's operations. Strings are BYTES. A Keras file is written as a SavedModel first, as the
+archived stack did it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +17,7 @@ import numpy as np
 
 from mmcore.errors import InferenceFailed, InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
+from mmcore.runtimes import keras_files
 from mmcore.runtimes.declared import merge_declared
 from mmcore.runtimes.failures import FailureReport, describe
 from mmcore.runtimes.interface import Array, LoadedModel, OutputTensor
@@ -43,9 +40,6 @@ _SIGNATURE_PARAMETER: Final = "TF_SIGNATURE_DEF"
 _TAG_PARAMETER: Final = "TF_GRAPH_TAG"
 _SIGNATURE: Final = "serving_default"
 _TAG: Final = "serve"
-
-_KERAS: Final = (".keras", ".h5")
-_KERAS_TIMEOUT_S: Final = 300.0
 
 #: Measured (TensorFlow 2.21): 576 KB in memory for 14 KB on disk, 1.74 MB for 0.81 MB, 14.4 MB for 12.6 MB.
 _SIZE_FACTOR: Final = 1.1
@@ -126,10 +120,8 @@ def load(source: ModelSource) -> LoadedModel:
     path = source.path.parent if source.path.name == "saved_model.pb" else source.path
     size = estimated_size(source, path, factor=_SIZE_FACTOR, base=_SIZE_BASE)
     graph = Graph()
-    if path.suffix in _KERAS:
-        with tempfile.TemporaryDirectory(prefix="mmcore-keras-") as folder:
-            exported = Path(folder) / "model.savedmodel"
-            _export_keras(path, exported)
+    if path.suffix in keras_files.SUFFIXES:
+        with keras_files.exports.exported(path) as exported:
             inputs, outputs = _saved_model(graph, exported, path.name, source)
         platform = "tensorflow_savedmodel"
     elif path.is_dir():
@@ -232,21 +224,6 @@ def _graph_tensors(graph: Graph, kind: str, declared: tuple[TensorSpec, ...], en
             raise LoadFailed(f"{kind} {name!r} is of a type that cannot be sent over KServe v2")
     merged = merge_declared(kind, tuple(one.spec for one in tensors), declared)
     return [_Tensor(spec, one.output) for spec, one in zip(merged, tensors, strict=True)]
-
-
-def _export_keras(path: Path, folder: Path) -> None:
-    """Write a Keras file as a SavedModel, in a process of its own."""
-    command = [sys.executable, "-m", "mmcore.runtimes.keras_export", str(path), str(folder)]
-    environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    try:
-        done = subprocess.run(  # noqa: S603  # our own module, on a path of the models' folder
-            command, env=environment, capture_output=True, text=True, timeout=_KERAS_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise LoadFailed(f"{path.name!r}: Keras took longer than {_KERAS_TIMEOUT_S:.0f} s") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise LoadFailed(f"{path.name!r} is no model that Keras reads: {lines[-1] if lines else done.returncode}")
 
 
 def _warm_up(model: TensorflowModel, called: str) -> None:

@@ -24,10 +24,9 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from mmcore.errors import LoadFailed
-from mmcore.storage.transfer import Watch
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +39,13 @@ _STEP: Final = 2**20
 #: The limit when none is given: this share of what entries take and the file system has free.
 DEFAULT_SHARE: Final = 0.5
 _ENTRY: Final = "entry.json"
+
+
+class Waits(Protocol):
+    """How somebody waits for an entry that another makes."""
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long, or raise because it has been too long."""
 
 
 class Lease:
@@ -164,7 +170,7 @@ class DiskCache:
     # What is made.
 
     @contextmanager
-    def making(self, digest: str, size: int, watch: Watch) -> Iterator[Room | Lease]:
+    def making(self, digest: str, size: int, watch: Waits) -> Iterator[Room | Lease]:
         """Room for an entry of ``size`` bytes, which is published when the context ends well.
 
         While somebody else makes it this waits; a lease is given instead of room when it is there.
@@ -197,7 +203,7 @@ class DiskCache:
                         self._count(-room.reserved)
 
     @contextmanager
-    def _alone(self, digest: str, watch: Watch) -> Iterator[None]:
+    def _alone(self, digest: str, watch: Waits) -> Iterator[None]:
         """Be the only one of all threads and processes to make an entry; a file's lock, which ends with its process."""
         with self._locked():
             # The folders are there now.

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSettings, ModelSource, TensorSpec
-from mmcore.runtimes import LoadedModel, load_model
+from mmcore.runtimes import LoadedModel, keras_files, load_model
 from mmcore.storage import detect
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([sys.executable, str(MAKE), str(folder)], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras_files, "exports", keras_files.KerasExports(tmp_path_factory.mktemp("keras") / "exports"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +180,18 @@ def test_a_keras_file_answers_what_keras_does(made: Path, name: str) -> None:
     model = load(made / name)
     assert model.inputs == (TensorSpec("flowers", "FP32", (-1, 4)),)
     assert model.outputs == (TensorSpec("output_0", "FP32", (-1, 3)),)
+    expected = np.load(made / "sequence.npz")
+    np.testing.assert_allclose(model.infer({"flowers": expected["x"]}, ())[0][2], expected["y"], rtol=1e-5)
+
+
+def test_a_keras_file_is_exported_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(made / "sequence.keras").close()
+
+    def export(path: Path, folder: Path) -> None:
+        pytest.fail("exported again")
+
+    monkeypatch.setattr(keras_files, "_export", export)
+    model = load(made / "sequence.keras")
     expected = np.load(made / "sequence.npz")
     np.testing.assert_allclose(model.infer({"flowers": expected["x"]}, ())[0][2], expected["y"], rtol=1e-5)
 
