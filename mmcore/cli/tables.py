@@ -35,7 +35,7 @@ def print_rest(shown: int, total: int) -> None:
 
 
 def ago(since_ms: int) -> str:
-    """How long ago a time in milliseconds of the epoch is, in a unit that fits: ``90 s``, ``3 min``, ``2 h``, ``5 d``."""
+    """How long ago a time in milliseconds of the epoch is: ``90 s``, ``3 min``, ``2 h``, ``5 d``."""
     if not since_ms:
         return ""
     seconds = max(0.0, time.time() - since_ms / 1000)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable
 from enum import Enum
-from typing import Final, TypeVar
+from typing import Final
 
-from mmcore._ext.router import Table as RoutingTable
+from mmcore._ext.router import Table
 from mmcore.errors import NotFound, Unavailable
-from mmcore.registry import Record, Registry, Table
-
-#: How long a request waits for what the store has to arrive here.
-REPLICA_WAIT_S: Final = 2.0
-
-R = TypeVar("R", bound=Record)
+from mmcore.registry import Registry
+from mmcore.routing.replica import catch_up
 
 
 class Kind(Enum):
@@ -36,7 +31,7 @@ class Names:
     ``knows`` tells whether a model of that name is registered or in a folder.
     """
 
-    def __init__(self, table: RoutingTable, registry: Registry, knows: Callable[[str], bool]) -> None:
+    def __init__(self, table: Table, registry: Registry, knows: Callable[[str], bool]) -> None:
         self._table: Final = table
         self._registry: Final = registry
         self._knows = knows
@@ -78,13 +73,13 @@ class Names:
         """Have this instance know what the store knows of a name."""
         models = [name]
         if kind is not Kind.MODEL:
-            await _read(self._registry.vmodels, name)
+            await catch_up(self._registry.vmodels, name)
             record = self._registry.vmodels.get(name)
             if record is not None:
                 models = [record.active, record.target]
         for model in models:
             if not self._knows(model):
-                await _read(self._registry.models, model)
+                await catch_up(self._registry.models, model)
 
     def _follow(self, vmodel: str, model: str) -> None:
         """Let the table answer for a vmodel if the model is in it."""
@@ -101,23 +96,6 @@ class Names:
             self._table.unalias(name)
             if record is not None:
                 self._follow(name, record.active)
-
-
-async def _read(table: Table[R], name: str) -> None:
-    """Wait until the replica of a record is as the store has it now, or a moment if it does not come to be."""
-    arrived = asyncio.get_running_loop().create_future()
-
-    def changed(other: str) -> None:
-        if other == name and not arrived.done():
-            arrived.set_result(None)
-
-    stop = table.listen(changed)
-    try:
-        if await table.read(name) != table.get(name):
-            await asyncio.wait([arrived], timeout=REPLICA_WAIT_S)
-    finally:
-        stop()
-        arrived.cancel()
 
 
 def _not_found(name: str, kind: Kind) -> NotFound:

@@ -15,9 +15,10 @@ from typing import Any, Final, Protocol
 
 from mmcore._ext.router import Registration
 from mmcore.cache import Copy, CopyState
-from mmcore.errors import AlreadyExists, Conflict, InvalidRequest, LoadFailed, MmcoreError, Overloaded
+from mmcore.errors import AlreadyExists, Conflict, InvalidRequest, LoadFailed, MmcoreError, NotFound, Overloaded
 from mmcore.model import ModelInfo
 from mmcore.registry import ModelRecord, Registry
+from mmcore.routing.replica import catch_up
 from mmcore.routing.reports import Reports
 from mmcore.routing.router import Catalog, Router
 from mmcore.routing.status import ABSENT, ModelState, ModelStatus, loaded_copies, status_of
@@ -174,7 +175,6 @@ class Registered(Catalog):
             InvalidRequest: the name is empty.
             Unavailable: with ``sync``, the load ended without an outcome: an instance stops, or files are changing.
         """
-        _check_name(name)
         status = await self.find(name)
         if status.state is ModelState.NOT_FOUND:
             return status
@@ -190,6 +190,9 @@ class Registered(Catalog):
             await asyncio.shield(load)
         except (LoadFailed, Overloaded) as error:
             return _told(self.status(name), str(error))
+        except NotFound:
+            # Unregistered meanwhile, which the status tells.
+            pass
         return self.status(name)
 
     def status(self, name: str) -> ModelStatus:
@@ -201,11 +204,13 @@ class Registered(Catalog):
         """The same, with a look into the store where this instance knows of none.
 
         Raises:
+            InvalidRequest: the name is empty.
             Unavailable: it knows of none, and the registry is away.
         """
-        if name in self._registry.models:
-            return self.status(name)
-        return status_of(await self._registry.models.read(name), self.lives)
+        _check_name(name)
+        if name not in self._registry.models:
+            await catch_up(self._registry.models, name)
+        return self.status(name)
 
     def loaded_copies(self, name: str, record: ModelRecord | None) -> int:
         """How many copies of a model answer requests, by its record and what is not written yet."""

@@ -26,6 +26,8 @@ GATHER_S: Final = 0.02
 WRITERS: Final = 16
 #: Pause before a store that is away is written to again.
 RETRY_S: Final = 1.0
+#: How long the last ones may take when the instance ends; what is not written goes with its lease.
+CLOSE_WAIT_S: Final = 5.0
 #: How long a failed load is told of when nothing comes after it.
 FAILURE_KEPT_MS: Final = 15 * 60_000
 
@@ -110,7 +112,7 @@ class Reports:
         """Write what can be written at once, and no more after."""
         self._closing = True
         if self._writing is not None:
-            await self._writing
+            await asyncio.wait([self._writing], timeout=CLOSE_WAIT_S)
 
     def _due(self, name: str) -> None:
         self._unwritten.add(name)
@@ -141,6 +143,9 @@ class Reports:
                 group.create_task(writer(), name="write a copy to the registry")
 
     async def _write_one(self, name: str) -> None:
+        if not self._registry.connected:
+            self._unwritten.add(name)
+            return
         try:
             await self._registry.models.update(
                 name, lambda record: self.merge(name, record) if record is not None else None

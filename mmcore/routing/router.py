@@ -217,11 +217,10 @@ class Router:
 
     def index(self) -> list[IndexRow]:
         """Every version of every model and its state."""
-        held = [row for registration in self._table for row in self._rows(registration)]
-        return held + [row for name in self.catalog if name not in self._table for row in self.rows(name)]
+        return [row for name in self.names() for row in self.rows(name)]
 
     def rows(self, name: str) -> list[IndexRow]:
-        """The versions of one model and their states."""
+        """The versions of one model and their states; none of an unknown one."""
         registration = self._registration(name)
         return list(self._rows(registration)) if registration is not None else []
 
@@ -420,6 +419,10 @@ class Router:
 
     def _refresh(self, change: Change, origin: Origin) -> None:
         registration = self._table.get(change.name)
+        if registration is not None and self._is_catalogs(registration):
+            # The folder's model goes before it.
+            self.remove(change.name)
+            registration = None
         if registration is None:
             registration = Registration(change.name, (), origin)
             self._table.add(registration)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from mmcore.errors import AlreadyExists, Conflict, InvalidRequest, NotFound
+from mmcore.errors import AlreadyExists, Conflict, NotFound
 from mmcore.model import ModelInfo
 from mmcore.registry import ModelRecord, VModelRecord
 
@@ -83,7 +83,6 @@ def set_vmodel(
     """Give a vmodel its target. ``models`` are those it refers to and the target; ``loaded`` counts a model's copies.
 
     Raises:
-        InvalidRequest: a name or a type is missing.
         NotFound: the target is not registered and nothing says what it is, or a vmodel to be updated is not there.
         AlreadyExists: the vmodel has another owner, or the target is registered as something else.
         Conflict: the vmodel's target is not the expected one.
@@ -117,12 +116,6 @@ def delete_vmodel(before: VModelRecord, models: Models) -> Changes:
 
 
 def _check(name: str, before: VModelRecord | None, wanted: Wanted) -> None:
-    if not name:
-        raise InvalidRequest("Must provide vModelId")
-    if not wanted.target:
-        raise InvalidRequest("Must provide targetModelId")
-    if wanted.info is not None and not wanted.info.type:
-        raise InvalidRequest("Must provide non-empty model type string")
     if before is None:
         if wanted.expected not in ("", wanted.target):
             raise Conflict(f"vmodel {name} not found")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mmcore.errors import InvalidRequest
 from mmcore.registry import ModelRecord, Registry, Table, VModelRecord
 from mmcore.routing.registered import Registered, wall_ms
+from mmcore.routing.replica import catch_up
 from mmcore.routing.status import ModelStatus
 from mmcore.routing.vmodel_changes import Changes, Wanted, delete_vmodel, in_transition, set_vmodel, switch, touched
 
@@ -61,11 +62,17 @@ class VModels:
             InvalidRequest, NotFound, AlreadyExists, Conflict: see :func:`mmcore.routing.vmodel_changes.set_vmodel`.
             Unavailable: the registry is away.
         """
-        is_new = name not in self._registry.vmodels
+        _check_name(name)
+        if not wanted.target:
+            raise InvalidRequest("Must provide targetModelId")
+        if wanted.info is not None and not wanted.info.type:
+            raise InvalidRequest("Must provide non-empty model type string")
+        served = False
 
         def change(before: VModelRecord | None, models: dict[str, ModelRecord | None]) -> Changes:
-            if wanted.target not in models:
-                raise _Incomplete({wanted.target})
+            nonlocal served
+            if before is not None:
+                served = self._registered.loaded_copies(before.active, models[before.active]) > 0
             changes = set_vmodel(
                 name,
                 before,
@@ -80,10 +87,11 @@ class VModels:
                 return Changes(replace(before, failed=False), changes.models)
             return changes
 
-        record = await self._transact(name, change, {wanted.target} if wanted.target else set())
+        record = await self._transact(name, change, {wanted.target})
         assert record is not None
-        if wanted.load_now or self._serves(record.active):
-            await self._registered.ensure_loaded(wanted.target, sync=sync and (is_new or not in_transition(record)))
+        if wanted.load_now or served:
+            # A transition that is waited for waits for the load itself.
+            await self._registered.ensure_loaded(wanted.target, sync=sync and not in_transition(record))
         if sync:
             await self._settled(name, wanted.target)
         return self.status(name) or self._status(record)
@@ -114,7 +122,9 @@ class VModels:
             Unavailable: this instance knows of none, and the registry is away.
         """
         _check_name(name)
-        record = self._registry.vmodels.get(name) or await self._registry.vmodels.read(name)
+        if name not in self._registry.vmodels:
+            await catch_up(self._registry.vmodels, name)
+        record = self._registry.vmodels.get(name)
         return self._status(record) if record is not None and owner in ("", record.owner) else None
 
     def status(self, name: str) -> VModelStatus | None:
@@ -154,13 +164,16 @@ class VModels:
         self,
         name: str,
         change: Callable[[VModelRecord | None, dict[str, ModelRecord | None]], Changes],
-        models: set[str] | None = None,
+        models: Collection[str] = (),
         *,
         fenced: bool = False,
     ) -> VModelRecord | None:
-        """Change a vmodel's record and its models' in one transaction, and return the vmodel's."""
+        """Change a vmodel's record and its models' in one transaction, and return the vmodel's.
+
+        ``change`` is given the records of ``models`` and of those that the vmodel refers to.
+        """
         vmodels, table = self._registry.vmodels, self._registry.models
-        wanted = set(models or ()) | touched(vmodels.get(name))
+        wanted = {*models, *touched(vmodels.get(name))}
         while True:
             names = sorted(wanted)
 
@@ -200,9 +213,6 @@ class VModels:
             await ended
         finally:
             stop()
-
-    def _serves(self, model: str) -> bool:
-        return self.copies(model) > 0
 
     def _status(self, record: VModelRecord) -> VModelStatus:
         target = self._registered.status(record.target) if in_transition(record) else None

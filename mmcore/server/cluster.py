@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final, Protocol
@@ -10,11 +11,14 @@ from mmcore.pb import cluster_pb2 as pb
 from mmcore.pb import model_mesh_pb2
 from mmcore.registry import InstanceRecord, Registry
 from mmcore.routing import IndexRow, ModelState, Registered, Router, VModels
-from mmcore.server.calls import immediate
+from mmcore.server.calls import Waiting, immediate
 from mmcore.server.management import model_status, vmodel_status
 from mmcore.transport import Server
 
 SERVICE: Final = "mmcore.Cluster"
+
+#: Models listed between two looks at the loop's other work.
+_AT_ONCE: Final = 500
 
 
 class _Names(Protocol):
@@ -42,14 +46,16 @@ class Cluster:
 
     def register(self, server: Server) -> None:
         """Add every method to ``server``."""
-        server.add_unary(f"/{SERVICE}/ListModels", immediate(pb.ListRequest, self._list_models))
+        server.add_unary(f"/{SERVICE}/ListModels", Waiting().handler(pb.ListRequest, self._list_models))
         server.add_unary(f"/{SERVICE}/ListVModels", immediate(pb.ListRequest, self._list_vmodels))
         server.add_unary(f"/{SERVICE}/ListInstances", immediate(pb.ListRequest, self._list_instances))
 
-    def _list_models(self, request: pb.ListRequest) -> pb.ListModelsResponse:
+    async def _list_models(self, request: pb.ListRequest) -> pb.ListModelsResponse:
         names, total = _chosen(self._router.names(), request)
         response = pb.ListModelsResponse(total=total)
-        for name in names:
+        for number, name in enumerate(names):
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
             rows = self._router.rows(name)
             if name in self._registered and not self._router.in_folder(name):
                 self._add_registered(response, name, rows)

@@ -5,6 +5,7 @@ A model that is registered and not loaded counts as ready, since a request would
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Final
 
@@ -17,6 +18,8 @@ from mmcore.server.model_config import model_config, model_metadata
 _CONFIG: Final = "config"
 _FILE_PREFIX: Final = "file:"
 _READY: Final = "READY"
+#: Models listed between two looks at the loop's other work.
+_AT_ONCE: Final = 500
 
 
 class Repository:
@@ -53,7 +56,7 @@ class Repository:
         config = model_config(copy.name, copy.model, copy.source.settings, copy.source.path.name, merged=most_rows)
         return inference_pb2.ModelConfigResponse(config=config)
 
-    def index(self, request: inference_pb2.RepositoryIndexRequest) -> inference_pb2.RepositoryIndexResponse:
+    async def index(self, request: inference_pb2.RepositoryIndexRequest) -> inference_pb2.RepositoryIndexResponse:
         """Every version of every model with its state, or those that are loaded.
 
         Raises:
@@ -61,9 +64,12 @@ class Repository:
         """
         _refuse_repository(request.repository_name)
         response = inference_pb2.RepositoryIndexResponse()
-        for row in self._router.index():
-            if row.state == _READY or not request.ready:
-                response.models.add(name=row.name, version=row.version, state=row.state, reason=row.reason)
+        for number, name in enumerate(self._router.names()):
+            for row in self._router.rows(name):
+                if row.state == _READY or not request.ready:
+                    response.models.add(name=row.name, version=row.version, state=row.state, reason=row.reason)
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
         return response
 
     async def load(

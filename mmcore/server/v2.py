@@ -90,7 +90,6 @@ class V2Service:
         at_once("ServerLive", pb.ServerLiveRequest, self._server_live)
         at_once("ServerReady", pb.ServerReadyRequest, self._server_ready)
         at_once("ServerMetadata", pb.ServerMetadataRequest, self._server_metadata)
-        at_once("RepositoryIndex", pb.RepositoryIndexRequest, self._repository.index)
         at_once("TraceSetting", pb.TraceSettingRequest, self._tracing.update)
         at_once("LogSettings", pb.LogSettingsRequest, settings.update_log_settings)
         at_once("SystemSharedMemoryStatus", pb.SystemSharedMemoryStatusRequest, self._region_status)
@@ -101,6 +100,7 @@ class V2Service:
         at_once("CudaSharedMemoryUnregister", pb.CudaSharedMemoryUnregisterRequest, self._unregister_cuda)
 
         waiting, repository = self._waiting, self._repository
+        self._add(server, "RepositoryIndex", waiting.handler(pb.RepositoryIndexRequest, repository.index))
         self._add(server, "RepositoryModelLoad", waiting.handler(pb.RepositoryModelLoadRequest, repository.load))
         self._add(server, "RepositoryModelUnload", waiting.handler(pb.RepositoryModelUnloadRequest, repository.unload))
         not_ready = pb.ModelReadyResponse(ready=False)
