@@ -125,6 +125,11 @@ cdef int add_pairs(nghttp2_nv *pairs, int count, list encoded) except -1:
     return count
 
 
+cdef bint is_internal(const uint8_t *name, size_t size) noexcept:
+    """Whether metadata of this name is between instances of ours, and of no meaning from or to anybody else."""
+    return size > 7 and name[0] == c"m" and memcmp(name, b"mmcore-", 7) == 0
+
+
 @cython.final
 cdef class Method:
     """One gRPC method: its path and, on a server, what answers it."""
@@ -242,6 +247,20 @@ cdef class Stream:
                     continue  # not base64: the pair says nothing, as in gRPC's own libraries
         return tuple(found)
 
+    cdef list pairs_between(self, size_t first, size_t last):
+        """Pairs kept in these bytes as they came, to be passed on: without user-agent and what instances tell us."""
+        cdef const uint8_t *source = self.more_metadata if self.more_metadata != NULL else &self.inline_metadata[0]
+        cdef const uint8_t *name
+        cdef uint32_t[2] sizes
+        cdef list found = []
+        while first < last:
+            memcpy(sizes, source + first, sizeof(sizes))
+            name = source + first + sizeof(sizes)
+            first += sizeof(sizes) + sizes[0] + sizes[1]
+            if not is_text(name, sizes[0], b"user-agent", 10) and not is_internal(name, sizes[0]):
+                found.append(((<const char *>name)[:sizes[0]], (<const char *>name)[sizes[0]:sizes[0] + sizes[1]]))
+        return found
+
     cdef int on_headers_done(self, int category, bint end) except -1:
         return 0
 
@@ -313,6 +332,7 @@ cdef class Stream:
     cdef int take_message(self) except -1:
         """A whole message is there: decompress it, and hand it on."""
         cdef str encoding
+        cdef bytes packed
         cdef Py_ssize_t size = PyBytes_GET_SIZE(self.body)
         if self.prefix[0] == 1:
             encoding = self.encoding
@@ -320,8 +340,12 @@ cdef class Stream:
                 return self.on_bad_message(INTERNAL, "a message is marked compressed, but grpc-encoding names nothing")
             if encoding not in ENCODINGS:
                 return self.on_bad_message(INTERNAL, f"grpc-encoding {encoding!r} is not known here")
+            packed = self.body
+            if self.as_came:
+                self.packed = packed
+                return self.on_message()
             try:
-                self.body = decompress(encoding, self.body, self.session.max_message)
+                self.body = decompress(encoding, packed, self.session.max_message)
             except MessageTooLong:
                 return self.on_overflow(0)
             except ValueError as error:
@@ -331,6 +355,8 @@ cdef class Stream:
                 return -1
             if self.discard:
                 return 0
+            if self.inbox is None and not self.session.client:
+                self.packed = packed
         if self.inbox is not None:
             self.inbox.append(self.body)
             self.inbox_bytes += PyBytes_GET_SIZE(self.body) + MESSAGE_COST
@@ -367,12 +393,14 @@ cdef class Stream:
 
     cdef int push(self, object message) except -1:
         """Queue one message: bytes, another buffer, or a list of them that is one message."""
-        cdef Py_ssize_t size
-        cdef uint8_t flag = 0
-        cdef uint8_t head[5]
         if self.send_encoding is not None:
-            message = compress(self.send_encoding, message)
-            flag = 1
+            return self.push_as(compress(self.send_encoding, message), 1)
+        return self.push_as(message, 0)
+
+    cdef int push_as(self, object message, uint8_t flag) except -1:
+        """Queue one message that is compressed already, flag 1, or shall not be."""
+        cdef Py_ssize_t size
+        cdef uint8_t head[5]
         if PyBytes_CheckExact(message):
             size = PyBytes_GET_SIZE(message)
         elif isinstance(message, list):

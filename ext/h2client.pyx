@@ -10,7 +10,7 @@ from mmcore._ext.grpcwire cimport percent_decode
 from mmcore._ext.h2 cimport *
 from mmcore._ext.nghttp2 cimport *
 
-from mmcore._ext.grpcwire import ENCODINGS, format_timeout
+from mmcore._ext.grpcwire import ENCODINGS, compress, format_timeout
 
 cdef bytes ACCEPTED = b"identity,deflate,gzip"
 
@@ -21,7 +21,9 @@ cdef class ClientCall(Stream):
     """One call made on a client session.
 
     Attributes:
-        refused: the server certainly did nothing for it (REFUSED_STREAM, or GOAWAY before it): safe to send again.
+        refused: the server certainly did nothing for it (REFUSED_STREAM, GOAWAY before it, or a connection lost
+            before a unary request had left): safe to send again.
+        lost: it ended with its connection.
     """
 
     @property
@@ -183,6 +185,8 @@ cdef class ClientCall(Stream):
         if self.done:
             return 0
         if reason is not None:
+            self.lost = True
+            self.refused = self.inbox is None and self.out_bytes > 0
             return self.finish(UNAVAILABLE, reason)
         self.refused = code == NGHTTP2_REFUSED_STREAM
         return self.finish(status_of_reset(code), f"the server reset the stream with HTTP/2 error {code}")
@@ -257,6 +261,9 @@ cdef class ClientSession(Session):
 
     def request_allowed(self):
         """Whether a new call may be started on this session."""
+        return self.takes_calls()
+
+    cdef bint takes_calls(self) noexcept:
         return (
             self.h2 != NULL and not self.broken and not self.going_away
             and nghttp2_session_check_request_allowed(self.h2) != 0)
@@ -284,16 +291,7 @@ cdef class ClientSession(Session):
             TypeError: the message or metadata is of no type that can be sent.
         """
         cdef ClientCall call = ClientCall.__new__(ClientCall)
-        cdef nghttp2_nv[MAX_HEADERS] pairs
-        cdef nghttp2_data_provider provider
         cdef list encoded = None
-        cdef bytes timeout
-        cdef int count = 7
-        cdef int32_t stream_id
-        if self.h2 == NULL or self.broken:
-            raise ConnectionError("the connection is closed")
-        call.session = self
-        call.target = method
         call.on_done = on_done
         call.sink = sink
         if encoding is not None and encoding != "identity":
@@ -302,6 +300,31 @@ cdef class ClientSession(Session):
             call.send_encoding = encoding
         if sink is not None:
             call.inbox = []
+        if encoding is not None:
+            encoded = [(b"grpc-encoding", encoding.encode("ascii")), (b"grpc-accept-encoding", ACCEPTED)]
+        if metadata:
+            encoded = encode_metadata(metadata) if encoded is None else encoded + encode_metadata(metadata)
+        if message is not None and call.send_encoding is not None:
+            self.submit(call, method, compress(call.send_encoding, message), 1, encoded, deadline)
+        else:
+            self.submit(call, method, message, 0, encoded, deadline)
+        if deadline is not None:
+            self.arm(deadline)
+        return call
+
+    cdef int submit(
+        self, ClientCall call, Method method, object message, uint8_t flag, list encoded, object deadline
+    ) except -1:
+        """Send a call's headers, and its message in the form that ``flag`` states unless it is None."""
+        cdef nghttp2_nv[MAX_HEADERS] pairs
+        cdef nghttp2_data_provider provider
+        cdef bytes timeout
+        cdef int count = 7
+        cdef int32_t stream_id
+        if self.h2 == NULL or self.broken:
+            raise ConnectionError("the connection is closed")
+        call.session = self
+        call.target = method
         pairs[0] = static_nv(b":method", b"POST")
         pairs[1] = bytes_nv(b":scheme", self.scheme, STATIC)
         pairs[2] = bytes_nv(b":path", method.raw_path, STATIC)
@@ -315,14 +338,10 @@ cdef class ClientSession(Session):
             pairs[count] = bytes_nv(
                 b"grpc-timeout", timeout, NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_INDEX)
             count += 1
-        if encoding is not None:
-            encoded = [(b"grpc-encoding", encoding.encode("ascii")), (b"grpc-accept-encoding", ACCEPTED)]
-        if metadata:
-            encoded = encode_metadata(metadata) if encoded is None else encoded + encode_metadata(metadata)
         if encoded is not None:
             count = add_pairs(pairs, count, encoded)
         if message is not None:
-            call.push(message)
+            call.push_as(message, flag)
             call.out_end = True
         provider.source.ptr = <void *>call
         provider.read_callback = read_callback
@@ -332,7 +351,4 @@ cdef class ClientSession(Session):
             raise ConnectionError((<bytes>nghttp2_strerror(stream_id)).decode())
         call.begin(self, stream_id)
         self.calls += 1
-        if deadline is not None:
-            self.arm(deadline)
-        self.want_flush()
-        return call
+        return self.want_flush()

@@ -10,7 +10,7 @@ from mmcore._ext.grpcwire cimport percent_cut, percent_encode, timeout_ns
 from mmcore._ext.h2 cimport *
 from mmcore._ext.nghttp2 cimport *
 
-from mmcore._ext.grpcwire import ENCODINGS
+from mmcore._ext.grpcwire import ENCODINGS, compress
 
 cdef enum:
     DETAILS_BYTES = 5000    # of a status text; peers refuse more than 8 KiB of metadata, percent-encoded
@@ -37,6 +37,11 @@ cdef class ServerCall(Stream):
     def method(self):
         """Path of the method called, ``/package.Service/Method``."""
         return self.target.path if self.target is not None else self.path or ""
+
+    @property
+    def internal(self):
+        """Whether another instance sent it."""
+        return (<ServerSession>self.session).internal
 
     @property
     def metadata(self):
@@ -83,6 +88,8 @@ cdef class ServerCall(Stream):
             else:
                 return self.keep(name, name_size, value, value_size)
             return 0
+        if is_internal(name, name_size) and not (<ServerSession>self.session).internal:
+            return 0  # nobody but another instance may tell us what instances tell each other
         return self.keep(name, name_size, value, value_size)
 
     cdef int on_headers_done(self, int category, bint end) except -1:
@@ -247,9 +254,15 @@ cdef class ServerCall(Stream):
         return self.leave()
 
     cdef int answer(self, object message) except -1:
+        if self.send_encoding is not None and not self.closed and not self.finished:
+            return self.answer_as(compress(self.send_encoding, message), 1)
+        return self.answer_as(message, 0)
+
+    cdef int answer_as(self, object message, uint8_t flag) except -1:
+        """Answer with a message that is compressed already, flag 1, or shall not be."""
         if self.closed or self.finished:
             return 0
-        self.push(message)
+        self.push_as(message, flag)
         self.finished = True
         self.on_cancel = None
         self.grpc_status = OK
@@ -381,6 +394,9 @@ cdef class ServerSession(Session):
     Args:
         buffers, settings: as for Session.
         methods: what is served, :class:`Method` by raw path.
+
+    Attributes:
+        internal: whether the other side is another instance; metadata named ``mmcore-…`` is dropped where it is not.
     """
 
     def __cinit__(self, buffers, settings, dict methods not None, *args, **kwargs):

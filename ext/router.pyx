@@ -96,6 +96,7 @@ cdef class Table:
 
     cdef dict names
     cdef dict aliases
+    cdef dict elsewhere
     cdef Lru lru
     cdef Slot* slots
     cdef size_t mask
@@ -107,6 +108,7 @@ cdef class Table:
     def __init__(self, Lru lru not None):
         self.names = {}
         self.aliases = {}
+        self.elsewhere = {}
         self.lru = lru
         self.rebuild(FEWEST_SLOTS)
 
@@ -206,6 +208,18 @@ cdef class Table:
         if entry is not None and entry.owner == <void*> self.lru:
             self.lru.move_newest(entry)
         return entry
+
+    def holders(self, str name not None):
+        """The peers that hold a copy of the model of that name, as :meth:`hold` was told; empty where it was not."""
+        cdef PyObject* found = PyDict_GetItemWithError(self.elsewhere, name)
+        return <tuple> found if found != NULL else ()
+
+    def hold(self, str name not None, tuple holders not None) -> None:
+        """Note which peers hold a copy of a model, registered here or not; an empty tuple takes no memory."""
+        if holders:
+            self.elsewhere[name] = holders
+        else:
+            self.elsewhere.pop(name, None)
 
     def add(self, Registration registration not None) -> None:
         """Register a model, in the place of one of the same name, whose aliases lead to it from now on."""

@@ -96,6 +96,9 @@ class ServeSettings:
         grpc_port: its port; 0 picks a free one.
         rest_port: the port of REST on the same address; 0 picks a free one.
         uds: path of a Unix socket to listen on as well.
+        peer_port: port for other instances, on the same address; 0 picks a free one, None: no other instances.
+        peer_uds: path of a Unix socket for them instead, between the workers of one machine.
+        advertise: host, or host and port, under which others reach the peer port; None: as it listens.
         capacity_bytes: what loaded models may take together.
         registry: where registered models and vmodels are kept, as :func:`mmcore.registry.open_registry` reads it.
         management_port: a port that the management API is served on alone; None for the gRPC port only.
@@ -117,6 +120,9 @@ class ServeSettings:
     grpc_port: int = 8033
     rest_port: int = 8008
     uds: Path | None = None
+    peer_port: int | None = None
+    peer_uds: Path | None = None
+    advertise: str | None = None
     capacity_bytes: int = 2**30
     registry: str = "memory:"
     management_port: int | None = None

@@ -69,6 +69,7 @@ cdef inline bint is_text(const uint8_t *data, size_t size, const char *text, siz
 cdef double now() noexcept
 cdef list encode_metadata(object metadata)
 cdef int add_pairs(nghttp2_nv *pairs, int count, list encoded) except -1
+cdef bint is_internal(const uint8_t *name, size_t size) noexcept
 cdef nghttp2_data_source_read_callback read_callback
 
 
@@ -93,6 +94,8 @@ cdef class Stream:
     cdef bytes body            # the message being filled, or the one delivered (unary)
     cdef Py_ssize_t body_have
     cdef bint body_done
+    cdef bint as_came          # a compressed answer is not unpacked, for it is passed on
+    cdef bytes packed          # the message as it came, where it was compressed (of a server's unary call, or as_came)
     cdef bint received_end     # and on_end of the sink is due
     cdef bint peer_ended       # END_STREAM came
     cdef Py_ssize_t held       # what it takes of session.receiving
@@ -142,6 +145,7 @@ cdef class Stream:
     cdef int hold(self, Py_ssize_t size) except -1
     cdef void release(self, Py_ssize_t size) noexcept
     cdef int push(self, object message) except -1
+    cdef int push_as(self, object message, uint8_t flag) except -1
     cdef int push_buffer(self, object piece) except -1
     cdef int advance(self) except -1
     cdef int emit(self, Buffers buffers, size_t length) except -1
@@ -149,6 +153,7 @@ cdef class Stream:
     cdef int queue_ready(self) except -1
     cdef int forget(self) except -1
     cdef tuple metadata_between(self, size_t first, size_t last)
+    cdef list pairs_between(self, size_t first, size_t last)
     cdef int on_headers_done(self, int category, bint end) except -1
     cdef int on_overflow(self, size_t length) except -1
     cdef int on_bad_message(self, int status, str text) except -1

@@ -2,13 +2,14 @@
 
 from libc.stdint cimport uint8_t
 
-from mmcore._ext.h2 cimport Session, Stream
+from mmcore._ext.h2 cimport Method, Session, Stream
 
 
 cdef class ClientCall(Stream):
     cdef object on_done
     cdef bint done
     cdef readonly bint refused
+    cdef readonly bint lost
     cdef int http_status
     cdef int not_grpc(self) except -1
     cdef int finish(self, int status, str text) except -1
@@ -18,4 +19,7 @@ cdef class ClientCall(Stream):
 
 
 cdef class ClientSession(Session):
-    pass
+    cdef bint takes_calls(self) noexcept
+    cdef int submit(
+        self, ClientCall call, Method method, object message, uint8_t flag, list encoded, object deadline
+    ) except -1

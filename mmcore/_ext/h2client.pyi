@@ -7,6 +7,7 @@ from mmcore._ext.h2 import Method, Session, Stream
 
 class ClientCall(Stream):
     refused: bool
+    lost: bool
     @property
     def status(self) -> int: ...
     @property

@@ -13,6 +13,7 @@ cdef class ServerCall(Stream):
     cdef list extra_headers
     cdef public object on_cancel
     cdef int answer(self, object message) except -1
+    cdef int answer_as(self, object message, uint8_t flag) except -1
     cdef int send_headers(self, bint end) except -1
     cdef int leave(self) except -1
     cdef int conclude(self, int status, str details) except -1
@@ -25,5 +26,6 @@ cdef class ServerCall(Stream):
 
 
 cdef class ServerSession(Session):
+    cdef public bint internal  # the peers are instances of ours, whose own metadata counts
     cdef dict methods
     cdef Method latest        # method called last; the next call's is mostly the same

@@ -104,6 +104,13 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @option("--grpc-port", type=click.IntRange(0, 65535), default=8033, help="gRPC port; 0 picks a free one.")
 @option("--rest-port", type=click.IntRange(0, 65535), default=8008, help="REST port; 0 picks a free one.")
 @option("--uds", type=click.Path(path_type=Path), help="Listen for gRPC on this Unix socket as well.")
+@option("--peer-port", type=click.IntRange(0, 65535), help="Port for other instances; 0 picks a free one.")
+@option(
+    "--advertise",
+    metavar="HOST[:PORT]",
+    show_default="as it listens",
+    help="Where other instances reach the peer port.",
+)
 @option(
     "--capacity",
     type=SIZE,
@@ -175,6 +182,8 @@ def command(
     grpc_port: int,
     rest_port: int,
     uds: Path | None,
+    peer_port: int | None,
+    advertise: str | None,
     capacity: int | None,
     max_message: int,
     response_cache: int,
@@ -214,6 +223,8 @@ def command(
             grpc_port=grpc_port,
             rest_port=rest_port,
             uds=uds,
+            peer_port=peer_port,
+            advertise=advertise,
             capacity_bytes=capacity or default_capacity(),
             registry=registry,
             management_port=management_port,

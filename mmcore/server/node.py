@@ -31,6 +31,7 @@ from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.allocator import keep_freed_memory
 from mmcore.server.dataplane import parse_dataplane_config
+from mmcore.server.peer import listen_for_peers
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
 from mmcore.server.v2 import SERVICE, V2Service
@@ -51,7 +52,8 @@ class Node:
     Attributes:
         instance: its id, new at every start.
         constraints: what types of models need of instances, by the file that says so; None without one.
-        addresses: where it listens, by kind: ``grpc``, ``rest``, and ``uds`` and ``management`` where it has been told to.
+        addresses: where it listens, by kind: ``grpc``, ``rest``, and ``uds``, ``management`` and ``peer`` where it has
+            been told to.
 
     Raises:
         InvalidSetting: a file of settings, or the address of the registry, says what cannot be.
@@ -124,6 +126,9 @@ class Node:
                 self.addresses["uds"] = (await self._server.listen_unix(str(settings.uds))).removeprefix("unix:")
             except OSError as error:
                 raise Unavailable(f"cannot listen on {settings.uds}: {error}; choose another --uds") from error
+        peer = await listen_for_peers(self._server, settings)
+        if peer is not None:
+            self.addresses["peer"] = peer
         await self._preload()
         self._set_serving(serving=True)
 

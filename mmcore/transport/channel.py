@@ -91,6 +91,8 @@ class Channel:
             self._ticker.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+            self._connecting = None
         lost = [connection.lost for connection in self._open]
         for connection in self._open:
             connection.abort()
@@ -127,7 +129,7 @@ class Channel:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         method = self._method(path)
         for last_try in (False, True):
-            connection = self._pick() or await self._connected(deadline, wait_for_ready)
+            connection = self.pick() or await self._connected(deadline, wait_for_ready)
             done: asyncio.Future[None] = loop.create_future()
             try:
                 call = connection.request(method, message, partial(_settle, done), metadata, deadline, None, encoding)
@@ -162,7 +164,7 @@ class Channel:
         Raises:
             RpcError: UNAVAILABLE when no connection is open (see connect).
         """
-        connection = self._pick()
+        connection = self.pick()
         if connection is None:
             raise RpcError(Status.UNAVAILABLE, f"not connected to {self.target}")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -183,7 +185,7 @@ class Channel:
         """
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        connection = self._pick() or await self._connected(deadline, False)
+        connection = self.pick() or await self._connected(deadline, False)
         stream = ClientStream(loop)
         stream.attach(connection.request(self._method(path), None, None, metadata, deadline, stream, encoding))
         return stream
@@ -198,8 +200,8 @@ class Channel:
         """How many connections take new calls."""
         return sum(connection.request_allowed() for connection in self._open)
 
-    def _pick(self) -> ClientConnection | None:
-        """The open connection with the fewest calls."""
+    def pick(self) -> ClientConnection | None:
+        """The open connection with the fewest calls, or None."""
         best: ClientConnection | None = None
         for connection in self._open:
             if connection.request_allowed() and (best is None or connection.open_streams < best.open_streams):
@@ -225,7 +227,7 @@ class Channel:
                 continue
             except TimeoutError as error:
                 raise RpcError(Status.DEADLINE_EXCEEDED, "deadline exceeded while connecting") from error
-            connection = self._pick()
+            connection = self.pick()
             if connection is not None:
                 return connection
             if not wait_for_ready:

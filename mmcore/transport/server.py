@@ -8,6 +8,8 @@ import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from mmcore.transport.connection import TICK_S, Connection, Message, loop_buffer
 from mmcore.transport.streams import StreamCall
 
 log = logging.getLogger(__name__)
+
+#: Calls that another instance may have open on one connection: those of all its clients.
+INTERNAL_STREAMS = 2**20
 
 #: Answers a unary call at once with its message, or returns None and calls ``call.reply`` or ``call.fail`` later.
 UnaryHandler = Callable[[ServerCall, bytes], Message | None]
@@ -45,8 +50,10 @@ class ServerConnection(Connection, ServerSession, asyncio.BufferedProtocol):
         methods: dict[bytes, Method],
         loop: asyncio.AbstractEventLoop,
         server: Server,
+        internal: bool,
     ) -> None:
         Connection.__init__(self, buffers, settings, loop)  # type: ignore[arg-type]  # typed where it is made
+        self.internal = internal
         self._server = server
         self._leaving_since: float | None = None
 
@@ -102,6 +109,7 @@ class Server:
 
     def __init__(self, *, settings: TransportSettings | None = None) -> None:
         self._settings = settings or TransportSettings()
+        self._internal_settings = replace(self._settings, max_concurrent_streams=INTERNAL_STREAMS)
         self._methods: dict[bytes, Method] = {}
         self._unary: dict[str, UnaryHandler] = {}
         self._listeners: list[asyncio.Server] = []
@@ -146,35 +154,49 @@ class Server:
             raise ValueError(f"{method.path} is served already")
         self._methods[raw] = method
 
-    def _protocol(self) -> ServerConnection:
+    def _protocol(self, internal: bool) -> ServerConnection:
         loop = asyncio.get_running_loop()
-        return ServerConnection(loop_buffers(loop), self._settings, self._methods, loop, self)
+        settings = self._internal_settings if internal else self._settings
+        return ServerConnection(loop_buffers(loop), settings, self._methods, loop, self, internal)
 
     async def listen_tcp(
-        self, host: str, port: int, *, reuse_port: bool = False, ssl: ssl.SSLContext | None = None
+        self,
+        host: str,
+        port: int,
+        *,
+        reuse_port: bool = False,
+        ssl: ssl.SSLContext | None = None,
+        internal: bool = False,
     ) -> str:
         """Listen on a TCP address; returns ``host:port`` as bound, which tells the port chosen for 0.
+
+        ``internal``: for other instances alone, whose calls may carry metadata of their own and come from many clients.
 
         Raises:
             OSError: the address cannot be bound.
         """
         loop = asyncio.get_running_loop()
         listener = await loop.create_server(
-            self._protocol, host, port, reuse_port=reuse_port or None, backlog=4096, ssl=ssl and require_h2(ssl)
+            partial(self._protocol, internal),
+            host,
+            port,
+            reuse_port=reuse_port or None,
+            backlog=4096,
+            ssl=ssl and require_h2(ssl),
         )
         self._listeners.append(listener)
         self._start_ticker(loop)
         bound = listener.sockets[0].getsockname()
         return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
 
-    async def listen_unix(self, path: str) -> str:
-        """Listen on a Unix socket, in place of a stale one; returns ``unix:PATH``.
+    async def listen_unix(self, path: str, *, internal: bool = False) -> str:
+        """Listen on a Unix socket, in place of a stale one; returns ``unix:PATH``. ``internal``: as for TCP.
 
         Raises:
             OSError: the path cannot be bound.
         """
         loop = asyncio.get_running_loop()
-        listener = await loop.create_unix_server(self._protocol, path, backlog=4096)
+        listener = await loop.create_unix_server(partial(self._protocol, internal), path, backlog=4096)
         self._listeners.append(listener)
         self._unix_paths.append(Path(path))
         self._start_ticker(loop)

@@ -6,7 +6,8 @@ import asyncio
 from collections import deque
 from typing import Self
 
-from mmcore._ext.h2client import ClientCall
+from mmcore._ext.forward import pass_head, pass_stream, pass_trailers
+from mmcore._ext.h2client import ClientCall, ClientSession
 from mmcore._ext.h2server import ServerCall
 from mmcore.errors import RpcError, Status
 from mmcore.transport.connection import Message, Metadata
@@ -120,6 +121,26 @@ class StreamCall(MessageStream):
         """Compress answers if the client accepts the encoding; whether it does."""
         return self._call.set_compression(encoding)
 
+    def pass_on(self, session: ClientSession, headers: list[tuple[bytes, bytes]]) -> ClientStream:
+        """Start a call like this one elsewhere, with encoded metadata before its own.
+
+        Raises:
+            ConnectionError: the session takes no new call, or this one is over.
+            ValueError: it has more metadata than can be sent.
+        """
+        stream = ClientStream(self._loop)
+        stream.attach(pass_stream(self._call, session, headers, stream))
+        return stream
+
+    def begin_like(self, stream: ClientStream) -> None:
+        """Answer with the metadata and the compression of that stream's answer; before the first message."""
+        pass_head(self._call, stream.call)
+
+    def end_like(self, stream: ClientStream) -> None:
+        """Have the call end with the trailers of that stream, which has ended."""
+        self.begin_like(stream)
+        pass_trailers(self._call, stream.call)
+
     def fail(self, status: Status, details: str) -> None:
         """End the call with an error."""
         self._call.fail(status, details)
@@ -151,6 +172,11 @@ class ClientStream(MessageStream):
     def attach(self, call: ClientCall) -> None:
         """The call is started."""
         self._call = call
+
+    @property
+    def call(self) -> ClientCall:
+        """The call itself, which tells how it ended."""
+        return self._call
 
     @property
     def trailers(self) -> tuple[tuple[str, str | bytes], ...]:

@@ -203,3 +203,16 @@ def test_a_registered_model_costs_less_than_the_budget() -> None:
         tracemalloc.stop()
     assert taken / count < BUDGET_BYTES
     assert sys.getsizeof(next(iter(table))) < 200
+
+
+def test_the_peers_that_hold_a_model_are_kept_beside_it() -> None:
+    table = Table(Lru())
+    one, two = object(), object()
+    assert table.holders("m") == ()
+    table.hold("m", (one, two))
+    table.add(Registration("n", ("1",), None))
+    assert table.holders("m") == (one, two)
+    assert (table.holders("n"), table.lookup("m"), len(table)) == ((), None, 1)
+    table.hold("m", ())
+    table.hold("unknown", ())
+    assert table.holders("m") == ()

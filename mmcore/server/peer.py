@@ -1,0 +1,76 @@
+"""Where other instances reach this one: a listener with the same services, for calls that were passed on.
+
+Metadata that instances send each other counts on it and nowhere else, so it is not for clients: it belongs on a
+network that only instances reach.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+
+from mmcore.config import ServeSettings
+from mmcore.errors import Unavailable
+from mmcore.transport import Server
+
+
+async def listen_for_peers(server: Server, settings: ServeSettings) -> str | None:
+    """Listen as the settings say; returns the address that other instances are to be told, or None where it is off.
+
+    That is ``unix:PATH`` between the workers of one machine, else ``host:port``.
+
+    Raises:
+        Unavailable: the address cannot be listened on, or none can be told; the text names the option to change.
+    """
+    if settings.peer_uds is not None:
+        try:
+            return await server.listen_unix(str(settings.peer_uds), internal=True)
+        except OSError as error:
+            raise Unavailable(f"cannot listen on {settings.peer_uds}: {error}") from error
+    if settings.peer_port is None:
+        return None
+    try:
+        bound = await server.listen_tcp(settings.host, settings.peer_port, internal=True)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise Unavailable(
+            f"cannot listen on {settings.host}:{settings.peer_port}: {reason}; "
+            "choose another --host or --peer-port (0 picks a free port)"
+        ) from error
+    return advertised(bound, settings.advertise)
+
+
+def advertised(bound: str, advertise: str | None) -> str:
+    """The address to tell others: what was said, with the bound port unless it names one; else where we listen.
+
+    Raises:
+        Unavailable: we listen on every address, and this machine's name leads to none that others could use.
+    """
+    host, _, port = bound.rpartition(":")
+    if advertise is not None:
+        named = advertise.rpartition(":")[2]
+        return advertise if named.isdecimal() and not _is_address(advertise) else f"{_bracketed(advertise)}:{port}"
+    if not ipaddress.ip_address(host.strip("[]")).is_unspecified:
+        return bound
+    name = socket.gethostname()
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        found = ""
+    if not found or ipaddress.ip_address(found).is_loopback:
+        raise Unavailable(f"other instances cannot be told where this one is: {name!r} is no address; use --advertise")
+    return f"{_bracketed(str(found))}:{port}"
+
+
+def _is_address(text: str) -> bool:
+    """Whether this is an address alone: an IPv6 one has colons of its own."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
