@@ -18,6 +18,7 @@ from mmcore.errors import MmcoreError, RpcError
 COMMANDS: Final = {
     "serve": ("mmcore.cli.serve", "Serve a folder of models over KServe v2, gRPC and REST."),
     "infer": ("mmcore.cli.infer", "Ask a running instance for one inference."),
+    "pull": ("mmcore.cli.pull", "Pull a model's files from a store into a folder."),
     "models": ("mmcore.cli.models", "List the models of a running instance, register and unregister them."),
     "vmodels": ("mmcore.cli.vmodels", "List the vmodels, set and delete them."),
     "status": ("mmcore.cli.status", "List the instances that work together."),

@@ -40,11 +40,13 @@ class Answer:
 
     Attributes:
         headers: its headers, names in lower case.
+        ranged: whether it has the bytes asked for alone.
         size: bytes of the whole object, None where the answer does not tell.
     """
 
     def __init__(self, response: urllib3.BaseHTTPResponse, start: int, stop: int | None, what: str) -> None:
         self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self.ranged = response.status == 206
         self._response = response
         self._what = what
         self._skip, self.size = _place(response.status, self.headers, start, what)

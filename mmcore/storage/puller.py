@@ -27,12 +27,14 @@ from typing import Any, Final, Protocol
 from mmcore.config import StorageSettings
 from mmcore.errors import LoadFailed, Unavailable
 from mmcore.model import ModelInfo
-from mmcore.storage.disk_cache import DiskCache, Lease
+from mmcore.storage.archives import is_archive, unpack
+from mmcore.storage.disk_cache import DiskCache, Lease, Room
 from mmcore.storage.mounts import mounted
 from mmcore.storage.places import Place, StorageConfig
 from mmcore.storage.progress import LogProgress
 from mmcore.storage.remote import Blob, Changed, Refused, Remote
 from mmcore.storage.settings import SCHEMA
+from mmcore.storage.signature import signature
 from mmcore.storage.transfer import Progress, PullLimits, Transfer, Watch
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ _LISTINGS: Final = 3
 #: In an entry: the model's folder, and the schema that its key names.
 _MODEL: Final = "model"
 _SCHEMA: Final = "schema.json"
+#: Hex digits of the digest that names an entry.
+_DIGEST: Final = 40
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -58,6 +62,9 @@ class _Provider:
 
 _PROVIDERS: Final = {
     "s3": _Provider("mmcore.storage.s3", "S3Remote", "s3"),
+    "gcs": _Provider("mmcore.storage.gcs", "GcsRemote", "gcs"),
+    "azure": _Provider("mmcore.storage.azure", "AzureRemote", "azure"),
+    "http": _Provider("mmcore.storage.web", "WebRemote", "http"),
 }
 _TYPES: Final = (*_PROVIDERS, "pvc", "local")
 
@@ -195,6 +202,8 @@ class Puller:
         found = mounted(place, place.path, self._pvc_mounts)
         if found is not None:
             schema = mounted(place, place.schema_path, self._pvc_mounts) if place.schema_path else None
+            if found.is_file() and is_archive(found.name):
+                return replace(self._unpacked(found, watch), schema=schema)
             return Pulled(found, schema)
         remote = self._remote(place)
         for _ in range(_LISTINGS):
@@ -225,11 +234,27 @@ class Puller:
             if (lease := self.cache.lease(digest)) is not None:
                 return lease
 
+    def _unpacked(self, archive: Path, watch: Watch) -> Pulled:
+        """An archive that is mounted, unpacked in the cache."""
+        taken = signature(archive)
+        digest = hashlib.sha256(b"mounted " + taken.digest).hexdigest()[:_DIGEST]
+        lease = self.cache.lease(digest)
+        while lease is None:
+            with self.cache.making(digest, 0, watch) as room:
+                if isinstance(room, Room):
+                    (room.folder / _MODEL).mkdir()
+                    unpack(archive, room.folder / _MODEL, room.take)
+            lease = self.cache.lease(digest)
+        return Pulled(self.cache.files(digest) / _MODEL, digest=digest, size_bytes=taken.size_bytes, lease=lease)
+
     def _to_folder(self, place: Place, folder: Path, watch: Watch) -> Pulled:
         found = mounted(place, place.path, self._pvc_mounts)
         if found is not None:
             if found.is_dir():
                 shutil.copytree(found, folder)
+            elif is_archive(found.name):
+                folder.mkdir(parents=True)
+                unpack(found, folder, lambda count: None)
             else:
                 folder.mkdir(parents=True)
                 shutil.copy2(found, folder)
@@ -256,6 +281,10 @@ class Puller:
         what = f"{remote.where}/{blobs[0].key}"
         watch.progress.started(what, len(blobs), total)
         Transfer(remote, remote.connections, watch, take=take).run(blobs, folder)
+        models = [blob for blob in blobs if blob.name not in (_SCHEMA, SCHEMA)]
+        if len(models) == 1 and is_archive(models[0].name):
+            archive = folder / models[0].name
+            _unpack_apart(archive, archive.parent, take)
         with self._lock:
             self.pulls += 1
         log.info("pulled %s: %d files, %d bytes, %.3f s", what, len(blobs), watch.received, self._clock() - began)
@@ -302,6 +331,15 @@ def _listed(remote: Remote, place: Place, watch: Watch, *, folder: str, schema: 
     return listed
 
 
+def _unpack_apart(archive: Path, folder: Path, take: Callable[[int], None]) -> None:
+    """Unpack an archive that lies in ``folder`` into it, as if it had never been there itself."""
+    apart = folder.with_name(f"{folder.name}.archive")
+    apart.mkdir()
+    moved = archive.rename(apart / archive.name)
+    unpack(moved, folder, take)
+    shutil.rmtree(apart)
+
+
 def _identity(store: str, blobs: list[Blob]) -> str:
     """What tells a model's content: names and digests within one store, where it has digests; else places and times."""
     told = [
@@ -310,7 +348,7 @@ def _identity(store: str, blobs: list[Blob]) -> str:
         else (blob.name, blob.size, blob.key, blob.version or secrets.token_hex(8))
         for blob in sorted(blobs, key=lambda blob: blob.name)
     ]
-    return hashlib.sha256(json.dumps([store, told]).encode()).hexdigest()[:40]
+    return hashlib.sha256(json.dumps([store, told]).encode()).hexdigest()[:_DIGEST]
 
 
 def _always_changing(remote: Remote, place: Place) -> LoadFailed:

@@ -6,8 +6,8 @@ Bytes come over HTTP from all of them, so a store only lists objects and signs r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Final, Protocol
 
@@ -38,7 +38,7 @@ class Blob:
 
     Attributes:
         key: its name at the store.
-        name: its path in the model's folder, relative.
+        name: its path in the model's folder, relative; empty while only the store knows it.
         size: in bytes; None where the store does not tell.
         version: changes with the object: an entity tag, a generation, a time; empty where the store tells none.
         content: equal in one store only where the bytes are equal; empty where the store has no such thing.
@@ -126,12 +126,35 @@ def relative(key: str, prefix: str, where: str) -> str:
     return str(PurePosixPath(name))
 
 
-def without_markers(blobs: list[Blob]) -> list[Blob]:
+def objects_at(where: str, path: str, listing: Callable[[str, int | None], Iterable[Blob]]) -> list[Blob]:
+    """The objects that make up the model at ``path`` of a flat store: the one of that name, or all below it.
+
+    ``listing`` gives the objects whose keys begin with a text, in the order of keys, all or so many; their names are
+    given here.
+
+    Raises:
+        LoadFailed: there is none, or one's name is no path.
+    """
+    path = path.strip("/")
+    prefix = f"{path}/" if path else ""
+
+    def alone() -> list[Blob]:
+        # No other key with the same beginning comes before it.
+        return [replace(blob, name=path.rpartition("/")[2]) for blob in listing(path, 1) if path and blob.key == path]
+
+    def below() -> list[Blob]:
+        objects = [blob for blob in listing(prefix, None) if not blob.key.endswith("/")]
+        return _without_markers([replace(blob, name=relative(blob.key, prefix, where)) for blob in objects])
+
+    # A name with a suffix is a single object's more often than not.
+    looks = (alone, below) if "." in path.rpartition("/")[2] else (below, alone)
+    found = looks[0]() or looks[1]()
+    if not found:
+        raise LoadFailed(f"{where}: no object is called '{path}' and none is below '{prefix}'")
+    return found
+
+
+def _without_markers(blobs: list[Blob]) -> list[Blob]:
     """The objects without those that stand for a folder: empty, and in the place where others have their folder."""
     folders = {str(parent) for blob in blobs for parent in PurePosixPath(blob.name).parents}
     return [blob for blob in blobs if blob.size != 0 or blob.name not in folders]
-
-
-def nothing_found(where: str, path: str) -> LoadFailed:
-    """The error for a path without objects."""
-    return LoadFailed(f"{where}: no object is called '{path}' and none is below '{path.rstrip('/')}/'")

@@ -34,10 +34,8 @@ from mmcore.storage.remote import (
     Interrupted,
     Refused,
     Request,
-    nothing_found,
+    objects_at,
     refusal,
-    relative,
-    without_markers,
 )
 from mmcore.storage.transfer import PullLimits
 
@@ -97,34 +95,16 @@ class S3Remote:
 
     def find(self, path: str) -> list[Blob]:
         """The objects at a path, see :class:`mmcore.storage.remote.Remote`."""
-        path = path.strip("/")
-        prefix = f"{path}/" if path else ""
-        # A name with a suffix is a single object's more often than not.
-        looks = (self._one, self._below) if "." in path.rpartition("/")[2] else (self._below, self._one)
-        for look in looks:
-            found = look(path, prefix)
-            if found:
-                return found
-        raise nothing_found(self.where, path)
+        return objects_at(self.where, path, self._listing)
 
-    def _one(self, path: str, prefix: str) -> list[Blob]:
-        """The object of exactly that name: no other with the same beginning is listed before it."""
-        del prefix
-        if not path:
-            return []
-        with self._translated(f"{self.where}/{path}"):
-            page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=path, MaxKeys=1)
-        return [_blob(one, path.rpartition("/")[2]) for one in page.get("Contents", []) if one["Key"] == path]
-
-    def _below(self, path: str, prefix: str) -> list[Blob]:
-        del path
-        blobs = []
+    def _listing(self, prefix: str, most: int | None) -> Iterator[Blob]:
         with self._translated(f"{self.where}/{prefix}"):
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=prefix, PaginationConfig={"MaxItems": most, "PageSize": most}
+            )
+            for page in pages:
                 for one in page.get("Contents", []):
-                    if not one["Key"].endswith("/"):
-                        blobs.append(_blob(one, relative(one["Key"], prefix, self.where)))
-        return without_markers(blobs)
+                    yield _blob(one)
 
     def request(self, blob: Blob) -> Request:
         """A signed URL, see :class:`mmcore.storage.remote.Remote`."""
@@ -171,14 +151,14 @@ class S3Remote:
             ) from None
 
 
-def _blob(listed: Mapping[str, Any], name: str) -> Blob:
+def _blob(listed: Mapping[str, Any]) -> Blob:
     tag = str(listed.get("ETag", "")).strip('"')
     digest, _, uploads = tag.partition("-")
     known = len(digest) == 32 and all(one in "0123456789abcdef" for one in digest)
     pieces = int(uploads) if known and uploads.isdigit() else 0
     return Blob(
         key=listed["Key"],
-        name=name,
+        name="",
         size=int(listed["Size"]),
         version=tag,
         content=tag if known else "",

@@ -1,0 +1,134 @@
+"""Azure Blob Storage through its SDK: it lists and signs; objects are fetched by signed URLs or with a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from azure.core.exceptions import (
+    AzureError,
+    ClientAuthenticationError,
+    HttpResponseError,
+    ServiceRequestError,
+    ServiceResponseError,
+)
+from azure.identity import ClientSecretCredential
+from azure.storage.blob import BlobSasPermissions, ContainerClient, generate_blob_sas
+
+from mmcore.errors import LoadFailed
+from mmcore.storage.connections import Connections
+from mmcore.storage.places import Place
+from mmcore.storage.remote import Blob, Interrupted, Refused, Request, objects_at, refusal
+from mmcore.storage.transfer import PullLimits
+
+_URL_LIFE: Final = timedelta(minutes=15)
+_SCOPE: Final = "https://storage.azure.com/.default"
+#: The version of the service's protocol in which tokens are understood.
+_PROTOCOL: Final = "2021-12-02"
+_SECRETS: Final = ("client_id", "client_secret", "tenant_id")
+
+
+class AzureRemote:
+    """One container. Satisfies :class:`mmcore.storage.remote.Remote`.
+
+    Its parameters are those of the archived stack: ``account_name`` and ``container``; ``connection_string``, else
+    ``client_id``, ``client_secret`` and ``tenant_id``, else nothing for a public container.
+    """
+
+    def __init__(self, place: Place, limits: PullLimits) -> None:
+        self._container = place.required("container")
+        options: dict[str, Any] = {
+            "retry_total": 0, "connection_timeout": limits.connect_s, "read_timeout": limits.silence_s,
+        }  # fmt: skip
+        stated = place.text("connection_string")
+        secrets = [place.text(name) for name in _SECRETS]
+        self._token: ClientSecretCredential | None = None
+        account = "connection string"
+        try:
+            if stated:
+                self._client = ContainerClient.from_connection_string(stated, self._container, **options)
+            else:
+                account = place.required("account_name")
+                if any(secrets):
+                    if not all(secrets):
+                        raise LoadFailed(f"storage of type azure: {', '.join(_SECRETS)} go together")
+                    client_id, client_secret, tenant_id = (secret or "" for secret in secrets)
+                    self._token = ClientSecretCredential(tenant_id, client_id, client_secret)
+                self._client = ContainerClient(
+                    f"https://{account}.blob.core.windows.net", self._container, credential=self._token, **options
+                )
+        except ValueError:
+            raise LoadFailed("storage of type azure: the connection string or an id is not in the right form") from None
+        address = urlsplit(self._client.url)
+        self.where = f"azure://{self._client.account_name or account}/{self._container}"
+        self.store = f"azure {address.netloc}{address.path}"
+        self._address = address
+        self._account_key = getattr(self._client.credential, "account_key", None) if stated else None
+        self.connections = Connections(connect_s=limits.connect_s, silence_s=limits.silence_s)
+
+    def find(self, path: str) -> list[Blob]:
+        """The objects at a path, see :class:`mmcore.storage.remote.Remote`."""
+        return objects_at(self.where, path, self._listing)
+
+    def _listing(self, prefix: str, most: int | None) -> Iterator[Blob]:
+        with self._translated(f"{self.where}/{prefix}"):
+            for number, listed in enumerate(self._client.list_blobs(prefix, results_per_page=most), 1):
+                yield _blob(listed)
+                if number == most:
+                    return
+
+    def request(self, blob: Blob) -> Request:
+        """The object as listed, see :class:`mmcore.storage.remote.Remote`."""
+        headers = {"if-match": f'"{blob.version}"', "x-ms-version": _PROTOCOL}
+        query = self._address.query
+        with self._translated(f"{self.where}/{blob.key}"):
+            if self._account_key:
+                query = generate_blob_sas(
+                    self._client.account_name or "",
+                    self._container,
+                    blob.key,
+                    account_key=self._account_key,
+                    permission=BlobSasPermissions(read=True),
+                    expiry=datetime.now(UTC) + _URL_LIFE,
+                )
+            elif self._token is not None:
+                headers["authorization"] = f"Bearer {self._token.get_token(_SCOPE).token}"
+        path = f"{self._address.path}/{quote(blob.key)}"
+        return Request(urlunsplit(self._address._replace(path=path, query=query)), headers)
+
+    def upload_bytes(self, blob: Blob) -> int | None:
+        """Nothing is known of uploads."""
+
+    def checks(self, headers: Mapping[str, str]) -> bool:
+        """Digests here are always of the bytes."""
+        return True
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        """Our errors instead of the SDK's, whose texts may show URLs with credentials."""
+        try:
+            yield
+        except (ServiceRequestError, ServiceResponseError) as error:
+            raise Interrupted(f"{what}: the connection failed ({type(error).__name__})") from None
+        except HttpResponseError as error:
+            if isinstance(error, ClientAuthenticationError) or error.status_code is None:
+                raise Refused(f"{what}: the store refuses the credentials, or they may not read this") from None
+            raise refusal(error.status_code, str(getattr(error, "error_code", None) or ""), what) from None
+        except AzureError as error:
+            raise LoadFailed(f"{what}: the entry's parameters cannot be used ({type(error).__name__})") from None
+
+
+def _blob(listed: Any) -> Blob:
+    md5 = listed.content_settings.content_md5
+    digest = bytes(md5).hex() if md5 else ""
+    return Blob(
+        key=listed.name,
+        name="",
+        size=listed.size,
+        version=str(listed.etag).strip('"'),
+        content=digest,
+        md5=digest or None,
+    )
