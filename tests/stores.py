@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import socket
+import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
+from urllib.parse import unquote
 
 import boto3
 from botocore.config import Config
@@ -64,7 +69,87 @@ def moto() -> Iterator[str]:
         server.stop()
 
 
-Answer = Callable[[socket.socket, bytes], bool]
+class Site:
+    """An HTTP server of files in memory, with ranges, validators, redirections and, on demand, TLS.
+
+    Attributes:
+        files: bodies by path.
+        requests: method, path and headers of all requests, names in lower case.
+        ranges: whether ranges are answered.
+        validators: whether entity tags are sent and looked at.
+        login: the value of ``authorization`` that is asked for.
+        redirects: where paths are redirected to.
+    """
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self.files: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.ranges = self.validators = True
+        self.login: str | None = None
+        self.redirects: dict[str, str] = {}
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                site.answer(self)
+
+            do_POST = do_GET
+
+        self._server = _Server(("127.0.0.1", 0), Handler)
+        if context is not None:
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"{'https' if context else 'http'}://localhost:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def answer(self, to: BaseHTTPRequestHandler) -> None:
+        headers = {name.lower(): value for name, value in to.headers.items()}
+        self.requests.append((to.command, to.path, headers))
+        path = unquote(to.path.partition("?")[0])
+        if path in self.redirects:
+            return self._send(to, 302, b"", {"location": self.redirects[path]})
+        if self.login is not None and headers.get("authorization") != self.login:
+            return self._send(to, 401, b"")
+        body = self.files.get(path)
+        if body is None:
+            return self._send(to, 404, b"")
+        tag = f'"{hashlib.sha256(body).hexdigest()}"'
+        said = {"etag": tag} if self.validators else {}
+        if self.validators and headers.get("if-match", tag) != tag:
+            return self._send(to, 412, b"")
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", ""))
+        if span is None or not self.ranges:
+            return self._send(to, 200, body, said)
+        start, stop = int(span[1]), min(int(span[2]) + 1 if span[2] else len(body), len(body))
+        said["content-range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+        return self._send(to, 206, body[start:stop], said)
+
+    def _send(
+        self, to: BaseHTTPRequestHandler, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        to.send_response(status)
+        for name, value in {**headers, "content-length": str(len(body))}.items():
+            to.send_header(name, value)
+        to.end_headers()
+        with contextlib.suppress(OSError):
+            to.wfile.write(body)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that leave, or that speak no TLS, are part of the tests."""
 
 
 class Proxy:

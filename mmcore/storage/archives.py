@@ -156,23 +156,29 @@ class _Counted:
 def _unpack_tar(archive: Path, unpacked: _Unpacked) -> None:
     # Read as a stream: no header is followed to where it points.
     plain = archive.suffix.lower() == ".tar"
-    with (
-        archive.open("rb") if plain else gzip.open(archive) as stored,
-        tarfile.open(fileobj=cast(IO[bytes], _Counted(stored, unpacked)), mode="r|") as tar,
-    ):
-        for member in tar:
-            if member.isdir():
-                unpacked.folder(member.name)
-            elif member.isreg():
-                content = tar.extractfile(member)
-                assert content is not None
-                unpacked.write(member.name, content)
-            elif member.issym():
-                unpacked.later(member.name, member.linkname)
-            elif member.islnk():
-                unpacked.hard(member.name, member.linkname)
-            else:
-                raise LoadFailed(f"{archive.name}: '{member.name}' is neither a file nor a folder")
+    with archive.open("rb") if plain else gzip.open(archive) as stored:
+        counted = _Counted(stored, unpacked)
+        with tarfile.open(fileobj=cast(IO[bytes], counted), mode="r|") as tar:
+            _unpack_members(archive, tar, unpacked)
+        # To the end, where the checksum is.
+        while counted.read(_CHUNK):
+            pass
+
+
+def _unpack_members(archive: Path, tar: tarfile.TarFile, unpacked: _Unpacked) -> None:
+    for member in tar:
+        if member.isdir():
+            unpacked.folder(member.name)
+        elif member.isreg():
+            content = tar.extractfile(member)
+            assert content is not None
+            unpacked.write(member.name, content)
+        elif member.issym():
+            unpacked.later(member.name, member.linkname)
+        elif member.islnk():
+            unpacked.hard(member.name, member.linkname)
+        else:
+            raise LoadFailed(f"{archive.name}: '{member.name}' is neither a file nor a folder")
 
 
 def _unpack_zip(archive: Path, unpacked: _Unpacked) -> None:

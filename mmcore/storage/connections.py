@@ -20,6 +20,7 @@ from urllib3.exceptions import (
     HTTPError,
     LocationParseError,
     NameResolutionError,
+    NewConnectionError,
     ReadTimeoutError,
     SSLError,
 )
@@ -113,9 +114,7 @@ class Connections:
         self._proxied: dict[str, urllib3.ProxyManager] = {}
 
     @contextmanager
-    def get(
-        self, request: Request, what: str, *, start: int = 0, stop: int | None = None, method: str = "GET"
-    ) -> Iterator[Answer]:
+    def get(self, request: Request, what: str, *, start: int = 0, stop: int | None = None) -> Iterator[Answer]:
         """Ask for the bytes from ``start`` up to ``stop``, or all from there; ``what`` names the object in errors.
 
         The body is read within the context; what is left of it is given up.
@@ -128,7 +127,7 @@ class Connections:
         headers = {"accept-encoding": "identity", **request.headers}
         if start or stop is not None:
             headers["range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-        response = self._send(method, request.url, headers, what, follow=request.follow)
+        response = self._send(request.url, headers, what, follow=request.follow)
         whole = False
         try:
             if response.status >= 300:
@@ -143,14 +142,12 @@ class Connections:
             else:
                 response.close()
 
-    def _send(
-        self, method: str, url: str, headers: dict[str, str], what: str, *, follow: bool
-    ) -> urllib3.BaseHTTPResponse:
+    def _send(self, url: str, headers: dict[str, str], what: str, *, follow: bool) -> urllib3.BaseHTTPResponse:
         """The answer's head, after redirections where these are followed; another site does not get our headers."""
         for _ in range(_REDIRECTIONS):
             with _translated(what):
                 response = self._pool(url).request(
-                    method, url, headers=headers, timeout=self._timeout,
+                    "GET", url, headers=headers, timeout=self._timeout,
                     retries=False, redirect=False, preload_content=False, decode_content=False,
                 )  # fmt: skip
             target = response.headers.get("location")
@@ -209,6 +206,8 @@ def _translated(what: str) -> Iterator[None]:
         raise Interrupted(f"{what}: {reason.lower().replace('_', ' ')}") from None
     except NameResolutionError:
         raise Interrupted(f"{what}: the host's name is not known") from None
+    except NewConnectionError as error:
+        raise Interrupted(f"{what}: the connection failed ({_root(error)})") from None
     except (ConnectTimeoutError, ReadTimeoutError, TimeoutError):
         raise Interrupted(f"{what}: timeout: the store is silent") from None
     except LocationParseError:
