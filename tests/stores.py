@@ -77,7 +77,7 @@ class Site:
         requests: method, path and headers of all requests, names in lower case.
         ranges: whether ranges are answered.
         validators: whether entity tags are sent and looked at.
-        login: the value of ``authorization`` that is asked for.
+        login: the value of ``authorization`` that is asked for, but for the paths in ``open``.
         redirects: where paths are redirected to.
     """
 
@@ -86,6 +86,7 @@ class Site:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.ranges = self.validators = True
         self.login: str | None = None
+        self.open: set[str] = set()
         self.redirects: dict[str, str] = {}
         site = self
 
@@ -114,11 +115,12 @@ class Site:
 
     def answer(self, to: BaseHTTPRequestHandler) -> None:
         headers = {name.lower(): value for name, value in to.headers.items()}
+        to.rfile.read(int(headers.get("content-length", "0")))
         self.requests.append((to.command, to.path, headers))
         path = unquote(to.path.partition("?")[0])
         if path in self.redirects:
             return self._send(to, 302, b"", {"location": self.redirects[path]})
-        if self.login is not None and headers.get("authorization") != self.login:
+        if self.login is not None and path not in self.open and headers.get("authorization") != self.login:
             return self._send(to, 401, b"")
         body = self.files.get(path)
         if body is None:
@@ -138,7 +140,8 @@ class Site:
         self, to: BaseHTTPRequestHandler, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         to.send_response(status)
-        for name, value in {**headers, "content-length": str(len(body))}.items():
+        kind = "application/xml" if body.startswith(b"<?xml") else "application/octet-stream"
+        for name, value in {**headers, "content-length": str(len(body)), "content-type": kind}.items():
             to.send_header(name, value)
         to.end_headers()
         with contextlib.suppress(OSError):
