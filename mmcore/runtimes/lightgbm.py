@@ -22,8 +22,8 @@ import numpy as np
 from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
 from mmcore.runtimes import trees
+from mmcore.runtimes.builtin import BuiltinModel
 from mmcore.runtimes.declared import method_outputs, single_input
-from mmcore.runtimes.failures import FailureReport
 from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor
 from mmcore.runtimes.size import estimated_size
 
@@ -46,7 +46,7 @@ _OPTIONS: Final = b"num_threads=1 verbosity=-1"
 _TREE_SIZES: Final = re.compile(rb"^tree_sizes=([0-9 ]*)$", re.MULTILINE)
 
 
-class LightgbmModel:
+class LightgbmModel(BuiltinModel):
     """One booster. Satisfies ``LoadedModel``."""
 
     platform = "lightgbm"
@@ -63,16 +63,17 @@ class LightgbmModel:
         width: int,
         size_bytes: int,
     ) -> None:
-        self.name = name
-        self.inputs = (input_spec,)
-        self.outputs = outputs
-        self.default_outputs = (default_output,)
-        self.accepts = {input_spec.name: NUMERIC_DATATYPES}
-        self.size_bytes = size_bytes
+        super().__init__(
+            name,
+            (input_spec,),
+            outputs,
+            default_outputs=(default_output,),
+            size_bytes=size_bytes,
+            accepts={input_spec.name: NUMERIC_DATATYPES},
+        )
         self._input = input_spec.name
         self._methods = {spec.name: (spec.datatype, methods[spec.name]) for spec in outputs}
         self._width = width
-        self._failures = FailureReport(name)
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[OutputTensor]:
         """Predict for a matrix of rows; see ``LoadedModel.infer``."""
@@ -86,8 +87,7 @@ class LightgbmModel:
         for name in outputs or self.default_outputs:
             found = self._methods.get(name)
             if found is None:
-                known = ", ".join(repr(output) for output in self._methods)
-                raise InvalidRequest(f"model {self.name!r} has no output {name!r}; it has {known}")
+                raise self.unknown_output(name)
             datatype, method = found
             try:
                 answer.append((name, datatype, method(features)))

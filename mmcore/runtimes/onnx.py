@@ -17,8 +17,9 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import ModelSource, TensorSpec
+from mmcore.runtimes.builtin import BuiltinModel
 from mmcore.runtimes.declared import merge_declared
-from mmcore.runtimes.failures import FailureReport, describe
+from mmcore.runtimes.failures import describe
 from mmcore.runtimes.interface import Array, LoadedModel, OutputTensor, bytes_to_text, text_to_bytes
 from mmcore.runtimes.size import estimated_size
 
@@ -53,11 +54,10 @@ _THREADS_PARAMETER: Final = "intra_op_thread_count"
 _ERROR_PREFIX: Final = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
-class OnnxModel:
+class OnnxModel(BuiltinModel):
     """One session. Satisfies ``LoadedModel``."""
 
     platform = "onnxruntime_onnx"
-    any_input_name = False
 
     def __init__(
         self,
@@ -69,18 +69,12 @@ class OnnxModel:
         default_outputs: tuple[str, ...],
         size_bytes: int,
     ) -> None:
-        self.name = name
-        self.inputs = inputs
-        self.outputs = outputs
-        self.default_outputs = default_outputs
-        self.accepts: dict[str, tuple[str, ...]] = {}
-        self.size_bytes = size_bytes
+        super().__init__(name, inputs, outputs, default_outputs=default_outputs, size_bytes=size_bytes)
         self._session = session
         self._run: Callable[[Sequence[str], Mapping[str, Array]], list[Array]] = session.run
         self._datatypes = {spec.name: spec.datatype for spec in outputs}
         self._text_inputs = tuple(spec.name for spec in inputs if spec.datatype == "BYTES")
         self._text_outputs = "BYTES" in self._datatypes.values()
-        self._failures = FailureReport(name)
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[OutputTensor]:
         """Run the graph for the outputs asked; see ``LoadedModel.infer``."""
@@ -118,8 +112,7 @@ class OnnxModel:
     def _explained(self, error: Exception, names: Sequence[str]) -> Exception:
         for name in names:
             if name not in self._datatypes:
-                known = ", ".join(repr(output) for output in self._datatypes)
-                return InvalidRequest(f"model {self.name!r} has no output {name!r}; it has {known}")
+                return self.unknown_output(name)
         text = _ERROR_PREFIX.sub("", str(error)).strip()
         if isinstance(error, InvalidArgument):
             return InvalidRequest(f"model {self.name!r}: {text}")

@@ -16,8 +16,9 @@ import openvino
 
 from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import ModelSource, TensorSpec
+from mmcore.runtimes.builtin import BuiltinModel
 from mmcore.runtimes.declared import merge_declared
-from mmcore.runtimes.failures import FailureReport, describe
+from mmcore.runtimes.failures import describe
 from mmcore.runtimes.interface import Array, LoadedModel, OutputTensor, bytes_to_text, text_to_bytes
 from mmcore.runtimes.size import estimated_size
 
@@ -53,11 +54,10 @@ _SIZE_BASE: Final = 200 * 1024
 _HEAD_BYTES: Final = 4096
 
 
-class OpenvinoModel:
+class OpenvinoModel(BuiltinModel):
     """One compiled model. Satisfies ``LoadedModel``."""
 
     platform = "openvino"
-    any_input_name = False
 
     def __init__(
         self,
@@ -69,18 +69,12 @@ class OpenvinoModel:
         default_outputs: tuple[str, ...],
         size_bytes: int,
     ) -> None:
-        self.name = name
-        self.inputs = inputs
-        self.outputs = outputs
-        self.default_outputs = default_outputs
-        self.accepts: dict[str, tuple[str, ...]] = {}
-        self.size_bytes = size_bytes
+        super().__init__(name, inputs, outputs, default_outputs=default_outputs, size_bytes=size_bytes)
         self._compiled = compiled
         self._ports = tuple((index, spec.name, spec.datatype == "BYTES") for index, spec in enumerate(inputs))
         self._answers = {spec.name: (index, spec.datatype) for index, spec in enumerate(outputs)}
         # A request of the framework answers one call at a time: there are as many as there were ever threads at once.
         self._idle: list[openvino.InferRequest] = []
-        self._failures = FailureReport(name)
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[OutputTensor]:
         """Run the graph; see ``LoadedModel.infer``."""
@@ -130,8 +124,7 @@ class OpenvinoModel:
     def _answer(self, request: openvino.InferRequest, name: str) -> OutputTensor:
         found = self._answers.get(name)
         if found is None:
-            known = ", ".join(repr(output) for output in self._answers)
-            raise InvalidRequest(f"model {self.name!r} has no output {name!r}; it has {known}")
+            raise self.unknown_output(name)
         index, datatype = found
         tensor = request.get_output_tensor(index)
         if datatype == "BYTES":

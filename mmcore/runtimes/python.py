@@ -25,10 +25,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from mmcore.errors import InferenceFailed, InvalidRequest, LoadFailed, MmcoreError
+from mmcore.errors import InferenceFailed, LoadFailed, MmcoreError
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
+from mmcore.runtimes.builtin import BuiltinModel
 from mmcore.runtimes.declared import check_datatypes
-from mmcore.runtimes.failures import FailureReport, describe
+from mmcore.runtimes.failures import describe
 from mmcore.runtimes.interface import Array, LoadedModel, OutputTensor, text_to_bytes
 from mmcore.runtimes.python_import import forget, import_model_file
 from mmcore.runtimes.size import estimated_size
@@ -43,11 +44,10 @@ _SIZE_FACTOR: Final = 1.0
 _SIZE_BASE: Final = 16 * 1024
 
 
-class PythonModel:
+class PythonModel(BuiltinModel):
     """One instance of a model's class. Satisfies ``LoadedModel``."""
 
     platform = "python"
-    any_input_name = False
 
     def __init__(
         self,
@@ -59,17 +59,13 @@ class PythonModel:
         *,
         size_bytes: int,
     ) -> None:
-        self.name = name
-        self.inputs = inputs
-        self.outputs = outputs
-        self.default_outputs = tuple(spec.name for spec in outputs)
-        self.accepts: dict[str, tuple[str, ...]] = {}
-        self.size_bytes = size_bytes
+        super().__init__(
+            name, inputs, outputs, default_outputs=tuple(spec.name for spec in outputs), size_bytes=size_bytes
+        )
         self._module = module
         self._instance = instance
         self._predict: Callable[[Mapping[str, Array]], Any] = instance.predict
         self._typed = {spec.name: (spec.datatype, NUMPY_DTYPES[spec.datatype]) for spec in outputs}
-        self._failures = FailureReport(name)
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[OutputTensor]:
         """Call ``predict``; see ``LoadedModel.infer``."""
@@ -104,8 +100,7 @@ class PythonModel:
 
     def _without(self, name: str, returned: object) -> MmcoreError:
         if name not in self._typed:
-            known = ", ".join(repr(output) for output in self._typed)
-            return InvalidRequest(f"model {self.name!r} has no output {name!r}; it has {known}")
+            return self.unknown_output(name)
         found = ", ".join(map(repr, returned)) if isinstance(returned, Mapping) else type(returned).__name__
         return InferenceFailed(f"model {self.name!r} returned no output {name!r}, but {found or 'nothing'}")
 

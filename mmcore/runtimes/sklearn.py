@@ -21,8 +21,9 @@ from threadpoolctl import threadpool_limits
 
 from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
+from mmcore.runtimes.builtin import BuiltinModel
 from mmcore.runtimes.declared import method_outputs, single_input
-from mmcore.runtimes.failures import FailureReport, describe
+from mmcore.runtimes.failures import describe
 from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor, bytes_to_text, wire_array
 from mmcore.runtimes.size import estimated_size
 from mmcore.runtimes.sklearn_direct import direct
@@ -41,7 +42,7 @@ _SIZE_FACTOR_COMPRESSED: Final = 5.0
 _SIZE_BASE: Final = 8 * 1024
 
 
-class SklearnModel:
+class SklearnModel(BuiltinModel):
     """One unpickled estimator. Satisfies ``LoadedModel``."""
 
     platform = "sklearn"
@@ -58,15 +59,16 @@ class SklearnModel:
         takes_text: bool,
         size_bytes: int,
     ) -> None:
-        self.name = name
-        self.inputs = (input_spec,)
-        self.outputs = outputs
-        self.default_outputs = (default_output,)
-        self.accepts = {input_spec.name: NUMERIC_DATATYPES + (("BYTES",) if takes_text else ())}
-        self.size_bytes = size_bytes
+        super().__init__(
+            name,
+            (input_spec,),
+            outputs,
+            default_outputs=(default_output,),
+            size_bytes=size_bytes,
+            accepts={input_spec.name: NUMERIC_DATATYPES + (("BYTES",) if takes_text else ())},
+        )
         self._input = input_spec.name
         self._methods = methods
-        self._failures = FailureReport(name)
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[OutputTensor]:
         """Call the methods asked for; see ``LoadedModel.infer``."""
@@ -77,8 +79,7 @@ class SklearnModel:
         for name in outputs or self.default_outputs:
             method = self._methods.get(name)
             if method is None:
-                known = ", ".join(repr(output) for output in self._methods)
-                raise InvalidRequest(f"model {self.name!r} has no output {name!r}; it has {known}")
+                raise self.unknown_output(name)
             try:
                 datatype, array = _answer(method(features))
             except Exception as error:

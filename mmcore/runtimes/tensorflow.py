@@ -18,8 +18,9 @@ import numpy as np
 from mmcore.errors import InferenceFailed, InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
 from mmcore.runtimes import keras_files
+from mmcore.runtimes.builtin import BuiltinModel
 from mmcore.runtimes.declared import merge_declared
-from mmcore.runtimes.failures import FailureReport, describe
+from mmcore.runtimes.failures import describe
 from mmcore.runtimes.interface import Array, LoadedModel, OutputTensor
 from mmcore.runtimes.size import estimated_size
 from mmcore.runtimes.tensorflow_library import (
@@ -54,10 +55,8 @@ class _Tensor:
     output: Output
 
 
-class TensorflowModel:
+class TensorflowModel(BuiltinModel):
     """One graph and its session. Satisfies ``LoadedModel``."""
-
-    any_input_name = False
 
     def __init__(
         self,
@@ -69,13 +68,15 @@ class TensorflowModel:
         *,
         size_bytes: int,
     ) -> None:
-        self.name = name
+        specs = tuple(one.spec for one in outputs)
+        super().__init__(
+            name,
+            tuple(one.spec for one in inputs),
+            specs,
+            default_outputs=tuple(spec.name for spec in specs),
+            size_bytes=size_bytes,
+        )
         self.platform = platform
-        self.inputs = tuple(one.spec for one in inputs)
-        self.outputs = tuple(one.spec for one in outputs)
-        self.default_outputs = tuple(spec.name for spec in self.outputs)
-        self.accepts: dict[str, tuple[str, ...]] = {}
-        self.size_bytes = size_bytes
         self._graph = graph
         self._feeds = (Output * len(inputs))(*(one.output for one in inputs))
         # All of them at once, whichever are asked for: the library compiles a graph for every set of outputs and keeps
@@ -83,7 +84,6 @@ class TensorflowModel:
         self._fetches = (Output * len(outputs))(*(one.output for one in outputs))
         self._inputs = tuple((spec.name, NUMBERS[spec.datatype]) for spec in self.inputs)
         self._places = {spec.name: (index, spec.datatype) for index, spec in enumerate(self.outputs)}
-        self._failures = FailureReport(name)
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[OutputTensor]:
         """Run the graph; see ``LoadedModel.infer``."""
@@ -97,8 +97,7 @@ class TensorflowModel:
         for name in outputs or self.default_outputs:
             found = self._places.get(name)
             if found is None:
-                known = ", ".join(repr(output) for output in self._places)
-                raise InvalidRequest(f"model {self.name!r} has no output {name!r}; it has {known}")
+                raise self.unknown_output(name)
             index, datatype = found
             answer.append((name, datatype, got[index]))
         return answer

@@ -18,7 +18,8 @@ import torch
 
 from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
-from mmcore.runtimes.failures import FailureReport, describe
+from mmcore.runtimes.builtin import BuiltinModel
+from mmcore.runtimes.failures import describe
 from mmcore.runtimes.interface import DATATYPES, NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor, text_to_bytes
 from mmcore.runtimes.size import estimated_size
 from mmcore.runtimes.torchscript_signature import Inputs, Outputs, read_inputs, read_outputs
@@ -39,11 +40,10 @@ Converter = Callable[[Array], Any]
 _load_archive: Final[Callable[..., Any]] = torch.jit.load  # typed: the function itself is not
 
 
-class TorchscriptModel:
+class TorchscriptModel(BuiltinModel):
     """One module. Satisfies ``LoadedModel``."""
 
     platform = "pytorch_libtorch"
-    any_input_name = False
 
     def __init__(
         self,
@@ -55,14 +55,15 @@ class TorchscriptModel:
         mutates: bool,
         size_bytes: int,
     ) -> None:
-        self.name = name
-        self.inputs = inputs.specs
-        self.outputs = outputs.specs
-        self.default_outputs = tuple(spec.name for spec in outputs.specs)
-        self.accepts: dict[str, tuple[str, ...]] = (
-            {} if inputs.declared else {spec.name: _ACCEPTED for spec in inputs.specs if spec.datatype != "BYTES"}
+        accepts = {} if inputs.declared else {spec.name: _ACCEPTED for spec in inputs.specs if spec.datatype != "BYTES"}
+        super().__init__(
+            name,
+            inputs.specs,
+            outputs.specs,
+            default_outputs=tuple(spec.name for spec in outputs.specs),
+            size_bytes=size_bytes,
+            accepts=accepts,
         )
-        self.size_bytes = size_bytes
         self._forward = forward
         converters = {spec.name: _converter(spec, copies=mutates) for spec in inputs.specs}
         self._order = tuple((name, _nothing if name is None else converters[name]) for name in inputs.order)
@@ -71,7 +72,6 @@ class TorchscriptModel:
             spec.name: (outputs.keys[spec.name], spec.datatype if outputs.declared else None) for spec in outputs.specs
         }
         self._mutates = mutates
-        self._failures = FailureReport(name)
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[OutputTensor]:
         """Run ``forward``; see ``LoadedModel.infer``."""
@@ -97,8 +97,7 @@ class TorchscriptModel:
     def _answer(self, name: str, returned: Any) -> OutputTensor:
         found = self._results.get(name)
         if found is None:
-            known = ", ".join(repr(output) for output in self._results)
-            raise InvalidRequest(f"model {self.name!r} has no output {name!r}; it has {known}")
+            raise self.unknown_output(name)
         key, datatype = found
         try:
             value = returned if key is None else returned[key]

@@ -23,11 +23,11 @@ import numpy as np
 import xgboost
 from xgboost.libpath import find_lib_path
 
-from mmcore.errors import InvalidRequest, LoadFailed
+from mmcore.errors import LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
 from mmcore.runtimes import trees
+from mmcore.runtimes.builtin import BuiltinModel
 from mmcore.runtimes.declared import method_outputs, single_input
-from mmcore.runtimes.failures import FailureReport
 from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor
 from mmcore.runtimes.size import estimated_size
 from mmcore.runtimes.xgboost_trees import forest
@@ -49,7 +49,7 @@ Features = Array
 Prediction = Callable[[Features], Array]
 
 
-class XgboostModel:
+class XgboostModel(BuiltinModel):
     """One booster. Satisfies ``LoadedModel``."""
 
     platform = "xgboost"
@@ -65,15 +65,16 @@ class XgboostModel:
         default_output: str,
         size_bytes: int,
     ) -> None:
-        self.name = name
-        self.inputs = (input_spec,)
-        self.outputs = outputs
-        self.default_outputs = (default_output,)
-        self.accepts = {input_spec.name: NUMERIC_DATATYPES}
-        self.size_bytes = size_bytes
+        super().__init__(
+            name,
+            (input_spec,),
+            outputs,
+            default_outputs=(default_output,),
+            size_bytes=size_bytes,
+            accepts={input_spec.name: NUMERIC_DATATYPES},
+        )
         self._input = input_spec.name
         self._methods = {spec.name: (spec.datatype, methods[spec.name]) for spec in outputs}
-        self._failures = FailureReport(name)
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[OutputTensor]:
         """Predict for a matrix of rows; see ``LoadedModel.infer``."""
@@ -82,8 +83,7 @@ class XgboostModel:
         for name in outputs or self.default_outputs:
             found = self._methods.get(name)
             if found is None:
-                known = ", ".join(repr(output) for output in self._methods)
-                raise InvalidRequest(f"model {self.name!r} has no output {name!r}; it has {known}")
+                raise self.unknown_output(name)
             datatype, method = found
             try:
                 answer.append((name, datatype, method(features)))
