@@ -69,6 +69,8 @@ class Case:
     metrics: tuple[str, ...]
     mode: Literal["closed", "open"] = "closed"
     rate_per_s: float = 0.0
+    #: ``http``: the bodies are whole requests, and go to the address that the ready line calls ``rest``.
+    protocol: Literal["grpc", "http"] = "grpc"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,8 @@ def rows(cases: Sequence[Case], peers: Sequence[str], summaries: Mapping[tuple[s
 def _window(case: Case, name: str, server: Process, generator: Generator, plan: Plan) -> Outcome:
     exchange = case.exchanges[name]
     job = Job(
-        target=server.target,
+        target=server.rest if case.protocol == "http" else server.target,
+        protocol=case.protocol,
         path=MODEL_INFER,
         body=exchange.body,
         expected=exchange.answer,

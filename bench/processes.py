@@ -73,6 +73,11 @@ class Process:
         return str(self.ready["grpc"])
 
     @property
+    def rest(self) -> str:
+        """The HTTP address of the ready line, ``host:port``."""
+        return str(self.ready["rest"])
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """The child and its descendants now."""
         return (self._child.pid, *(child.pid for child in psutil.Process(self._child.pid).children(recursive=True)))

@@ -20,6 +20,8 @@ class Job:
 
     target: str
     path: str
+    #: Over HTTP, ``body`` is a whole request, its head included, and ``streams`` is 1.
+    protocol: Literal["grpc", "http"] = "grpc"
     body: bytes = b""
     expected: bytes = b""
     #: File of a :class:`bench.load.mix.Mix`, which takes the place of ``body`` and ``expected``.

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from bench.load.histogram import Histogram
+from bench.load.http_caller import HttpCaller
 from bench.load.job import Job, Outcome
-from bench.load.loops import ClosedLoop, OpenLoop
+from bench.load.loops import Caller, ClosedLoop, OpenLoop
 from bench.load.mix import Mix
 from bench.load.rounding import rounded
 from bench.load.schedule import intended_times_ns
@@ -48,8 +49,16 @@ async def measure(job: Job) -> Outcome:
 
 
 @asynccontextmanager
-async def _connected(job: Job) -> AsyncIterator[list[Channel]]:
+async def _connected(job: Job) -> AsyncIterator[Sequence[Channel | HttpCaller]]:
     """One channel of one connection each, so that the calls are spread exactly."""
+    if job.protocol == "http":
+        callers = [await HttpCaller.connect(job.target) for _ in range(job.connections)]
+        try:
+            yield callers
+        finally:
+            for caller in callers:
+                await caller.close()
+        return
     channels = [Channel(job.target, connections=1) for _ in range(job.connections)]
     try:
         for channel in channels:
@@ -66,7 +75,7 @@ def _exchanges(job: Job) -> Iterator[tuple[bytes, bytes]]:
     return repeat((job.body, rounded(job.expected, job.rounded_values)))
 
 
-async def _closed(job: Job, channels: list[Channel]) -> Outcome:
+async def _closed(job: Job, channels: Sequence[Caller]) -> Outcome:
     load = ClosedLoop(channels, job.path, _exchanges(job))
     load.start(job.streams)
     await asyncio.sleep(job.warmup_s)
@@ -80,7 +89,7 @@ async def _closed(job: Job, channels: list[Channel]) -> Outcome:
     return _outcome(latencies, began, ended, load.error)
 
 
-async def _open(job: Job, channels: list[Channel]) -> Outcome:
+async def _open(job: Job, channels: Sequence[Caller]) -> Outcome:
     exchanges = _exchanges(job)
     if job.warmup_s:
         warm = ClosedLoop(channels, job.path, exchanges)

@@ -68,6 +68,7 @@ def main(environment: str, models: Sequence[ServedModel]) -> None:
             [str(Path(environment) / "bin" / "mlserver"), "start", name],
             {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
             grpc_port,
+            http_port,
             models,
         )
 

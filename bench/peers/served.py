@@ -69,7 +69,9 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def keep(argv: Sequence[str], environment: Mapping[str, str], port: int, models: Sequence[ServedModel]) -> None:
+def keep(
+    argv: Sequence[str], environment: Mapping[str, str], port: int, http_port: int, models: Sequence[ServedModel]
+) -> None:
     """Run the server until it ends, stdin ends or SIGTERM comes; the ready line is printed once all models are ready.
 
     Raises:
@@ -83,7 +85,8 @@ def keep(argv: Sequence[str], environment: Mapping[str, str], port: int, models:
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         _wait_until_ready(child, port, models)
-        print(json.dumps({"event": "ready", "grpc": f"127.0.0.1:{port}"}), flush=True)
+        ready = {"event": "ready", "grpc": f"127.0.0.1:{port}", "rest": f"127.0.0.1:{http_port}"}
+        print(json.dumps(ready), flush=True)
         sys.exit(f"the server ended with {child.wait()}")
     finally:
         child.terminate()

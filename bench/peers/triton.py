@@ -56,7 +56,7 @@ def remove_regions(prefix: str) -> None:
 
 def main(environment: Path, models: Sequence[ServedModel]) -> None:
     """Write the repository of models and serve it until ended."""
-    (port,) = free_ports(1)
+    port, http_port = free_ports(2)
     packages = site_packages(environment)
     bundled = packages / "pytriton" / "tritonserver"
     prefix = f"mmcore_bench_triton_{os.getpid()}_"
@@ -70,8 +70,8 @@ def main(environment: Path, models: Sequence[ServedModel]) -> None:
             str(bundled / "bin" / "tritonserver"), f"--model-repository={name}",
             f"--backend-directory={environment / 'backends'}", f"--cache-directory={bundled / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={prefix}", "--disable-auto-complete-config",
-            "--grpc-address=127.0.0.1", f"--grpc-port={port}", "--allow-http=false", "--allow-metrics=false",
-            "--exit-timeout-secs=2",
+            "--grpc-address=127.0.0.1", f"--grpc-port={port}", "--http-address=127.0.0.1",
+            f"--http-port={http_port}", "--allow-metrics=false", "--exit-timeout-secs=2",
         ]  # fmt: skip
         # The stub dies, and loading hangs, unless it finds the wheel's libraries and the interpreter's. Its interpreter
         # is isolated: it reads no PYTHONPATH, but takes the environment of the first python3 on PATH, and the current
@@ -87,6 +87,7 @@ def main(environment: Path, models: Sequence[ServedModel]) -> None:
                     "OMP_NUM_THREADS": "1",
                 },
                 port,
+                http_port,
                 models,
             )
         finally:

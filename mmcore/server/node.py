@@ -52,8 +52,8 @@ class Node:
     Attributes:
         instance: its id, new at every start.
         constraints: what types of models need of instances, by the file that says so; None without one.
-        addresses: where it listens, by kind: ``grpc``, ``rest``, and ``uds``, ``management`` and ``peer`` where it has
-            been told to.
+        addresses: where it listens, by kind: ``grpc``, ``rest``, and where it has been told to ``uds``, ``management``
+            and ``peer``.
 
     Raises:
         InvalidSetting: a file of settings, or the address of the registry, says what cannot be.
