@@ -13,7 +13,7 @@ from typing import Final
 
 from rich.console import Console
 
-from bench import batching, confirm, formats, idle, many, micro, rest, transport, v2
+from bench import batching, confirm, formats, forward, idle, many, micro, rest, transport, v2
 from bench.builds import FOLDER, NotMeasured
 from bench.comparison import Plan
 from bench.machine import cores
@@ -26,6 +26,7 @@ SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
     "formats": formats.run,
     "batching": batching.run,
     "rest": rest.run,
+    "forward": forward.run,
     "idle": idle.run,
     "many": many.run,
     "micro": micro.run,
