@@ -13,7 +13,7 @@ from typing import Final
 
 from rich.console import Console
 
-from bench import batching, confirm, formats, forward, idle, many, micro, rest, transport, v2
+from bench import batching, confirm, formats, forward, idle, many, micro, registry, rest, transport, v2
 from bench.builds import FOLDER, NotMeasured
 from bench.comparison import Plan
 from bench.machine import cores
@@ -28,6 +28,7 @@ SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
     "rest": rest.run,
     "forward": forward.run,
     "idle": idle.run,
+    "registry": registry.run,
     "many": many.run,
     "micro": micro.run,
     "confirm": confirm.run,

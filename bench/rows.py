@@ -26,6 +26,13 @@ UNITS: Final = {
     "rss": "MB",
     "ready": "ms",
     "threads": "threads",
+    "join": "s",
+    "change_p50": "ms",
+    "change_p99": "ms",
+    "idle_cpu": "ms of CPU per s and instance",
+    "idle_requests": "requests/s per instance",
+    "idle_bytes": "bytes/s per instance",
+    "bytes": "bytes per model",
 }
 
 

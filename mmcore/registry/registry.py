@@ -251,11 +251,8 @@ class Registry:
         async with aclosing(self._store.snapshot()) as pages:
             async for page in pages:
                 version = page.version
-                self._apply(page)
-                for key, entry in page.entries:
-                    missing.discard(key)
-                    if key == _IDENTITY:
-                        identity = entry.value
+                identity = self._apply(page) or identity
+                missing.difference_update(key for key, _ in page.entries)
                 await asyncio.sleep(0)
         if self._identity is not None and (identity != self._identity or version < self._version):
             log.warning("the registry lost its records; putting back what this instance knows")
@@ -305,7 +302,9 @@ class Registry:
             yield from (table.key(name) for name in list(table))
         yield from self._presence.keys()
 
-    def _apply(self, changes: Changes) -> None:
+    def _apply(self, changes: Changes) -> bytes | None:
+        """Have the tables show the changes; the store's identity, if it is among them."""
+        identity: bytes | None = None
         for key, entry in changes.entries:
             kind, _, name = key.partition("/")
             if (table := self._tables.get(kind)) is not None:
@@ -314,11 +313,14 @@ class Registry:
                     self._missed.discard(name)
             elif kind == CANDIDATES:
                 self._presence.candidate(key, entry.created)
+            elif key == _IDENTITY:
+                identity = entry.value
         for key in changes.gone:
             kind, _, name = key.partition("/")
             if (table := self._tables.get(kind)) is not None:
                 table.drop(name)
             self._presence.gone(key)
+        return identity
 
     def _reached(self, version: int) -> None:
         self._version = version

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import sqlite3
 import threading
 import time
@@ -65,6 +66,8 @@ class SqliteStore:
         self._writer = _Database(path)
         self._follower = _Database(path)
         self._reaper: asyncio.Task[None] | None = None
+        #: Readable when the follower is to look now: this process has committed, or nobody follows any more.
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     async def connect(self) -> None:
         """Open the file, made where there is none."""
@@ -95,7 +98,9 @@ class SqliteStore:
                 _write(connection, writes)
                 return Outcome(True, _version(connection), {})
 
-        return await self._writer.run(run)
+        outcome = await self._writer.run(run)
+        os.eventfd_write(self._bell, 1)
+        return outcome
 
     async def create_missing(self, entries: Sequence[tuple[str, bytes]]) -> None:
         """In one transaction."""
@@ -122,14 +127,13 @@ class SqliteStore:
         yield Changes(after)
         try:
             while True:
-                changes = await self._follower.run(
-                    partial(_next_since, after=after, database=self._follower, stop=stop)
-                )
+                changes = await self._follower.run(partial(_next_since, after=after, bell=self._bell, stop=stop))
                 if changes is not None:
                     after = changes.version
                     yield changes
         finally:
             stop.set()
+            os.eventfd_write(self._bell, 1)
 
     async def grant(self, ttl_s: float) -> int:
         """A row with this process's identity."""
@@ -162,6 +166,7 @@ class SqliteStore:
             await asyncio.wait([self._reaper])
         await self._writer.close()
         await self._follower.close()
+        os.close(self._bell)
 
     async def _reap(self) -> None:
         """End leases that expired, and those of processes that are gone."""
@@ -195,7 +200,7 @@ class _Database:
 
     # In the thread.
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """See that the file that is open is the one that others open."""
         try:
             inode = self._path.stat().st_ino
@@ -210,7 +215,7 @@ class _Database:
             if self._connection is None:
                 self._connection = self._open()
             else:
-                self.check()
+                self._check()
             return work(self._connection)
         except (sqlite3.Error, OSError) as error:
             self._close()
@@ -273,7 +278,8 @@ def _entry(connection: sqlite3.Connection, key: str) -> Entry | None:
 
 def _page(connection: sqlite3.Connection, after: str) -> list[tuple[str, Entry]]:
     query = "SELECT key, value, version, created FROM entries WHERE key > ? ORDER BY key LIMIT ?"
-    return [(key, Entry(*values)) for key, *values in connection.execute(query, (after, PAGE))]
+    rows = connection.execute(query, (after, PAGE))
+    return [(key, Entry(value, version, created)) for key, value, version, created in rows]
 
 
 def _write(connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
@@ -310,20 +316,21 @@ def _since(connection: sqlite3.Connection, after: int) -> Changes | None:
     return Changes(version, entries, [key for key, values in rows.items() if values[0] is None])
 
 
-def _next_since(
-    connection: sqlite3.Connection, after: int, database: _Database, stop: threading.Event
-) -> Changes | None:
+def _next_since(connection: sqlite3.Connection, after: int, bell: int, stop: threading.Event) -> Changes | None:
     """Wait for changes; None when there have been none for a while."""
     look_up_at = time.monotonic() + _LOOK_UP_S
+    rings = select.poll()
+    rings.register(bell, select.POLLIN)
     seen = -1
     while True:
         committed = connection.execute("PRAGMA data_version").fetchone()[0]
         if committed != seen and (changes := _since(connection, after)) is not None:
             return changes
         seen = committed
-        if stop.wait(POLL_S) or time.monotonic() >= look_up_at:
+        if rings.poll(POLL_S * 1e3):
+            os.eventfd_read(bell)
+        if stop.is_set() or time.monotonic() >= look_up_at:
             return None
-        database.check()
 
 
 def _dead(connection: sqlite3.Connection) -> list[int]:

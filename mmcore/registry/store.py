@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mmcore.errors import Unavailable
 
@@ -25,8 +25,7 @@ class Compacted(Exception):
     """The changes since a version are not to be had any more; a new snapshot is needed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A key's value.
 
     Attributes:
