@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import warnings
 from pathlib import Path
@@ -64,6 +65,21 @@ def test_lightgbm_is_looked_for_without_being_imported(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(LoadFailed, match=r"No module named 'lightgbm'.*pip install 'mmcore\[lightgbm\]'"):
         load_model(ModelSource("m", "1", "lightgbm", tmp_path / "model.txt"))
+
+
+def test_tensorflow_is_looked_for_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tensorflow", "tensorflow_library", "keras_files"):
+        monkeypatch.delitem(sys.modules, f"mmcore.runtimes.{module}", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LoadFailed, match=r"No module named 'tensorflow'.*pip install 'mmcore\[tensorflow\]'"):
+        load_model(ModelSource("m", "1", "tensorflow", tmp_path / "model.graphdef"))
+
+
+def test_skops_is_named_where_a_file_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "skops.io", None)
+    (tmp_path / "model.skops").write_bytes(b"PK")
+    with pytest.raises(LoadFailed, match=r"'model\.skops' needs skops; install it with: pip install 'mmcore\[skops\]'"):
+        load_model(ModelSource("m", "1", "sklearn", tmp_path / "model.skops"))
 
 
 def test_no_framework_is_imported_for_a_python_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mmcore.errors import InferenceFailed, InvalidRequest, LoadFailed
@@ -62,16 +66,46 @@ def test_every_datatype_goes_in_and_out(tmp_path: Path, datatype: str) -> None:
     assert values_back.tolist() == array.tolist()
 
 
-def test_answers_equal_the_frameworks(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[onnxruntime.InferenceSession, LoadedModel]:
+    """The framework's own session, and ours on the same file."""
     weights = numpy_helper.from_array(random.normal(size=(8, 5)).astype(np.float32), "w")
     nodes = [helper.make_node("MatMul", ["X", "w"], ["h"]), helper.make_node("Softmax", ["h"], ["Y"], axis=1)]
     tensors = [("X", TensorProto.FLOAT, ["n", 8])], [("Y", TensorProto.FLOAT, ["n", 5])]
-    path = write(tmp_path / "model.onnx", nodes, *tensors, initializer=[weights])
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    model = load(path)
-    for rows in (1, 7, 64):
-        array = random.normal(size=(rows, 8)).astype(np.float32)
-        np.testing.assert_array_equal(model.infer({"X": array}, ())[0][2], session.run(None, {"X": array})[0])
+    path = write(tmp_path_factory.mktemp("network") / "model.onnx", nodes, *tensors, initializer=[weights])
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), load(path)
+
+
+@pytest.fixture(scope="module")
+def echoes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
+    """A model for each datatype that answers what it gets, of any shape."""
+    folder = tmp_path_factory.mktemp("echoes")
+    node = helper.make_node("Identity", ["X"], ["Y"])
+    return {
+        datatype: load(write(folder / f"{datatype}.onnx", [node], [("X", number, None)], [("Y", number, None)]))
+        for datatype, number in TYPES.items()
+    }
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_datatype_and_shape_comes_back_as_it_is(echoes: dict[str, LoadedModel], data: st.DataObject) -> None:
+    datatype = data.draw(st.sampled_from(list(TYPES)))
+    shape = data.draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3))
+    texts = st.text("aß中😀 ", max_size=5).map(str.encode)
+    elements = texts if datatype == "BYTES" else None
+    array = data.draw(hnp.arrays(NUMPY_DTYPES[datatype], shape, elements=elements))
+    ((_, answered_as, values),) = echoes[datatype].infer({"X": array}, ())
+    assert (answered_as, values.dtype, values.shape) == (datatype, array.dtype, array.shape)
+    np.testing.assert_array_equal(values, array)
+
+
+@given(rows=hnp.arrays(np.float32, st.tuples(st.integers(0, 9), st.just(8))))
+def test_any_rows_are_answered_as_by_the_framework(
+    network: tuple[onnxruntime.InferenceSession, LoadedModel], rows: NDArray[np.float32]
+) -> None:
+    session, model = network
+    np.testing.assert_array_equal(model.infer({"X": rows}, ())[0][2], session.run(None, {"X": rows})[0])
 
 
 def test_outputs_are_answered_as_asked(tmp_path: Path) -> None:

@@ -12,6 +12,10 @@ import joblib
 import numpy as np
 import pytest
 import skops.io
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.cluster import KMeans
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
@@ -66,6 +70,32 @@ def test_every_numeric_datatype_is_taken(tmp_path: Path, dtype: type) -> None:
     np.testing.assert_array_equal(model.infer({"predict": rows}, ())[0][2][:, 0], estimator.predict(rows))
     assert {"FP64", "INT64", "BOOL"} <= set(model.accepts["predict"])
     assert "BYTES" not in model.accepts["predict"]
+
+
+@pytest.fixture(scope="module")
+def forest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LoadedModel]:
+    """An estimator over all kinds of numbers, and its model."""
+    estimator = make_pipeline(StandardScaler(), RandomForestClassifier(5, random_state=0)).fit(ROWS, LABELS)
+    return estimator, load(tmp_path_factory.mktemp("forest"), estimator)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.sampled_from([*"bBhHiIlLefd?"]).flatmap(
+        lambda kind: hnp.arrays(
+            kind,
+            st.tuples(st.integers(1, 5), st.just(4)),
+            elements=st.floats(-1e4, 1e4, width=16) if kind in "efd" else None,
+        )
+    )
+)
+def test_any_rows_of_any_datatype_are_answered_as_by_the_estimator(
+    forest: tuple[Any, LoadedModel], rows: NDArray[Any]
+) -> None:
+    estimator, model = forest
+    labels, probabilities = model.infer({"predict": rows}, ("predict", "predict_proba"))
+    np.testing.assert_array_equal(labels[2][:, 0], estimator.predict(rows))
+    np.testing.assert_array_equal(probabilities[2], estimator.predict_proba(rows))
 
 
 def test_a_regressor_answers_what_numpy_gives(tmp_path: Path) -> None:
