@@ -19,6 +19,7 @@ from bench.comparison import Plan
 from bench.machine import cores
 from bench.processes import PeerFailed
 from bench.rows import Row, show, write
+from bench.sim import cache as cache_sim
 
 SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
     "transport": transport.run,
@@ -32,6 +33,7 @@ SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
     "many": many.run,
     "micro": micro.run,
     "confirm": confirm.run,
+    "cache-sim": cache_sim.run,
 }
 THOROUGH: Final = Plan(rounds=5, warmup_s=0.2, duration_s=1.2)
 QUICK: Final = Plan(rounds=3, warmup_s=0.1, duration_s=0.2)

@@ -108,6 +108,15 @@ class ModelSettings:
     execution: str = "auto"
     #: Memory the loaded model takes, in bytes, where its owner states it.
     size_bytes: int | None = None
+    #: Memory of a device that it takes, in bytes.
+    device_bytes: int = 0
+    #: Whether it is loaded before the instance is ready, and whether it is never evicted.
+    preload: bool = False
+    pinned: bool = False
+    #: How long it stays at least when it has been loaded, and how long it may be idle before it is unloaded, in
+    #: seconds; None: as the instance says. An ``idle_timeout_s`` of 0: for ever.
+    min_residency_s: float | None = None
+    idle_timeout_s: float | None = None
     #: ``process`` for a worker process of its own, ``none`` for the serving process where the instance allows it.
     isolation: str = "none"
     #: Private memory that a worker process may have, in bytes.

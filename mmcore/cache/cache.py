@@ -1,10 +1,11 @@
 """The copies held by this instance: loads, one at a time for each version, eviction when capacity is reached, unloads.
 
-Everything happens on the event loop; only the framework's own work (finding the files, loading, closing) is done in a
-small pool of loader threads, never in those that serve.
+Everything happens on the event loop; only the work itself (finding or pulling the files, loading, closing) is done in
+threads, a few for each of the three, never in those that serve.
 
-Space is counted in bytes: what is loaded, what is being loaded (as predicted from its files, corrected when it is
-there) and what is being unloaded, which is not free before the model is closed. A copy with a lease out is not evicted.
+Space is counted in bytes by :class:`mmcore.cache.room.Room`: what is loaded, what is being loaded (as predicted,
+corrected when it is there and again after its first inferences) and what is being unloaded. A copy with a lease out is
+not evicted.
 """
 
 from __future__ import annotations
@@ -15,18 +16,23 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from mmcore._ext.lru import Lru
 from mmcore._ext.v2codec import Signature
 from mmcore.cache.copies import Copy, CopyState
+from mmcore.cache.eviction import POLICIES, TICKS_PER_S
 from mmcore.cache.failures import Failures
+from mmcore.cache.loads import Load, LoadQueue, Priority
+from mmcore.cache.room import Footprint, Room
+from mmcore.cache.sizes import Files, Sizes
 from mmcore.cache.threads import LoaderThreads
-from mmcore.errors import Cancelled, LoadFailed, MmcoreError, Overloaded, Unavailable
+from mmcore.errors import LoadFailed, MmcoreError, Overloaded, Unavailable
 from mmcore.model import ModelSource
 from mmcore.runtimes import LoadedModel, load_model
-from mmcore.runtimes.isolation import Isolated, IsolatedGroup
-from mmcore.runtimes.size import disk_size
+from mmcore.runtimes.isolation import IsolatedModel
+from mmcore.runtimes.size import give_back_freed
 from mmcore.runtimes.warmup import warm_up
 from mmcore.storage import Origin
 from mmcore.storage.signature import signature
@@ -34,6 +40,8 @@ from mmcore.storage.signature import signature
 log = logging.getLogger(__name__)
 
 LOADER_THREADS: Final = 2
+#: Threads that find or pull files: they wait for a network, mostly.
+FINDER_THREADS: Final = 8
 #: How long a load waits for space that is in use before it gives up.
 ROOM_WAIT_S: Final = 30.0
 #: How long the instance waits for loads and unloads that run when it ends.
@@ -42,6 +50,11 @@ CLOSE_WAIT_S: Final = 10.0
 BROKEN_EXPIRY_S: Final = 60.0
 #: A new copy is not evicted so soon: the request that waited for it must find it.
 RESIDENCY_S: Final = 0.05
+#: A new copy stays so long while others can go.
+MIN_RESIDENCY_S: Final = 2.0
+_TICK_S: Final = 0.5
+#: Copies that may be unloaded in one tick since they are idle.
+_EXPIRED_AT_ONCE: Final = 64
 
 
 def bind_signature(model: LoadedModel) -> Signature:
@@ -49,98 +62,93 @@ def bind_signature(model: LoadedModel) -> Signature:
     return Signature(model.inputs, any_name=model.any_input_name, accepts=model.accepts)
 
 
-class _Load:
-    """One load under way and those who wait for it."""
-
-    __slots__ = ("dropped", "name", "origin", "replacing", "state", "version", "waiters")
-
-    def __init__(self, name: str, version: str, origin: Origin, *, replacing: bool) -> None:
-        self.name = name
-        self.version = version
-        self.origin = origin
-        self.replacing = replacing
-        self.state = CopyState.QUEUED
-        self.waiters: list[asyncio.Future[Copy]] = []
-        #: Why its result is not wanted any more.
-        self.dropped: MmcoreError | None = None
-
-    def wait(self) -> asyncio.Future[Copy]:
-        """A future of one waiter's own: cancelling it touches nobody else."""
-        waiter: asyncio.Future[Copy] = asyncio.get_running_loop().create_future()
-        self.waiters.append(waiter)
-        return waiter
-
-    def settle(self, copy: Copy | None, error: MmcoreError | None) -> None:
-        """Tell the waiters that are still there."""
-        for waiter in self.waiters:
-            if waiter.done():
-                continue
-            if error is not None:
-                waiter.set_exception(type(error)(str(error)))
-            else:
-                assert copy is not None
-                waiter.set_result(copy)
-        self.waiters.clear()
-
-    def drop(self, error: MmcoreError) -> None:
-        """Answer the waiters with ``error`` now and let go of the result when it comes."""
-        self.dropped = error
-        self.settle(None, error)
-
-
 class Cache:
     """Loads, keeps and unloads copies.
 
     Attributes:
         lru: the loaded copies, least recently used first.
-        capacity_bytes: what they may take together.
+        room: the books of the space they take.
         failures: why loads failed.
+        sizes: what versions took in memory when they were loaded before.
         on_loaded: called with each copy that may be given requests from now on.
         on_gone: called with each copy that may not any more.
         on_state: called with a model's name and the state of its load when one begins, and with None and the error when
             it has ended without a copy.
+        on_changed: called with name, version and state, as :meth:`state` gives it, whenever that has changed.
+        on_failed: called with name, version and error of each failure that is remembered.
+
+    ``capacity_bytes`` and ``device_bytes`` are what copies may take together, of the host's memory and of a device's.
+    ``eviction`` is one of :data:`mmcore.cache.eviction.POLICIES`. A new copy stays for ``min_residency_s`` while others
+    can go, and one that is not used for ``idle_timeout_s`` (0: never) is unloaded; a model's settings may say otherwise
+    for it. ``sizes_file`` keeps what was learned of sizes from one start to the next.
     """
 
     def __init__(
         self,
         *,
         capacity_bytes: int,
+        device_bytes: int = 0,
         load: Callable[[ModelSource], LoadedModel] = load_model,
         bind: Callable[[LoadedModel], Signature] = bind_signature,
         loader_threads: int = LOADER_THREADS,
+        eviction: str = "cost",
         room_wait_s: float = ROOM_WAIT_S,
         residency_s: float = RESIDENCY_S,
+        min_residency_s: float = MIN_RESIDENCY_S,
+        idle_timeout_s: float = 0.0,
+        sizes_file: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lru: Final = Lru()
-        self.capacity_bytes = capacity_bytes
         self.failures: Final = Failures(clock)
+        self.sizes: Final = Sizes(sizes_file)
+        self._eviction = POLICIES[eviction](self.lru)
+        self.room: Final = Room(self.lru, Footprint(capacity_bytes, device_bytes), self._eviction, self.unload)
         self.on_loaded: Callable[[Copy], None] = lambda copy: None
         self.on_gone: Callable[[Copy], None] = lambda copy: None
         self.on_state: Callable[[str, CopyState | None, MmcoreError | None], None] = lambda name, state, error: None
+        self.on_changed: Callable[[str, str, CopyState | None], None] = lambda name, version, state: None
+        self.on_failed: Callable[[str, str, MmcoreError], None] = lambda name, version, error: None
         self._load_model = load
         self._bind = bind
-        self._threads = LoaderThreads(loader_threads)
-        self._slots = asyncio.Semaphore(loader_threads)
+        self.loader_threads: Final = loader_threads
+        self._finders = LoaderThreads(FINDER_THREADS, "mmcore-find")
+        self._loaders = LoaderThreads(loader_threads, "mmcore-load")
+        # Its own, so that space is given back although all others are at long loads.
+        self._unloaders = LoaderThreads(1, "mmcore-unload")
+        self._finding = LoadQueue(FINDER_THREADS)
+        self._opening = LoadQueue(loader_threads)
         self._room_wait_s = room_wait_s
         self._residency_s = residency_s
-        self._loads: dict[tuple[str, str], _Load] = {}
+        self._min_residency_s = min_residency_s
+        self._idle_timeout_s = idle_timeout_s
+        self._clock = clock
+        self._began = clock()
+        self._ticking: asyncio.TimerHandle | None = None
+        #: Copies whose settings say how long they may be idle.
+        self._own_timeouts: set[Copy] = set()
+        self._loads: dict[tuple[str, str], Load] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._unloading: set[Copy] = set()
         self._closing: set[asyncio.Future[None]] = set()
-        self._reserved_bytes = 0
-        self._unloading_bytes = 0
-        # One load makes room at a time and in order: a large one is not starved by small ones.
-        self._room_lock = asyncio.Lock()
-        self._changed: asyncio.Future[None] | None = None
         self._closed = False
 
     # What is there.
 
     @property
+    def capacity_bytes(self) -> int:
+        """What copies may take of the host's memory together."""
+        return self.room.capacity.host
+
+    @property
     def used_bytes(self) -> int:
-        """Loaded, being loaded and being unloaded together."""
-        return self.lru.total + self._reserved_bytes + self._unloading_bytes
+        """Loaded, being loaded and being unloaded together, of the host's memory."""
+        return self.room.used.host
+
+    @property
+    def loading(self) -> int:
+        """Loads under way, those that wait for their turn included."""
+        return len(self._loads)
 
     def state(self, name: str, version: str) -> CopyState | None:
         """The state of a version; None where it is neither here nor on its way, nor has failed.
@@ -162,12 +170,16 @@ class Cache:
 
     # Loading.
 
-    def load(self, name: str, version: str, origin: Origin) -> asyncio.Future[Copy]:
+    def load(
+        self, name: str, version: str, origin: Origin, *, priority: Priority = Priority.REQUEST
+    ) -> asyncio.Future[Copy]:
         """The version's copy, loaded if need be: joins the load under way, answers a failure that has not expired.
 
-        The future is the caller's own; cancelling it leaves the load to the other waiters, and a load still queued is
-        given up when nobody waits for it. It ends with LoadFailed, NotFound (the version is gone), Overloaded (no room)
-        or Unavailable (the files are being changed, or the instance stops).
+        A load of more urgent ``priority`` makes the one it joins as urgent. The future is the caller's own, to be
+        cancelled at its deadline; that leaves the load to the other waiters. A load that nobody waits for is given up
+        before the framework is at it; then it is finished, so that callers who try again find the copy. It ends with
+        LoadFailed, NotFound (the version is gone), Overloaded (no room) or Unavailable (the files are being changed, or
+        the instance stops).
         """
         load = self._loads.get((name, version))
         if load is None:
@@ -181,15 +193,23 @@ class Cache:
             if error is not None:
                 waiter.set_exception(error)
                 return waiter
-            load = self._start(name, version, origin, replacing=False)
+            load = self._start(name, version, origin, priority, replacing=False)
         joined = load.wait()
-        joined.add_done_callback(self._left)
+        joined.add_done_callback(partial(self._left, load))
+        if priority < load.priority:
+            load.priority = priority
+            self._reconsider(load)
         return joined
 
-    def _left(self, waiter: asyncio.Future[Copy]) -> None:
-        if waiter.cancelled():
-            # A load that waits for room looks whether anybody still waits for it.
-            self._wake()
+    def _left(self, load: Load, waiter: asyncio.Future[Copy]) -> None:
+        if waiter.cancelled() and not load.wanted:
+            self._reconsider(load)
+
+    def _reconsider(self, load: Load) -> None:
+        """Its place among those that wait has changed, or nobody waits for it any more."""
+        self._finding.moved(load)
+        self._opening.moved(load)
+        self.room.wake()
 
     async def replace(self, name: str, version: str, origin: Origin) -> Copy:
         """Load the version afresh from ``origin``; the copy that is here serves until the new one is ready.
@@ -199,7 +219,7 @@ class Cache:
         while (load := self._loads.get((name, version))) is not None:
             # One load at a time; what it ends with is its own waiters' business.
             await asyncio.wait([load.wait()])
-        return await self._start(name, version, origin, replacing=True).wait()
+        return await self._start(name, version, origin, Priority.PRELOAD, replacing=True).wait()
 
     def drop_loads(self, name: str, error: MmcoreError) -> None:
         """Answer all who wait for loads of a model with ``error`` and let go of what is being loaded."""
@@ -207,76 +227,117 @@ class Cache:
             load.drop(error)
             # A later load of the same version starts anew.
             del self._loads[load.name, load.version]
+            self._reconsider(load)
+            self._tell(load.name, load.version)
 
-    def _start(self, name: str, version: str, origin: Origin, *, replacing: bool) -> _Load:
-        load = _Load(name, version, origin, replacing=replacing)
+    def _start(self, name: str, version: str, origin: Origin, priority: Priority, *, replacing: bool) -> Load:
+        load = Load(name, version, origin, priority, replacing=replacing)
         self._loads[name, version] = load
-        self.on_state(name, load.state, None)
         task = asyncio.get_running_loop().create_task(self._run(load), name=f"load {name}/{version}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        self.on_state(name, load.state, None)
+        self._tell(name, version)
         return load
 
-    async def _run(self, load: _Load) -> None:
+    async def _run(self, load: Load) -> None:
         copy, error = None, None
         try:
             copy = await self._bring(load)
         except MmcoreError as failure:
             error = failure
             if isinstance(failure, LoadFailed) and load.dropped is None:
-                self.failures.remember(load.name, load.version, failure)
                 log.warning("model %s version %s was not loaded: %s", load.name, load.version, failure)
+                self._failed(load.name, load.version, failure)
         except asyncio.CancelledError:
             error = Unavailable("this instance is shutting down")
             raise
         except Exception as failure:
             log.exception("loading model %s version %s", load.name, load.version)
             error = LoadFailed(f"{type(failure).__name__}: {failure}")
-            self.failures.remember(load.name, load.version, error)
+            self._failed(load.name, load.version, error)
         finally:
             if self._loads.get((load.name, load.version)) is load:
                 del self._loads[load.name, load.version]
+                self._tell(load.name, load.version)
                 if error is not None:
                     self.on_state(load.name, None, error)
             load.settle(copy, error)
 
-    async def _bring(self, load: _Load) -> Copy:
+    def _failed(self, name: str, version: str, error: MmcoreError, **expiry: float) -> None:
+        self.failures.remember(name, version, error, **expiry)
+        self.on_failed(name, version, error)
+
+    def _tell(self, name: str, version: str) -> None:
+        self.on_changed(name, version, self.state(name, version))
+
+    def _enter(self, load: Load, state: CopyState) -> None:
+        load.state = state
+        if self._loads.get((load.name, load.version)) is load:
+            self._tell(load.name, load.version)
+
+    async def _bring(self, load: Load) -> Copy:
         """The loaded copy, published."""
-        async with self._slots:
+        async with self._finding.turn(load):
             if self._closed:
                 raise Unavailable("this instance is shutting down")
-            self._check_wanted(load)
-            load.state = CopyState.LOADING
-            source, files, predicted = await self._threads.run(_prepare, load)
-            self._check_wanted(load)
-            serving = self.lru.get((load.name, load.version))
-            if isinstance(serving, Copy) and files and (serving.files, serving.source) == (files, source):
-                # Something else changed in the model's folder.
-                return serving
-            self._check_size(source, predicted)
-            reserved = await self._reserve(load, predicted)
-            try:
-                model, bound = await self._threads.run(self._open, load, source)
-            finally:
-                self._reserved_bytes -= reserved
-                self._wake()
-        weight = max(0, model.size_bytes)
+            load.spent("queue_s")
+            self._enter(load, CopyState.PULLING)
+            source, stamp, files = await self._finders.run(_find, load)
+        load.spent("find_s")
+        load.check_wanted()
+        serving = self.lru.get((load.name, load.version))
+        if isinstance(serving, Copy) and stamp and (serving.files, serving.source) == (stamp, source):
+            # Something else changed in the model's folder.
+            return serving
+        self._enter(load, CopyState.LOADING)
+        needed = Footprint(self.sizes.predict(source, files), source.settings.device_bytes)
+        self.room.check(load.name, needed)
+        opened = await self._open_in_turn(load, source, needed)
+        if opened is None:
+            # It waits for room without a turn, so that it is in nobody's way.
+            await self.room.reserve(load, needed, self._room_wait_s)
+            load.spent("room_s")
+            opened = await self._open_in_turn(load, source, needed, reserved=True)
+            assert opened is not None
+        model, bound = opened
+        took = Footprint(max(0, model.size_bytes), needed.device)
         try:
-            self._check_dropped(load)
-            self._check_size(source, weight)
-        except Overloaded as error:
-            # Learnt only by loading it, so it is remembered like any other cause.
-            self.failures.remember(load.name, load.version, error)
-            self._discard(model, weight)
+            load.check_dropped()
+            self.sizes.learn(source, files, took.host)
+            self.room.check(load.name, took)
+        except MmcoreError as error:
+            if isinstance(error, Overloaded):
+                # Learnt only by loading it, so it is remembered like any other cause.
+                self._failed(load.name, load.version, error)
+            self._discard(model, took)
             raise
-        except MmcoreError:
-            self._discard(model, weight)
-            raise
-        copy = Copy(source, model, bound, files=files, weight=weight, on_idle=self._idle)
-        self._publish(copy)
+        copy = Copy(
+            source, model, bound,
+            files=stamp, weight=took.host, device_bytes=took.device, on_idle=self._idle, on_grown=self._grown,
+        )  # fmt: skip
+        self._publish(copy, load)
         return copy
 
-    def _open(self, load: _Load, source: ModelSource) -> tuple[LoadedModel, Signature]:
+    async def _open_in_turn(
+        self, load: Load, source: ModelSource, needed: Footprint, *, reserved: bool = False
+    ) -> tuple[LoadedModel, Signature] | None:
+        """The model, opened in a loader thread; None where there is no room at once. Space is made in the turn alone.
+
+        A reservation has ended when this does.
+        """
+        try:
+            async with self._opening.turn(load):
+                load.spent("queue_s")
+                reserved = reserved or self.room.take(load, needed)
+                opened = await self._loaders.run(self._open, load, source) if reserved else None
+                load.spent("open_s" if reserved else "room_s")
+                return opened
+        finally:
+            if reserved:
+                self.room.give_back(needed)
+
+    def _open(self, load: Load, source: ModelSource) -> tuple[LoadedModel, Signature]:
         """In a loader thread: the model, checked to come from files that stayed as they were."""
         try:
             model = self._load_model(source)
@@ -285,55 +346,51 @@ class Cache:
         try:
             load.origin.confirm(load.name)
             bound = self._bind(model)
-            for one in model.members if isinstance(model, IsolatedGroup) else (model,):
-                warm_up(source, one, bound)
+            warm_up(source, model, bound)
             return model, bound
         except BaseException:
             model.close()
             raise
 
-    def _check_dropped(self, load: _Load) -> None:
-        if load.dropped is not None:
-            raise type(load.dropped)(str(load.dropped))
-
-    def _check_wanted(self, load: _Load) -> None:
-        self._check_dropped(load)
-        if load.waiters and all(waiter.done() for waiter in load.waiters):
-            raise Cancelled("nobody waits for this load any more")
-
-    def _check_size(self, source: ModelSource, size: int) -> None:
-        if size > self.capacity_bytes:
-            raise Overloaded(
-                f"model '{source.name}' takes {size} bytes, which is more than the capacity of "
-                f"{self.capacity_bytes} bytes"
-            )
-
-    def _publish(self, copy: Copy) -> None:
+    def _publish(self, copy: Copy, load: Load) -> None:
         """Put a copy in the place of the one that served before, in one step of the loop."""
         self.failures.clear(copy.name, copy.version)
         before = self.lru.get(copy.key)
         if before is not None:
             assert isinstance(before, Copy)
             self._retire(before)
+        self._tick()
         # What it takes beyond the prediction is taken already: room is made without waiting.
-        self._evict(copy.weight)
+        self.room.evict(Footprint(copy.weight, copy.device_bytes))
+        settings = copy.source.settings
+        residency_s = self._min_residency_s if settings.min_residency_s is None else settings.min_residency_s
         self.lru.add(copy)
+        self.room.device_loaded += copy.device_bytes
+        self._eviction.added(copy, load.times.work_s, residency_s)
+        if settings.idle_timeout_s is not None:
+            self._own_timeouts.add(copy)
         copy.resident = True
         copy.pin()
         asyncio.get_running_loop().call_later(self._residency_s, self._end_residency, copy)
-        log.info("loaded model %s version %s, %d bytes", copy.name, copy.version, copy.weight)
-        if isinstance(copy.model, Isolated):
+        if isinstance(copy.model, IsolatedModel):
             loop = asyncio.get_running_loop()
             copy.model.watch_broken(partial(_call_soon, loop, self._broken, copy))
         self.on_loaded(copy)
         if before is not None:
             self._let_go(before)
+        load.spent("publish_s")
+        copy.times = load.times
+        log.info(
+            "loaded model %s version %s, %d bytes; seconds: %s",
+            copy.name, copy.version, copy.weight,
+            ", ".join(f"{stage.removesuffix('_s')} {spent:.4f}" for stage, spent in copy.times._asdict().items()),
+        )  # fmt: skip
 
     def _broken(self, copy: Copy, error: LoadFailed) -> None:
         """A copy's worker process cannot be kept: the copy goes, and its loads are answered with that for a while."""
         if copy.state is CopyState.LOADED:
-            self.failures.remember(copy.name, copy.version, error, first_s=BROKEN_EXPIRY_S)
             log.warning("model %s version %s is given up: %s", copy.name, copy.version, error)
+            self._failed(copy.name, copy.version, error, first_s=BROKEN_EXPIRY_S)
             self.unload(copy)
 
     def _end_residency(self, copy: Copy) -> None:
@@ -341,47 +398,44 @@ class Cache:
             copy.resident = False
             copy.release()
 
-    # Room.
+    def _grown(self, copy: Copy, growth: int) -> None:
+        """A copy takes more since it has answered its first requests."""
+        if copy.state is CopyState.LOADED and copy.source.settings.size_bytes is None:
+            self.lru.reweigh(copy, copy.weight + growth)
+            self.room.evict(Footprint(0), spared=copy)
 
-    async def _reserve(self, load: _Load, size: int) -> int:
-        """Wait until ``size`` bytes are free, count them as taken and return them.
+    # Time.
 
-        Raises:
-            Overloaded: models in use hold the space for too long.
-        """
-        async with self._room_lock:
-            if load.replacing and (serving := self.lru.get((load.name, load.version))) is not None:
-                # It serves until the new one is there, unless nothing else can go.
-                self.lru.touch(serving)
-            try:
-                async with asyncio.timeout(self._room_wait_s):
-                    self._evict(size)
-                    while self.used_bytes + size > self.capacity_bytes:
-                        self._changed = asyncio.get_running_loop().create_future()
-                        await self._changed
-                        self._check_wanted(load)
-                        self._evict(size)
-            except TimeoutError:
-                raise Overloaded(
-                    f"no room for model '{load.name}': it needs {size} bytes, and of the capacity of "
-                    f"{self.capacity_bytes} bytes {self.used_bytes} are taken by models in use"
-                ) from None
-            self._reserved_bytes += size
-            return size
+    def _tick(self) -> None:
+        """Move the list's time on, again and again while there are copies, and unload those that have been idle."""
+        self.lru.now = int((self._clock() - self._began) * TICKS_PER_S)
+        if self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+        if not self._closed:
+            self._expire()
+            self._ticking = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
 
-    def _evict(self, size: int) -> None:
-        """Unload the least recently used copies that nobody uses, until ``size`` bytes will be free."""
-        while self.lru.total + self._reserved_bytes + size > self.capacity_bytes:
-            oldest = self.lru.oldest()
-            if oldest is None:
-                return
+    def _expire(self) -> None:
+        for copy in [copy for copy in self._own_timeouts if not copy.pins]:
+            timeout_s = copy.source.settings.idle_timeout_s
+            if timeout_s and self._idle_s(copy) >= timeout_s:
+                self._unload_idle(copy)
+        if not self._idle_timeout_s:
+            return
+        for oldest in self.lru.oldest_of(_EXPIRED_AT_ONCE + len(self._own_timeouts)):
             assert isinstance(oldest, Copy)
-            log.info("evicting model %s version %s, %d bytes", oldest.name, oldest.version, oldest.weight)
-            self.unload(oldest)
+            if self._idle_s(oldest) < self._idle_timeout_s:
+                break
+            if oldest.source.settings.idle_timeout_s is None and not oldest.source.settings.pinned:
+                self._unload_idle(oldest)
 
-    def _wake(self) -> None:
-        if self._changed is not None and not self._changed.done():
-            self._changed.set_result(None)
+    def _idle_s(self, copy: Copy) -> float:
+        return (self.lru.now - copy.used_at) / TICKS_PER_S
+
+    def _unload_idle(self, copy: Copy) -> None:
+        log.info("unloading model %s version %s, idle for %.0f s", copy.name, copy.version, self._idle_s(copy))
+        self.unload(copy)
 
     # Unloading.
 
@@ -390,12 +444,16 @@ class Cache:
         if copy.state is CopyState.LOADED:
             self._retire(copy)
             self._let_go(copy)
+            self._tell(copy.name, copy.version)
 
     def _retire(self, copy: Copy) -> None:
         copy.state = CopyState.UNLOADING
+        self._eviction.removed(copy)
         self.lru.remove(copy)
+        self._own_timeouts.discard(copy)
         self._unloading.add(copy)
-        self._unloading_bytes += copy.weight
+        self.room.device_loaded -= copy.device_bytes
+        self.room.leaves(Footprint(copy.weight, copy.device_bytes))
 
     def _let_go(self, copy: Copy) -> None:
         self.on_gone(copy)
@@ -407,32 +465,31 @@ class Cache:
         if copy.state is CopyState.UNLOADING:
             self._close_copy(copy)
         else:
-            self._wake()
+            self.room.wake()
 
     def _close_copy(self, copy: Copy) -> None:
         model = copy.model
         # Both would keep the model alive as long as anybody keeps the copy.
         del copy.model
         copy.prepared = None
-        copy.prepared = None
-        self._close(model, copy.weight, copy)
+        self._close(model, Footprint(copy.weight, copy.device_bytes), copy)
 
-    def _discard(self, model: LoadedModel, weight: int) -> None:
+    def _discard(self, model: LoadedModel, size: Footprint) -> None:
         """Close a model that was never published."""
-        self._unloading_bytes += weight
-        self._close(model, weight, None)
+        self.room.leaves(size)
+        self._close(model, size, None)
 
-    def _close(self, model: LoadedModel, weight: int, copy: Copy | None) -> None:
-        """Close a model in a loader thread; its space, counted as being unloaded, is free when that is done."""
-        closing = self._threads.run(_close, model)
+    def _close(self, model: LoadedModel, size: Footprint, copy: Copy | None) -> None:
+        """Close a model in a thread; its space, counted as being unloaded, is free when that is done."""
+        closing = self._unloaders.run(_close, model, size.host)
         self._closing.add(closing)
 
         def closed(_: object) -> None:
             self._closing.discard(closing)
-            self._unloading_bytes -= weight
             if copy is not None:
                 self._unloading.discard(copy)
-            self._wake()
+                self._tell(copy.name, copy.version)
+            self.room.left(size)
 
         closing.add_done_callback(closed)
 
@@ -442,9 +499,12 @@ class Cache:
         What has not ended after some seconds is left to its thread.
         """
         self._closed = True
+        if self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
         for load in list(self._loads.values()):
             load.drop(Unavailable("this instance is shutting down"))
-        self._wake()
+            self._reconsider(load)
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=CLOSE_WAIT_S)
         for copy in list(self.lru):
@@ -457,7 +517,9 @@ class Cache:
         if left:
             log.warning("%d models are still being loaded, used or unloaded; leaving them behind", left)
         else:
-            self._threads.stop()
+            for threads in (self._finders, self._loaders, self._unloaders):
+                threads.stop()
+        await asyncio.to_thread(self.sizes.save)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
@@ -466,20 +528,21 @@ def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args
         loop.call_soon_threadsafe(call, *args)
 
 
-def _prepare(load: _Load) -> tuple[ModelSource, bytes, int]:
-    """In a loader thread: where the files are, their signature, and how many bytes the model may take.
+def _find(load: Load) -> tuple[ModelSource, bytes, Files]:
+    """In a finder thread: where the files are, their signature, and what their size in memory can be told by.
 
     The signature is empty where the version has no folder of its own, so that its files cannot be told from others.
     """
     source = load.origin.source(load.name, load.version)
     folder = next((parent for parent in (source.path, source.path.parent) if parent.name == load.version), None)
-    files = signature(folder).digest if folder is not None else b""
-    return source, files, source.settings.size_bytes or disk_size(source.path)
+    stamp = signature(folder).digest if folder is not None else b""
+    return source, stamp, Files(source)
 
 
-def _close(model: LoadedModel) -> None:
-    """In a loader thread: let the framework free its memory."""
+def _close(model: LoadedModel, size: int) -> None:
+    """In a thread of its own: let the framework free its memory."""
     try:
         model.close()
     except Exception:
         log.exception("closing a model of platform %s", model.platform)
+    give_back_freed(size)

@@ -18,8 +18,9 @@ ResultT = TypeVar("ResultT")
 class LoaderThreads:
     """So many threads, started with the first work there is; work is begun in the order it comes."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, name: str = "mmcore-load") -> None:
         self._count = count
+        self._name = name
         self._threads: list[threading.Thread] = []
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
@@ -27,7 +28,7 @@ class LoaderThreads:
         """Call ``work`` in one of the threads; on the loop. Cancelling the future does not stop the work."""
         if not self._threads:
             for number in range(self._count):
-                thread = threading.Thread(target=self._serve, name=f"mmcore-load-{number}", daemon=True)
+                thread = threading.Thread(target=self._serve, name=f"{self._name}-{number}", daemon=True)
                 thread.start()
                 self._threads.append(thread)
         loop = asyncio.get_running_loop()

@@ -54,10 +54,9 @@ class LoadedModel(Protocol):
         """Input name to the V2 datatypes taken besides the one in ``inputs``; absent where only that one is."""
         ...
 
-    @property
-    def size_bytes(self) -> int:
-        """Memory the loaded model takes, in bytes: its owner's statement, else an estimate from the files."""
-        ...
+    #: Memory the loaded model takes, in bytes: its owner's statement, else what its load made the process gain where
+    #: that could be measured, else an estimate from the files.
+    size_bytes: int
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Sequence[OutputTensor]:
         """Answer ``outputs`` (the default ones where empty) in the order asked, for inputs bound by the signature.

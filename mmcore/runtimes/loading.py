@@ -19,6 +19,7 @@ from mmcore.model import ModelSource
 from mmcore.runtimes.failures import describe
 from mmcore.runtimes.interface import LoadedModel
 from mmcore.runtimes.load_warnings import logged_for
+from mmcore.runtimes.size import Growth, uncounted
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class _Format:
     module: str
     #: The extra of this package that installs the framework; None where nothing is needed.
     extra: str | None = None
+    own_threads: bool = False
 
 
 _FORMATS: Final[dict[str, _Format]] = {
@@ -43,6 +45,9 @@ _FORMATS: Final[dict[str, _Format]] = {
 
 #: The values of ``ModelSource.format`` that can be loaded.
 FORMATS: Final[tuple[str, ...]] = tuple(_FORMATS)
+
+#: What a model takes at least, whatever was measured: its entries in our own tables.
+LEAST_BYTES: Final = 4096
 
 _import_lock = threading.Lock()
 
@@ -62,8 +67,8 @@ def load_model(source: ModelSource) -> LoadedModel:
     if not source.path.exists():
         raise LoadFailed(f"model {source.name!r}: {source.path.name!r} does not exist")
     try:
-        with logged_for(source.name):
-            return load(source)
+        with logged_for(source.name), Growth() as growth:
+            model = load(source)
     except MmcoreError as error:
         raise LoadFailed(f"model {source.name!r}: {error}") from error
     except MemoryError as error:
@@ -76,6 +81,14 @@ def load_model(source: ModelSource) -> LoadedModel:
     except Exception as error:  # whatever a framework raises on a bad file
         log.info("loading model %r failed", source.name, exc_info=error)
         raise LoadFailed(f"model {source.name!r}: cannot load {source.path.name!r}: {describe(error)}") from error
+    if growth.bytes is not None and source.settings.size_bytes is None and not served_elsewhere(source.format):
+        model.size_bytes = max(growth.bytes, LEAST_BYTES)
+    return model
+
+
+def served_elsewhere(name: str) -> bool:
+    """Whether a format's framework allocates in threads of its own, so that the loading thread's growth says little."""
+    return _FORMATS[name].own_threads
 
 
 def _loader(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
@@ -87,7 +100,7 @@ def _loader(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
     try:
         # Frameworks are imported one at a time: they import one another (xgboost takes sklearn in), and two threads
         # in a cycle of imports see half-made modules.
-        with _import_lock:
+        with _import_lock, uncounted():
             module = importlib.import_module(served.module)
     except ImportError as error:
         raise LoadFailed(

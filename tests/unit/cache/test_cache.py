@@ -16,17 +16,28 @@ from tests.unit.models_in_memory import Clock, FakeModel, FakeOrigin, Loader
 
 
 class Fixture:
-    def __init__(self, capacity_bytes: int = 100, *, room_wait_s: float = 30.0, loader_threads: int = 2) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int = 100,
+        *,
+        device_bytes: int = 0,
+        room_wait_s: float = 30.0,
+        loader_threads: int = 2,
+        idle_timeout_s: float = 0.0,
+    ) -> None:
         self.clock = Clock()
         self.loader = Loader()
         self.origin = FakeOrigin(ModelSettings(size_bytes=10))
         self.cache = Cache(
             capacity_bytes=capacity_bytes,
+            device_bytes=device_bytes,
+            idle_timeout_s=idle_timeout_s,
             load=self.loader,
             bind=lambda model: None,  # type: ignore[arg-type,return-value]  # nothing is bound here
             loader_threads=loader_threads,
             room_wait_s=room_wait_s,
             residency_s=0.0,
+            eviction="lru",
             clock=self.clock,
         )
         self.events: list[str] = []
