@@ -1,0 +1,222 @@
+"""Registered models in running instances: over restarts, from a store, from files, and through the commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from mmcore.pb import model_mesh_pb2 as pb
+from tests.management import BROKEN, SCALE, WITHIN_S, Manager, States, files, scale
+from tests.serving import Instance, Serve, command, environment
+from tests.stores import Bucket, moto
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "files"
+
+
+def start(serve: Serve, tmp_path: Path, *args: object) -> Instance:
+    return serve(None, "--model-cache", tmp_path / "cache", *args)
+
+
+def ask(instance: Instance, model: str) -> float:
+    x = triton.InferInput("X", [1], "FP32")
+    x.set_data_from_numpy(np.ones(1, np.float32))
+    with triton.InferenceServerClient(instance.grpc) as client:
+        answer = client.infer(model, [x], client_timeout=WITHIN_S).as_numpy("Y")
+    assert answer is not None
+    return float(answer[0])
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=60, env=environment(), check=False)
+
+
+def listed(what: str, instance: Instance, *args: object) -> list[dict[str, Any]]:
+    done = run(*what.split(), "--target", instance.grpc, "--json", *args)
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_registrations_outlive_the_instance(serve: Serve, tmp_path: Path, root: Path, number: signal.Signals) -> None:
+    count = 1000 if number is signal.SIGKILL else 10
+    registry = f"sqlite:{tmp_path / 'registry.db'}"
+    first = start(serve, tmp_path, "--registry", registry)
+    with Manager(first.grpc) as manager, ThreadPoolExecutor(16) as pool:
+        info = scale(root, 2)
+        for status in pool.map(lambda one: manager.register(f"model-{one}", info), range(count)):
+            assert status.status == States.NOT_LOADED
+        manager.set_vmodel("latest", "model-0", loadNow=True, sync=True)
+    assert ask(first, "latest") == 2.0
+    first.signal(number)
+    first.wait()
+
+    second = start(serve, tmp_path, "--registry", registry)
+    assert second.ready["models"] == count
+    rows = listed("models", second, "--limit", 0)
+    assert sorted(row["name"] for row in rows) == sorted(f"model-{one}" for one in range(count))
+    with Manager(second.grpc) as manager:
+        # The copies of the instance that is gone are not told of.
+        assert manager.status("model-0") == pb.ModelStatusInfo(status=States.NOT_LOADED)
+        assert manager.vmodel_status("latest").activeModelId == "model-0"
+        assert ask(second, "latest") == 2.0
+        (copy,) = manager.status("model-0").modelCopyInfos
+        assert (copy.location, copy.copyStatus) == (second.ready["instance"], States.LOADED)
+
+
+@pytest.fixture
+def bucket() -> Iterator[Bucket]:
+    with moto() as address:
+        made = Bucket(address)
+        made.client.create_bucket(Bucket=made.entry["bucket"])
+        yield made
+
+
+def test_a_model_in_a_bucket_is_registered_asked_and_unregistered(serve: Serve, tmp_path: Path, bucket: Bucket) -> None:
+    bucket.put("scale/model.py", SCALE.replace("FACTOR", "7").encode())
+    entries = tmp_path / "storage-config"
+    entries.mkdir()
+    (entries / "localMinIO").write_text(json.dumps(bucket.entry))
+    instance = start(serve, tmp_path, "--storage-config", entries)
+    key = json.dumps({"storage_key": "localMinIO", "model_type": {"name": "python"}})
+    with Manager(instance.grpc) as manager:
+        assert (
+            manager.register("scale", pb.ModelInfo(type="mt:python", path="scale", key=key)).status == States.NOT_LOADED
+        )
+        assert ask(instance, "scale") == 7.0
+        absent = pb.ModelInfo(type="mt:python", path="absent", key=key)
+        failed = manager.register("absent", absent, loadNow=True, sync=True)
+        assert failed.status == States.LOADING_FAILED
+        assert "absent" in failed.errors[0]
+        manager.unregister("scale")
+        with pytest.raises(InferenceServerException, match="is not found"):
+            ask(instance, "scale")
+
+
+def entry(name: str, info: pb.ModelInfo, **fields: Any) -> dict[str, Any]:
+    return {"modelId": name, "modelInfo": {"type": info.type, "path": info.path, "key": info.key}, **fields}
+
+
+def test_static_models_are_there_when_the_instance_is_and_follow_their_file(
+    serve: Serve, tmp_path: Path, root: Path
+) -> None:
+    file = tmp_path / "static.json"
+    file.write_text(
+        json.dumps([entry("a", scale(root, 2), vModelId="v", ensureLoaded=True), entry("b", scale(root, 3))])
+    )
+    instance = start(serve, tmp_path, "--static-models", file)
+    with Manager(instance.grpc) as manager:
+        assert (manager.state("a"), manager.state("b")) == ("LOADED", "NOT_LOADED")
+        assert (ask(instance, "v"), ask(instance, "b")) == (2.0, 3.0)
+        file.write_text(json.dumps([entry("c", scale(root, 4), vModelId="v")]))
+        deadline = time.monotonic() + WITHIN_S
+        while manager.vmodel_status("v").activeModelId != "c":
+            assert time.monotonic() < deadline
+        assert ask(instance, "v") == 4.0
+        assert (manager.state("a"), manager.state("b")) == ("NOT_FOUND", "LOADED")
+
+
+def test_a_static_model_that_must_be_loaded_and_is_not_ends_the_start(tmp_path: Path, root: Path) -> None:
+    file = tmp_path / "static.json"
+    file.write_text(json.dumps([entry("broken", files(root, "broken", BROKEN), ensureLoaded=True)]))
+    ended = run(
+        "serve", "--grpc-port", 0, "--rest-port", 0, "--model-cache", tmp_path / "cache", "--static-models", file
+    )
+    assert ended.returncode == 1
+    assert "static model broken: " in ended.stderr
+    assert "the weights are missing" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "text"),
+    [
+        ("--static-models", "{}", "expected a list of models"),
+        ("--dataplane-config", '{"rpcs": {}}', "unknown field 'rpcs'"),
+        ("--type-constraints", "[]", "must be an object of types"),
+    ],
+)
+def test_files_that_say_what_cannot_be_end_the_start(tmp_path: Path, flag: str, content: str, text: str) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(content)
+    ended = run("serve", "--grpc-port", 0, "--rest-port", 0, flag, file)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert text in ended.stderr
+    assert "settings.json" in ended.stderr
+
+
+def test_a_registry_that_is_none_is_wrong_usage() -> None:
+    ended = run("serve", "--grpc-port", 0, "--rest-port", 0, "--registry", "file:x")
+    assert ended.returncode == 2
+    assert "'file:x' is not a registry" in ended.stderr
+
+
+def test_the_commands(serve: Serve, tmp_path: Path, root: Path) -> None:
+    instance = start(serve, tmp_path)
+    target = ("--target", instance.grpc)
+    two, broken = scale(root, 2), files(root, "broken", BROKEN)
+
+    def stated(info: pb.ModelInfo) -> tuple[str, ...]:
+        return ("--type", info.type, "--path", info.path, "--key", info.key)
+
+    assert "serves no models" in run("models", *target).stdout
+    assert "knows no vmodels" in run("vmodels", *target).stdout
+    assert run("models", "register", "a", *stated(two), *target).stdout == "a: NOT_LOADED\n"
+    assert run("models", "register", "b", *stated(two), "--sync", *target).stdout == "b: LOADED\n"
+    failed = run("models", "register", "c", *stated(broken), "--sync", *target)
+    assert failed.returncode == 1
+    assert "the weights are missing" in failed.stderr
+    assert run("models", "register", "d", *target).returncode == 2
+
+    rows = {row["name"]: row for row in listed("models", instance)}
+    assert [(name, rows[name]["status"]) for name in sorted(rows)] == [
+        ("a", "NOT_LOADED"), ("b", "LOADED"), ("c", "LOADING_FAILED"),
+    ]  # fmt: skip
+    (copy,) = rows["b"]["copies"]
+    assert (copy["instance"], copy["state"]) == (instance.ready["instance"], "LOADED")
+    assert (rows["b"]["type"], rows["b"]["state"], rows["c"]["state"]) == ("python", "READY", "UNAVAILABLE")
+    table = run("models", *target).stdout
+    assert "COPIES" in table
+    assert f"{instance.ready['instance']} LOADED" in table
+    some = run("models", "--limit", 1, "--prefix", "", *target)
+    assert "and 2 more" in some.stderr
+    assert [row["name"] for row in listed("models", instance, "--prefix", "c")] == ["c"]
+
+    assert run("vmodels", "set", "v", "b", "--owner", "me", *target).stdout == "v: DEFINED, stands for b\n"
+    assert run("vmodels", "set", "v", "e", *stated(two), "--sync", *target).stdout == "v: DEFINED, stands for e\n"
+    (row,) = listed("vmodels", instance)
+    assert (row["name"], row["active"], row["target"], row["owner"]) == ("v", "e", "e", "me")
+    refused = run("vmodels", "set", "v", "b", "--owner", "you", *target)
+    assert refused.returncode == 1
+    assert "different owner 'me' (ALREADY_EXISTS)" in refused.stderr
+    stuck = run("vmodels", "set", "v", "c", "--sync", *target)
+    assert stuck.returncode == 1
+    assert "the weights are missing" in stuck.stderr
+    shown = run("vmodels", *target).stdout
+    assert "TRANSITION_FAILED" in shown
+    assert "the weights are missing" in shown
+    assert run("vmodels", "set", "v", "b", "--path", "/x", *target).returncode == 2
+    assert "Model e has referents (FAILED_PRECONDITION)" in run("models", "unregister", "e", *target).stderr
+    assert run("vmodels", "delete", "v", *target).returncode == 0
+    assert run("models", "unregister", "e", *target).returncode == 0
+    assert listed("vmodels", instance) == []
+
+    (here,) = listed("status", instance)
+    assert (here["id"], here["models"], here["leader"], here["asked"]) == (instance.ready["instance"], 1, True, True)
+    assert 0 < here["used_bytes"] < here["capacity_bytes"]
+    assert "leader" in run("status", *target).stdout
