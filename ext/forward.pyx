@@ -9,7 +9,7 @@ import cython
 
 from libc.stdint cimport int64_t, uint8_t
 
-from mmcore._ext.h2 cimport CANCELLED, OK, Method, encode_metadata, now
+from mmcore._ext.h2 cimport CANCELLED, OK, RESOURCE_EXHAUSTED, Method, encode_metadata, now
 from mmcore._ext.h2client cimport ClientCall, ClientSession
 from mmcore._ext.h2server cimport ServerCall
 
@@ -18,12 +18,16 @@ cdef class Traffic:
     """What goes to one peer, as measured here.
 
     Attributes:
+        usable: whether requests may be sent to it.
+        session: the connection used last, which may take no calls any more; None before the first.
         in_flight: requests sent and not answered.
         latency_s: moving average of the seconds to an answer with OK; 0 before the first.
         answered: requests that got any answer.
         failures: connections that broke or were not to be had since the last answer with OK.
     """
 
+    cdef public bint usable
+    cdef public ClientSession session
     cdef readonly Py_ssize_t in_flight
     cdef readonly double latency_s
     cdef readonly int64_t answered
@@ -40,53 +44,58 @@ cdef class Traffic:
 @cython.final
 @cython.freelist(256)
 cdef class Forwarded:
-    """One unary request on its way to a peer, or to one after the other.
+    """One unary request on its way to a peer, or to one after the other. Made by :class:`Forwards` only.
 
     Attributes:
-        call: where the answer goes: a ServerCall, or what has its metadata, deadline, cancelled, on_cancel, reply
-            and fail.
-        body: the message.
-        state: whatever the owner wants to remember of it.
+        call, body, model, holders, mode, resolved, idempotent, instead: as they were given.
         peer: where it was sent last.
         over: it is answered, or nobody waits for the answer any more.
+        arrival: how it came from another instance, or None.
+        tried: ids of the instances that are not to be asked (again).
+        ran: how many of them may have run it, or had no room.
+        last: (status, text) of the last one that did not answer it, or None.
     """
 
     cdef readonly object call
     cdef readonly bytes body
-    cdef readonly object state
+    cdef readonly object model
+    cdef readonly tuple holders
+    cdef readonly object mode
+    cdef readonly bint resolved
+    cdef readonly bint idempotent
+    cdef readonly object instead
     cdef readonly Traffic peer
     cdef readonly bint over
+    cdef public object arrival
+    cdef public tuple tried
+    cdef public int ran
+    cdef public object last
+    cdef Forwards owner
     cdef ServerCall asked     # the call, where the transport itself has it
     cdef bytes packed         # the message as it came, if it was compressed
     cdef Method method
     cdef ClientCall sent
-    cdef object failed
     cdef double began
-
-    def __init__(self, call not None, bytes body not None, object state, object failed, Method method=None):
-        """``failed(forwarded, call)`` is given a peer's answer other than OK; ``method`` is the call's unless given."""
-        self.call = call
-        self.body = body
-        self.state = state
-        self.failed = failed
-        self.method = method
-        if isinstance(call, ServerCall):
-            self.asked = <ServerCall>call
-            if body is self.asked.body:
-                self.packed = self.asked.packed
-            if method is None:
-                self.method = self.asked.target
 
     def send(self, Traffic peer not None, ClientSession session not None, list headers not None):
         """Send it to a peer, with these pairs of bytes before its own metadata.
 
+        One with more metadata than can be sent is refused.
+
         Raises:
             ConnectionError: the session takes no new call.
-            ValueError: it has more metadata than can be sent.
         """
+        try:
+            self.submit(peer, session, headers)
+        except ValueError as error:
+            self.over = True
+            self.call.fail(RESOURCE_EXHAUSTED, f"the request cannot be passed on: {error}")
+
+    cdef int submit(self, Traffic peer, ClientSession session, list headers) except -1:
         cdef ClientCall call = ClientCall.__new__(ClientCall)
         cdef ServerCall asked = self.asked
         cdef list encoded = headers
+        cdef list kept
         cdef bytes message = self.body
         cdef uint8_t flag = 0
         if not session.takes_calls():
@@ -94,9 +103,11 @@ cdef class Forwarded:
         if asked is not None:
             if asked.closed or asked.finished or asked.target is None:
                 self.over = True
-                return
+                return 0
             if asked.metadata_bytes:
-                encoded = headers + asked.pairs_between(0, asked.metadata_bytes)
+                kept = asked.pairs_between(0, asked.metadata_bytes)
+                if kept:
+                    encoded = headers + kept
             if asked.accept_encoding is not None:
                 call.as_came = True
                 encoded = encoded + [(b"grpc-accept-encoding", asked.accept_encoding.encode("latin-1", "replace"))]
@@ -108,7 +119,7 @@ cdef class Forwarded:
         else:
             if self.call.cancelled:
                 self.over = True
-                return
+                return 0
             encoded = headers + encode_metadata([
                 pair for pair in self.call.metadata
                 if pair[0] != "user-agent" and not pair[0].startswith(("mmcore-", "grpc-"))
@@ -122,6 +133,7 @@ cdef class Forwarded:
         self.began = now()
         peer.in_flight += 1
         self.call.on_cancel = self.cancel
+        return 0
 
     def cancel(self):
         """Nobody waits for the answer any more."""
@@ -141,7 +153,7 @@ cdef class Forwarded:
             peer.succeeded(now() - self.began)
             self.answer(call)
         else:
-            self.failed(self, call)
+            self.owner.failed(self, call)
 
     cdef int answer(self, ClientCall call) except -1:
         """Pass on an answer with OK."""
@@ -168,6 +180,104 @@ cdef class Forwarded:
         self.asked.extra_headers = call.pairs_between(0, call.initial_bytes) or None
         self.asked.extra_trailers = call.pairs_between(call.initial_bytes, call.metadata_bytes) or None
         return 0
+
+
+cdef class Forwards:
+    """Passes unary requests on: the common ones here, all others by the methods that a subclass overrides.
+
+    Common is a client's request, to be answered from a copy that a peer with an open connection holds.
+
+    Attributes:
+        choose: given the usable ones of several holders, returns the one to be asked; None: the one with the fewest
+            requests in flight from here, of several the one that answers fastest.
+        first_hop: encoded metadata of a common request.
+    """
+
+    cdef public object choose
+    cdef public list first_hop
+    cdef dict methods
+
+    def __init__(self):
+        self.methods = {}
+
+    def unary(
+        self, call not None, bytes body not None, str model not None, holders not None, *,
+        mode="hit", bint resolved=False, bint idempotent=True, instead=None, str path=None,
+    ):
+        """Have a request answered by one of the holders; the answer, or ``instead``, comes later through ``call``.
+
+        Args:
+            call: a ServerCall, or what has its metadata, deadline, cancelled, on_cancel, reply and fail.
+            body: the message.
+            model: the concrete model's name; it travels along where ``resolved`` says that ``body`` does not hold it.
+            holders: the peers that hold a copy, or shall load one.
+            mode: how they may answer, a ``Mode`` of mmcore/routing/hops.py.
+            idempotent: whether running it twice does no harm.
+            instead: called with (call, body, Unanswered) when no holder answers; None: its status is the answer.
+            path: the method to call, where it is not the call's own.
+        """
+        cdef Forwarded request = Forwarded.__new__(Forwarded)
+        cdef Traffic peer
+        request.owner = self
+        request.call = call
+        request.body = body
+        request.model = model
+        request.holders = holders if isinstance(holders, tuple) else tuple(holders)
+        request.mode = mode
+        request.resolved = resolved
+        request.idempotent = idempotent
+        request.instead = instead
+        request.tried = ()
+        if isinstance(call, ServerCall):
+            request.asked = <ServerCall>call
+            request.method = request.asked.target
+            if body is request.asked.body:
+                request.packed = request.asked.packed
+        if path is not None:
+            request.method = self.method(path)
+        if request.asked is not None and not resolved and mode == "hit" and not request.asked.internal:
+            peer = self.one_of(request.holders)
+            if peer is not None and peer.session is not None and peer.session.takes_calls():
+                request.send(peer, peer.session, self.first_hop)
+                return
+        self.begin(request)
+
+    cdef Method method(self, str path):
+        method = self.methods.get(path)
+        if method is None:
+            method = self.methods[path] = Method(path)
+        return method
+
+    cdef Traffic one_of(self, tuple holders):
+        """The usable peer to be asked first, or None."""
+        cdef Traffic best = None
+        cdef Traffic peer
+        cdef list usable
+        if len(holders) == 1:
+            peer = <Traffic?>holders[0]
+            return peer if peer.usable else None
+        if self.choose is not None:
+            usable = [one for one in holders if (<Traffic?>one).usable]
+            return <Traffic?>(self.choose(usable) if len(usable) > 1 else usable[0]) if usable else None
+        for one in holders:
+            peer = <Traffic?>one
+            if peer.usable and (
+                best is None or peer.in_flight < best.in_flight
+                or (peer.in_flight == best.in_flight and peer.latency_s < best.latency_s)
+            ):
+                best = peer
+        return best
+
+    def one(self, holders not None):
+        """The peer of these that is to be asked, or None: of the usable ones the one that ``choose`` says."""
+        return self.one_of(tuple(holders))
+
+    def begin(self, Forwarded request not None):
+        """Send a request that is not common."""
+
+    def failed(self, Forwarded request not None, ClientCall answer not None):
+        """A peer's answer is not OK."""
+        request.refuse(answer)
 
 
 def pass_stream(ServerCall asked not None, ClientSession session not None, list headers not None, sink not None):

@@ -1,13 +1,14 @@
 """A unary request passed on to another instance as it came."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
-from mmcore._ext.h2 import Method
 from mmcore._ext.h2client import ClientCall, ClientSession
 from mmcore._ext.h2server import ServerCall
 
 class Traffic:
+    usable: bool
+    session: ClientSession | None
     in_flight: int
     latency_s: float
     answered: int
@@ -17,21 +18,43 @@ class Traffic:
 class Forwarded:
     call: Any
     body: bytes
-    state: Any
+    model: str
+    holders: tuple[Any, ...]
+    mode: str
+    resolved: bool
+    idempotent: bool
+    instead: Callable[..., object] | None
     peer: Traffic
     over: bool
-    def __init__(
-        self,
-        call: object,
-        body: bytes,
-        state: object,
-        failed: Callable[[Forwarded, ClientCall], object],
-        method: Method | None = None,
-    ) -> None: ...
+    arrival: Any
+    tried: tuple[str, ...]
+    ran: int
+    last: Any
     def send(self, peer: Traffic, session: ClientSession, headers: list[tuple[bytes, bytes]]) -> None: ...
     def cancel(self) -> None: ...
     def answered(self, call: ClientCall) -> None: ...
     def refuse(self, call: ClientCall) -> None: ...
+
+class Forwards:
+    choose: Callable[..., Any] | None
+    first_hop: list[tuple[bytes, bytes]]
+    def __init__(self) -> None: ...
+    def unary(
+        self,
+        call: Any,
+        body: bytes,
+        model: str,
+        holders: Sequence[Traffic],
+        *,
+        mode: str = "hit",
+        resolved: bool = False,
+        idempotent: bool = True,
+        instead: Callable[..., object] | None = None,
+        path: str | None = None,
+    ) -> None: ...
+    def one(self, holders: Sequence[Traffic]) -> Any: ...
+    def begin(self, request: Forwarded) -> None: ...
+    def failed(self, request: Forwarded, answer: ClientCall) -> None: ...
 
 def pass_stream(
     asked: ServerCall, session: ClientSession, headers: list[tuple[bytes, bytes]], sink: object

@@ -20,17 +20,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from mmcore._ext.forward import Forwarded
-from mmcore._ext.h2 import Method
+from mmcore._ext.forward import Forwarded, Forwards
 from mmcore._ext.h2client import ClientCall
 from mmcore.config import TransportSettings
 from mmcore.errors import RpcError, Status
 from mmcore.routing.hops import Arrival, Mode, arrival_of, hop_headers, not_here, says_not_here
-from mmcore.routing.peers import PEER_SETTINGS, Peer, least_busy
+from mmcore.routing.peers import PEER_SETTINGS, Peer
 from mmcore.transport import ClientStream, StreamCall
 
 #: Messages of a stream that are kept until the first answer, in case another holder has to be asked, in bytes.
 REPLAY_BYTES: Final = 2**20
+#: Answers of a holder, not of the model, that another holder may improve on.
+_OTHERS_MAY_ANSWER: Final = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED)
 #: How long a peer that has left may take for what is in flight.
 LEAVE_S: Final = 30.0
 
@@ -47,75 +48,37 @@ class Unanswered(NamedTuple):
 Instead = Callable[[Any, bytes, Unanswered], object]
 
 
-def refuse_unanswered(call: Any, body: bytes, unanswered: Unanswered) -> None:
-    """Answer with the last holder's status: where nothing else can be done."""
-    call.fail(unanswered.status, unanswered.details)
-
-
-class _Route:
-    """Where one request may go and what became of it so far."""
-
-    __slots__ = ("arrival", "holders", "idempotent", "instead", "last", "mode", "model", "ran", "resolved", "tried")
-
-    def __init__(
-        self,
-        model: str,
-        holders: Sequence[Peer],
-        mode: Mode,
-        resolved: bool,
-        idempotent: bool,
-        instead: Instead,
-        arrival: Arrival | None,
-    ) -> None:
-        self.model = model
-        self.holders = holders
-        self.mode = mode
-        self.resolved = resolved
-        self.idempotent = idempotent
-        self.instead = instead
-        self.arrival = arrival
-        self.tried: tuple[str, ...] = arrival.tried if arrival is not None else ()
-        #: Holders that may have run it, or were full.
-        self.ran = 0
-        self.last = (Status.UNAVAILABLE, f"no instance that holds model {model!r} can be reached")
-
-    def candidates(self) -> list[Peer]:
-        """The holders that may still be asked."""
-        tried = self.tried
-        return [peer for peer in self.holders if peer.usable and peer.instance not in tried]
-
-
-class Forwarding:
+class Forwarding(Forwards):
     """Passes requests on to other instances.
+
+    :meth:`unary` passes a unary request on, :meth:`stream` a stream.
 
     Args:
         instance: this one's id; it is never among the holders that are asked.
-        choose: one of the holders that may be asked.
+        choose: given the usable ones of several holders, returns the one to be asked; None: by requests in flight.
         on_not_here: told (model, instance) when a holder has no copy any more, so that the table is corrected.
         on_down: told the instance that cannot be reached, once each time.
-        settings, connections: of the channel to each peer.
+        settings: of the channel to each peer.
     """
 
     def __init__(
         self,
         instance: str,
         *,
-        choose: Callable[[Sequence[Peer]], Peer] = least_busy,
+        choose: Callable[[Sequence[Peer]], Peer] | None = None,
         on_not_here: Callable[[str, str], object] | None = None,
         on_down: Callable[[str], object] | None = None,
         settings: TransportSettings = PEER_SETTINGS,
-        connections: int = 1,
     ) -> None:
+        super().__init__()
+        self.choose = choose
+        self.first_hop = hop_headers(Mode.HIT, 1, (instance,))
         self.instance = instance
-        self._choose = choose
         self._on_not_here = on_not_here
         self._on_down = on_down
         self._settings = settings
-        self._connections = connections
         self._peers: dict[str, Peer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._methods: dict[str, Method] = {}
-        self._hit = hop_headers(Mode.HIT, 1, (instance,))
 
     # Who there is.
 
@@ -137,9 +100,7 @@ class Forwarding:
             known.usable = False
             self._start(_leave(known), f"let go of instance {instance}")
         if address is not None:
-            self._peers[instance] = Peer(
-                instance, address, settings=self._settings, connections=self._connections, on_down=self._on_down
-            )
+            self._peers[instance] = Peer(instance, address, settings=self._settings, on_down=self._on_down)
 
     def holders(self, instances: Iterable[str]) -> tuple[Peer, ...]:
         """The peers of these ids, without this instance and without those that are not known."""
@@ -155,114 +116,97 @@ class Forwarding:
             await peer.close()
         self._peers.clear()
 
-    # Unary calls.
+    # Unary calls that are not common.
 
-    def unary(
-        self,
-        call: Any,
-        body: bytes,
-        model: str,
-        holders: Sequence[Peer],
-        *,
-        mode: Mode = Mode.HIT,
-        resolved: bool = False,
-        idempotent: bool = True,
-        instead: Instead = refuse_unanswered,
-        path: str | None = None,
-    ) -> None:
-        """Have a request answered by one of the holders; the answer, or ``instead``, comes later through ``call``.
+    def begin(self, request: Forwarded) -> None:
+        """Send a request to the first holder, unless it has come so far already."""
+        request.arrival = arrival = arrival_of(request.call)
+        if arrival is not None:
+            request.tried = arrival.tried
+            if not arrival.goes_on:
+                not_here(request.call, self.instance)
+                return
+        self._next(request)
 
-        Args:
-            call: a call of the transport, or one request of a stream.
-            model: the concrete model's name; it travels along where ``resolved`` says that ``body`` does not hold it.
-            idempotent: whether running it twice does no harm.
-            path: the method to call, where it is not the call's own.
-        """
-        arrival = arrival_of(call)
-        if arrival is not None and not arrival.goes_on:
-            not_here(call, self.instance)
-            return
-        route = _Route(model, holders, mode, resolved, idempotent, instead, arrival)
-        self._next(Forwarded(call, body, route, self._failed, self._method(path) if path is not None else None))
-
-    def _method(self, path: str) -> Method:
-        method = self._methods.get(path)
-        if method is None:
-            method = self._methods[path] = Method(path)
-        return method
+    def failed(self, request: Forwarded, answer: ClientCall) -> None:
+        """A holder's answer is not OK: ask another one, or pass it on."""
+        peer = request.peer
+        assert isinstance(peer, Peer)
+        if not self._has_done_nothing(request.model, peer, answer):
+            if answer.status not in _OTHERS_MAY_ANSWER:
+                request.refuse(answer)
+                return
+            request.ran += 1
+            if not request.idempotent or request.ran > 1:
+                request.refuse(answer)
+                return
+        self._pass_over(request, peer, Status(answer.status), answer.details)
+        if request.ran and not answer.lost and self._next_holder(request) is None:
+            request.refuse(answer)  # of the last one that has the model
+        else:
+            self._next(request)
 
     def _next(self, request: Forwarded) -> None:
-        """Send a request to the next holder, if there is one."""
-        route: _Route = request.state
-        while candidates := route.candidates():
-            peer = candidates[0] if len(candidates) == 1 else self._choose(candidates)
+        while (peer := self._next_holder(request)) is not None:
             connection = peer.connection()
             if connection is None:
                 request.call.on_cancel = request.cancel
                 self._start(self._connect(request, peer), f"connect to instance {peer.instance}")
                 return
             try:
-                request.send(peer, connection, self._headers(route))
+                request.send(peer, connection, self._headers(request))
+                return
             except ConnectionError as error:
-                self._passed_over(route, peer, Status.UNAVAILABLE, str(error))
-                continue
-            except ValueError as error:
-                request.call.fail(Status.RESOURCE_EXHAUSTED, f"the request cannot be passed on: {error}")
-            return
+                self._pass_over(request, peer, Status.UNAVAILABLE, str(error))
         self._exhausted(request)
 
     async def _connect(self, request: Forwarded, peer: Peer) -> None:
-        route: _Route = request.state
         try:
             await peer.connect()
         except RpcError as error:
-            self._passed_over(route, peer, error.status, error.details)
+            self._pass_over(request, peer, error.status, error.details)
         if not request.over:
             self._next(request)
 
-    def _headers(self, route: _Route) -> list[tuple[bytes, bytes]]:
-        if route.mode is Mode.HIT and not route.tried and not route.resolved:
-            return self._hit
-        hops = 1 if route.arrival is None else route.arrival.hops + 1
-        return hop_headers(route.mode, hops, (*route.tried, self.instance), route.model if route.resolved else "")
+    def _next_holder(self, request: Forwarded) -> Peer | None:
+        peer: Peer | None = self.one([one for one in request.holders if one.instance not in request.tried])
+        return peer
 
-    def _passed_over(self, route: _Route, peer: Peer, status: Status, details: str) -> None:
-        route.tried = (*route.tried, peer.instance)
-        route.last = (status, details)
+    def _headers(self, request: Forwarded) -> list[tuple[bytes, bytes]]:
+        return self._hop_headers(
+            Mode(request.mode), request.arrival, request.tried, request.model if request.resolved else ""
+        )
 
-    def _failed(self, request: Forwarded, answer: ClientCall) -> None:
-        """A holder's answer is not OK: ask another one, or pass it on."""
-        route: _Route = request.state
-        peer = request.peer
-        assert isinstance(peer, Peer)
-        if not self._next_may_run(route, peer, answer):
-            request.refuse(answer)
-            return
-        self._passed_over(route, peer, Status(answer.status), answer.details)
-        if route.ran and not answer.lost and not route.candidates():
-            request.refuse(answer)  # the answer of the last one that had the model, and room or not
-        else:
-            self._next(request)
+    def _hop_headers(
+        self, mode: Mode, arrival: Arrival | None, tried: tuple[str, ...], model: str
+    ) -> list[tuple[bytes, bytes]]:
+        hops = 1 if arrival is None else arrival.hops + 1
+        return hop_headers(mode, hops, (*tried, self.instance), model)
 
-    def _next_may_run(self, route: _Route, peer: Peer, answer: ClientCall) -> bool:
-        """Whether a request with this answer may be sent to another holder; notes what it says of this one."""
+    def _pass_over(self, request: Forwarded, peer: Peer, status: Status, details: str) -> None:
+        request.tried = (*request.tried, peer.instance)
+        request.last = (status, details)
+
+    def _has_done_nothing(self, model: str, peer: Peer, answer: ClientCall) -> bool:
+        """Whether a peer has certainly not run the request; notes what its answer says of it."""
         if answer.lost:
             peer.mark_down(answer.details)
         if answer.refused:
             return True
         if says_not_here(answer):
             if self._on_not_here is not None:
-                self._on_not_here(route.model, peer.instance)
+                self._on_not_here(model, peer.instance)
             return True
-        if answer.status not in (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED):
-            return False
-        route.ran += 1
-        return route.idempotent and route.ran < 2
+        return False
 
     def _exhausted(self, request: Forwarded) -> None:
-        route: _Route = request.state
-        status, details = route.last
-        route.instead(request.call, request.body, Unanswered(status, details, route.tried))
+        status, details = request.last or (
+            Status.UNAVAILABLE, f"no instance that holds model {request.model!r} can be reached"
+        )  # fmt: skip
+        if request.instead is None:
+            request.call.fail(status, details)
+        else:
+            request.instead(request.call, request.body, Unanswered(status, details, request.tried))
 
     # Streams.
 
@@ -288,22 +232,25 @@ class Forwarding:
             RpcError: what a holder ended it with.
         """
         arrival = arrival_of(call)
-        route = _Route(model, holders, mode, resolved, False, refuse_unanswered, arrival)
         if arrival is not None and not arrival.goes_on:
             not_here(call, self.instance)
             return None
+        tried = arrival.tried if arrival is not None else ()
         taken: list[bytes] | None = list(first)
-        while taken is not None and (candidates := route.candidates()):
-            peer = candidates[0] if len(candidates) == 1 else self._choose(candidates)
+        while taken is not None:
+            peer: Peer | None = self.one([one for one in holders if one.instance not in tried])
+            if peer is None:
+                return taken
             try:
-                if peer.connection() is None:
-                    await peer.connect()
                 connection = peer.connection()
                 if connection is None:
-                    raise RpcError(Status.UNAVAILABLE, f"instance {peer.instance} closed the connection at once")
-                out = call.pass_on(connection, self._headers(route))
-            except (RpcError, ConnectionError) as error:
-                self._passed_over(route, peer, Status.UNAVAILABLE, str(error))
+                    await peer.connect()
+                    connection = peer.connection()
+                if connection is None:
+                    raise ConnectionError(f"instance {peer.instance} closed the connection at once")
+                out = call.pass_on(connection, self._hop_headers(mode, arrival, tried, model if resolved else ""))
+            except (RpcError, ConnectionError):
+                tried = (*tried, peer.instance)
                 continue
             except ValueError as error:
                 raise RpcError(Status.RESOURCE_EXHAUSTED, f"the request cannot be passed on: {error}") from error
@@ -311,13 +258,14 @@ class Forwarding:
             try:
                 await passing.run()
                 return None
-            except RpcError as error:
+            except RpcError:
+                nothing_done = self._has_done_nothing(model, peer, out.call)
                 taken = passing.taken
-                if taken is None or not self._next_may_run(route, peer, out.call):
+                if taken is None or not nothing_done:
                     call.end_like(out)
                     raise
-                self._passed_over(route, peer, error.status, error.details)
-        return taken
+                tried = (*tried, peer.instance)
+        return None
 
     def _start(self, work: Any, name: str) -> None:
         task = asyncio.get_running_loop().create_task(work, name=name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 from mmcore._ext.forward import Traffic
@@ -35,7 +35,6 @@ class Peer(Traffic):
     Attributes:
         instance: its id.
         address: ``host:port`` or ``unix:PATH``.
-        usable: whether requests may be sent to it.
     """
 
     def __init__(
@@ -44,21 +43,21 @@ class Peer(Traffic):
         address: str,
         *,
         settings: TransportSettings = PEER_SETTINGS,
-        connections: int = 1,
         on_down: Callable[[str], object] | None = None,
     ) -> None:
         self.instance = instance
         self.address = address
         self.usable = True
         self._on_down = on_down
-        self._channel = Channel(address, connections=connections, settings=settings)
+        self._channel = Channel(address, settings=settings)
         self._timer: asyncio.TimerHandle | None = None
         self._probe: asyncio.Task[None] | None = None
         self._closed = False
 
     def connection(self) -> ClientConnection | None:
-        """An open connection, or None."""
-        return self._channel.pick()
+        """The connection, if it is open and takes calls."""
+        self.session = connection = self._channel.pick()
+        return connection
 
     async def connect(self) -> None:
         """Open the connection.
@@ -92,6 +91,7 @@ class Peer(Traffic):
             self._probe.cancel()
             await asyncio.wait([self._probe])
         await self._channel.close()
+        self.session = None
 
     def _probe_later(self) -> None:
         pause = min(PROBE_LONGEST_S, PROBE_FIRST_S * 2 ** min(self.failures, 16))
@@ -112,8 +112,3 @@ class Peer(Traffic):
         else:
             self.usable = True
             log.info("instance %s at %s is reachable again", self.instance, self.address)
-
-
-def least_busy(peers: Sequence[Peer]) -> Peer:
-    """The peer with the fewest requests in flight from here; of several, the one that answers fastest."""
-    return min(peers, key=lambda peer: (peer.in_flight, peer.latency_s))

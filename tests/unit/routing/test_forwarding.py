@@ -232,7 +232,7 @@ async def test_the_holder_with_the_fewest_in_flight_is_asked(start: Start) -> No
 async def test_a_holder_without_the_copy_is_passed_over_and_told_of(start: Start) -> None:
     channel, front, (first, second) = await start(2)
     first.answer = first.not_here
-    front.forwarding._choose = lambda peers: peers[0]
+    front.forwarding.choose = lambda peers: peers[0]
     assert await channel.unary("/echo.Echo/Where", b"", timeout_s=WITHIN_S) == b"holder1"
     assert front.stale == [("m", "holder0")]
     assert (first.asked, second.asked) == (1, 1)
@@ -255,7 +255,7 @@ async def test_when_no_holder_has_it_the_mesh_is_asked_instead(start: Start) -> 
 
 async def test_a_full_holder_is_followed_by_one_other(start: Start) -> None:
     channel, front, holders = await start(3)
-    front.forwarding._choose = lambda peers: peers[0]
+    front.forwarding.choose = lambda peers: peers[0]
 
     def full(call: ServerCall, body: bytes) -> None:
         call.fail(Status.RESOURCE_EXHAUSTED, "queue full")
@@ -298,7 +298,7 @@ async def test_what_may_have_run_runs_again_once_and_only_where_that_does_no_har
 
 async def test_a_holder_that_dies_loses_no_request_and_is_asked_again_when_it_is_back(start: Start) -> None:
     channel, front, (first, second) = await start(2)
-    front.forwarding._choose = lambda peers: peers[0]
+    front.forwarding.choose = lambda peers: peers[0]
     dying = asyncio.create_task(channel.unary("/echo.Echo/Hold", b"", timeout_s=WITHIN_S))
     await until(lambda: first.service.held, "the first holder has it")
     first.service.held.clear()
@@ -322,7 +322,7 @@ async def test_an_instance_that_cannot_be_reached_is_passed_over_before_anything
     channel, front, holders = await start(2)
     await holders[0].server.close()
     front.options = {"idempotent": False}
-    front.forwarding._choose = lambda peers: peers[0]
+    front.forwarding.choose = lambda peers: peers[0]
     assert await channel.unary("/echo.Echo/Where", b"", timeout_s=WITHIN_S) == b"holder1"
     await holders[1].server.close()
     front.options = {"instead": front.instead}
@@ -331,7 +331,7 @@ async def test_an_instance_that_cannot_be_reached_is_passed_over_before_anything
 
 async def test_a_draining_holder_finishes_what_it_has_and_is_asked_nothing_more(start: Start) -> None:
     channel, front, (first, _) = await start(2)
-    front.forwarding._choose = lambda peers: peers[0]
+    front.forwarding.choose = lambda peers: peers[0]
     front.options = {"idempotent": False}
     held = asyncio.create_task(channel.unary("/echo.Echo/Hold", b"", timeout_s=WITHIN_S))
     await until(lambda: first.service.held, "the first holder has it")
@@ -505,7 +505,7 @@ async def test_a_reader_that_does_not_read_holds_up_the_holder(start: Start) -> 
 
 async def test_a_stream_that_a_holder_does_not_want_goes_to_the_next(start: Start) -> None:
     channel, front, (first, second) = await start(2)
-    front.forwarding._choose = lambda peers: peers[0]
+    front.forwarding.choose = lambda peers: peers[0]
 
     wanted = {"holder1"}
 
