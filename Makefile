@@ -68,6 +68,9 @@ pkg-config --exists "libnghttp2 >= 1.43" || wanted="$$wanted libnghttp2-dev"
 command -v $(PYTHON) || wanted="$$wanted python3"
 has_venv || wanted="$$wanted python3-venv"
 has_headers || wanted="$$wanted python3-dev"
+# Served without it, memory is given back late and models' sizes are rough.
+ls /usr/lib/*/libjemalloc.so.2 /usr/lib*/libjemalloc.so.2 /usr/local/lib/libjemalloc.so.2 || allocator=" libjemalloc2"
+[ "$$(id -u)" != 0 ] || wanted="$$wanted$${allocator:-}"
 $(INSTALL_WANTED)
 has_venv || { echo "$(PYTHON) cannot make a virtual environment. Choose another one with PYTHON="; exit 1; }
 has_headers || { echo "$(PYTHON) comes without Python.h. Choose another one with PYTHON="; exit 1; }

@@ -69,6 +69,29 @@ class TransportSettings:
     connect_timeout_s: float = 5.0
 
 
+#: Ways to choose what is unloaded when space is needed, the default first.
+EVICTIONS: Final = ("cost", "lru")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """How an instance keeps loaded models.
+
+    Attributes:
+        eviction: what goes when space is needed: ``cost``, what is least worth its reload, or ``lru``.
+        device_bytes: what loaded models may take of a device's memory together.
+        min_residency_s: how long a loaded model stays at least while others can go.
+        idle_timeout_s: how long a model may be idle before it is unloaded; 0 for ever.
+        loader_threads: how many models are loaded at once.
+    """
+
+    eviction: str = EVICTIONS[0]
+    device_bytes: int = 0
+    min_residency_s: float = 2.0
+    idle_timeout_s: float = 0.0
+    loader_threads: int = 2
+
+
 @dataclass(frozen=True, slots=True)
 class StorageSettings:
     """Where registered models are pulled from and kept.
@@ -104,6 +127,7 @@ class ServeSettings:
         management_port: a port that the management API is served on alone; None for the gRPC port only.
         vmodel_owner: who owns vmodels that are set without an owner.
         static_models, type_constraints, dataplane_config: files, read again when they change.
+        cache: how loaded models are kept.
         preload: names of models to load before the instance is ready; ``("all",)`` means every one.
         response_cache_bytes: what answers may take that are kept for models whose settings ask for that.
         isolate: the models to be run in worker processes whatever they say: ``none``, ``untrusted`` formats or ``all``.
@@ -124,6 +148,7 @@ class ServeSettings:
     peer_uds: Path | None = None
     advertise: str | None = None
     capacity_bytes: int = 2**30
+    cache: CacheSettings = CacheSettings()
     registry: str = "memory:"
     management_port: int | None = None
     vmodel_owner: str = ""

@@ -37,12 +37,15 @@ from mmcore.errors import (
 from mmcore.runtimes import OutputTensor
 from mmcore.runtimes.interface import Array
 from mmcore.runtimes.isolation import Isolated
+from mmcore.runtimes.size import Growth
 
 log = logging.getLogger(__name__)
 
 #: Requests of one model that may wait for a thread, where its settings do not say.
 QUEUE_LIMIT: Final = 1024
 _FEWEST_THREADS: Final = 4
+#: Less is our own objects'.
+_LEAST_GROWTH_BYTES: Final = 16 * 1024
 #: A failing model's traceback is logged no more often.
 _LOG_INTERVAL_S: Final = 10.0
 _JOIN_S: Final = 5.0
@@ -89,7 +92,7 @@ class Job:
     """
 
     __slots__ = (
-        *("caller", "copy", "done", "inputs", "lane", "level", "names", "pace", "queue_ns", "result", "rows"),
+        *("caller", "copy", "done", "grown", "inputs", "lane", "level", "names", "pace", "queue_ns", "result", "rows"),
         *("submitted_ns", "timer"),
     )
 
@@ -114,6 +117,8 @@ class Job:
         self.timer: asyncio.TimerHandle | None = None
         self.submitted_ns = now_ns()
         self.queue_ns = 0
+        #: Bytes that its inference has left behind.
+        self.grown = 0
         self.result: Result | None = None
 
     def refused(self, error: MmcoreError) -> None:
@@ -137,6 +142,26 @@ def _work(lane: Lane, batch: list[Job]) -> None:
             wanted.append(job)
     if not wanted:
         return
+    if lane.unmeasured > 0:
+        lane.unmeasured -= 1
+        with Growth() as growth:
+            _infer(lane, wanted)
+        wanted[0].grown = _kept(growth.bytes or 0, wanted)
+    else:
+        _infer(lane, wanted)
+    for job in wanted:
+        job.inputs = {}
+
+
+def _kept(growth: int, jobs: list[Job]) -> int:
+    """Of the bytes that memory has grown by in an inference, those that are not its answers; 0 where they are few."""
+    answers = [job.result.outputs for job in jobs if job.result is not None and job.result.outputs is not None]
+    kept = growth - sum(array.nbytes for outputs in answers for _, _, array in outputs)
+    return kept if kept >= _LEAST_GROWTH_BYTES else 0
+
+
+def _infer(lane: Lane, wanted: list[Job]) -> None:
+    """Run requests, those that can be merged as one."""
     model, merging = wanted[0].copy.model, lane.merging
     infer = model.infer_for([job.caller for job in wanted]) if isinstance(model, Isolated) else model.infer
     if len(wanted) == 1 or merging is None:
@@ -148,8 +173,6 @@ def _work(lane: Lane, batch: list[Job]) -> None:
         results = merging.run(infer, members, [job.rows for job in wanted], wanted[0].names, check=check)
         for job, result in zip(wanted, results, strict=True):
             job.result = result
-    for job in wanted:
-        job.inputs = {}
 
 
 def _refuse_hopeless(job: Job) -> None:
@@ -425,6 +448,8 @@ class Execution:
             error = result.error
             if error is None:
                 self._learn(job, result)
+                if job.grown:
+                    job.copy.grew(job.grown)
             else:
                 error = self.failure(job.copy, error)
             # The traceback refers to the job, and the two would keep the request alive.

@@ -14,6 +14,8 @@ from mmcore.model import Batching, QueuePolicy
 INLINE_BELOW_NS: Final = 300_000
 #: What runs on the loop leaves it only when it has become clearly slower.
 THREAD_ABOVE_NS: Final = 450_000
+#: The first inferences of a copy, which run in threads and may allocate what stays (buffers, arenas, caches).
+MEASURED: Final = 4
 #: Calls that stay in threads after they were too slow on the loop; four times as many each time it happens.
 FIRST_STAY: Final = 16
 LONGEST_STAY: Final = 4096
@@ -89,11 +91,12 @@ class Lane:
         scheduled: whether the threads know that there are jobs.
         held: while its jobs wait for more to join them.
         hopeless: requests in a row that were refused because their deadline would pass.
+        unmeasured: inferences that are still to be watched for the memory they leave behind.
     """
 
     __slots__ = (
         *("__weakref__", "_paces", "batching", "execution", "held", "hopeless", "instances", "isolated", "jobs"),
-        *("merging", "most_rows", "running", "scheduled"),
+        *("merging", "most_rows", "running", "scheduled", "unmeasured"),
     )
 
     def __init__(
@@ -117,6 +120,7 @@ class Lane:
         self.scheduled = False
         self.held: asyncio.TimerHandle | None = None
         self.hopeless = 0
+        self.unmeasured = 0 if isolated else MEASURED
         #: By the number of binary digits of the number of rows: twice the rows may well take twice the time.
         self._paces: dict[int, Pace] = {}
 

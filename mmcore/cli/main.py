@@ -54,6 +54,10 @@ def group() -> None:
 
 def main() -> None:
     """Run the command and leave with 0 when it ended well, 1 when it failed and 2 when it was called wrongly."""
+    if sys.argv[1:2] == ["serve"]:
+        from mmcore.server.allocator import choose_allocator
+
+        choose_allocator()
     sys.exit(run(sys.argv[1:]))
 
 

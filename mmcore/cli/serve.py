@@ -15,8 +15,10 @@ import click
 
 from mmcore import log
 from mmcore.config import (
+    EVICTIONS,
     ISOLATION_POLICIES,
     THREAD_POOLS,
+    CacheSettings,
     ServeSettings,
     StorageSettings,
     TransportSettings,
@@ -170,6 +172,16 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     default=ISOLATION_POLICIES[0],
     help="Models to run in worker processes whatever their settings say; untrusted are pickles and Python classes.",
 )
+@option(
+    "--eviction",
+    type=click.Choice(EVICTIONS),
+    default=EVICTIONS[0],
+    help="What goes when space is needed: what is least worth its reload, or the least recently used.",
+)
+@option("--min-residency", type=DURATION, default="2s", help="How long a loaded model stays while others can go.")
+@option("--idle-timeout", type=DURATION, default="0", help="Unload models that are idle for so long; 0 for never.")
+@option("--device-capacity", type=SIZE, default=None, help="What loaded models may take of a device's memory.")
+@option("--loader-threads", type=click.IntRange(1, 64), default=2, help="How many models are loaded at once.")
 @option("--server-name", default="mmcore", help="The server's name in ServerMetadata ('triton' for clients that ask).")
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
 @option("--grace", type=DURATION, default="90s", help="How long calls in flight may finish after SIGTERM.")
@@ -199,6 +211,11 @@ def command(
     model_cache_limit: int | None,
     pvc_mounts: Path,
     isolate: str,
+    eviction: str,
+    min_residency: float,
+    idle_timeout: float,
+    device_capacity: int | None,
+    loader_threads: int,
     server_name: str,
     log_level: str,
     grace: float,
@@ -235,6 +252,13 @@ def command(
             preload=preload,
             response_cache_bytes=response_cache,
             isolate=isolate,
+            cache=CacheSettings(
+                eviction=eviction,
+                device_bytes=device_capacity or 0,
+                min_residency_s=min_residency,
+                idle_timeout_s=idle_timeout,
+                loader_threads=loader_threads,
+            ),
             server_name=server_name,
             log_level=log_level,
             grace_s=grace,

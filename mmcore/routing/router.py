@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from mmcore._ext.router import Registration, Table
 from mmcore._ext.v2codec import Signature
 from mmcore.batching import Execution
-from mmcore.cache import Cache, Copy, CopyState
+from mmcore.cache import Cache, Copy, CopyState, Priority
 from mmcore.cache.cache import LOADER_THREADS, bind_signature
 from mmcore.errors import LoadFailed, MmcoreError, NotFound, Overloaded
 from mmcore.model import ModelSource
@@ -134,6 +134,8 @@ class Router:
         self._replacing: dict[tuple[str, str], asyncio.Task[None]] = {}
         #: One explicit load or unload of a model at a time.
         self._explicit: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        #: Models of the folder whose settings ask for it.
+        self._to_preload: set[str] = set()
         #: Origins of overrides, to be closed when they are replaced.
         self._own_origins: dict[str, FileOrigin] = {}
 
@@ -250,9 +252,10 @@ class Router:
 
     # Loading.
 
-    def load(self, name: str, version: str = "") -> asyncio.Future[Copy]:
+    def load(self, name: str, version: str = "", *, priority: Priority = Priority.REQUEST) -> asyncio.Future[Copy]:
         """The copy for a name and version, loaded if it is not: one load for all who ask meanwhile.
 
+        Loads of a more urgent ``priority`` go first, and make one that they join as urgent.
         The future is the caller's own, to be cancelled when its caller leaves or its deadline passes. It ends with
         LoadFailed (remembered for a while), NotFound (the version is gone), Overloaded (no room) or Unavailable (files
         being changed, or the instance stops). The copy can be run in the turn of the loop that the future wakes, and
@@ -270,7 +273,7 @@ class Router:
             waiter.set_exception(LoadFailed(_problem(registration)))
         else:
             self._hold(registration)
-            return self.cache.load(name, self._version(registration, version), registration.origin)
+            return self.cache.load(name, self._version(registration, version), registration.origin, priority=priority)
         return waiter
 
     def touch(self, name: str) -> None:
@@ -278,13 +281,17 @@ class Router:
         self._table.lookup_model(name)
 
     async def preload(self, names: Sequence[str]) -> dict[str, MmcoreError]:
-        """Load these models, or every one for ``("all",)``, and return the errors of those that would not, by name."""
-        wanted = self.names() if tuple(names) == ("all",) else list(names)
+        """Load these models and those whose settings say so, or every one for ``("all",)``.
+
+        Returns the errors of those that would not, by name.
+        """
+        wanted = self.names() if tuple(names) == ("all",) else list(dict.fromkeys((*names, *self._to_preload)))
+        self._to_preload.clear()
         errors: dict[str, MmcoreError] = {}
         waiting: dict[str, asyncio.Future[Copy]] = {}
         for name in wanted:
             try:
-                waiting[name] = self.load(name)
+                waiting[name] = self.load(name, priority=Priority.PRELOAD)
             except MmcoreError as error:
                 errors[name] = error
         for name, waiter in waiting.items():
@@ -439,6 +446,8 @@ class Router:
             versions = tuple(loaded)
         serving = registration.here
         self._adopt(registration, versions, origin, problems)
+        if change.layout.sources and list(change.layout.sources.values())[-1].settings.preload and serving is None:
+            self._load_ahead(change.name)
         for version, copy in loaded.items():
             if version in versions:
                 self._reload(registration, version)
@@ -450,6 +459,14 @@ class Router:
                 self._prefer(registration, default)
             else:
                 self._reload(registration, versions[-1])
+
+    def _load_ahead(self, name: str) -> None:
+        """Load a model whose settings ask for that: with the others before the instance is ready, or at once."""
+        if self._watching is None:
+            self._to_preload.add(name)
+            return
+        # Its failure is remembered and in the index.
+        self.load(name, priority=Priority.PRELOAD).add_done_callback(lambda load: load.cancelled() or load.exception())
 
     def _adopt(
         self, registration: Registration, versions: tuple[str, ...], origin: Origin, problems: dict[str, str] | None

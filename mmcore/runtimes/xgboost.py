@@ -220,6 +220,9 @@ def _read(path: Path, nthread: str) -> xgboost.Booster:
     if not content.rstrip().endswith(b"}"):
         raise LoadFailed(f"{path.name!r} is cut short: its outermost object has no end")
     try:
+        # The library reads trees with as many threads as the caller's OpenMP allows, whatever nthread says; they would
+        # spin beside the requests, and take memory that is not counted as this thread's.
+        _set_threads(1)
         booster = xgboost.Booster({"nthread": int(nthread)})
         booster.load_model(bytearray(content))
     except ValueError as error:  # XGBoostError is one, as is int() on no number
@@ -291,6 +294,8 @@ def _without_stack(error: Exception) -> str:
 _SHAPE = ctypes.POINTER(ctypes.c_uint64)
 _RESULT = ctypes.POINTER(ctypes.c_float)
 _library = ctypes.CDLL(find_lib_path()[0])  # the library that the package has loaded: the same handle
+# Of the OpenMP library that it is linked to; it holds for the calling thread alone.
+_set_threads: Callable[[int], object] = getattr(_library, "omp_set_num_threads", lambda count: None)
 _last_error = _library.XGBGetLastError
 _last_error.restype = ctypes.c_char_p
 _predict_from_dense = _library.XGBoosterPredictFromDense

@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 import mmcore
 from mmcore import log as logs
 from mmcore import pb
+from mmcore.cache import Cache
 from mmcore.config import ServeSettings, StorageSettings
 from mmcore.errors import InvalidSetting, Unavailable
 from mmcore.placement import TypeConstraints
@@ -69,7 +70,7 @@ class Node:
         self._router = Router(
             capacity_bytes=settings.capacity_bytes,
             folder=ModelFolder(settings.models) if settings.models else None,
-            load=policy_loader(settings.isolate),
+            cache=_cache(settings),
         )
         self._registry = _open(settings.registry, self.instance)
         self._puller = _puller(settings.storage)
@@ -228,6 +229,21 @@ def _open(url: str, instance: str) -> Registry:
 def _puller(settings: StorageSettings) -> Puller:
     cache = DiskCache(settings.cache.expanduser(), settings.cache_limit_bytes)
     return Puller(StorageConfig(settings.entries), cache, pvc_mounts=settings.pvc_mounts)
+
+
+def _cache(settings: ServeSettings) -> Cache:
+    storage = settings.storage.cache.expanduser()
+    return Cache(
+        capacity_bytes=settings.capacity_bytes,
+        device_bytes=settings.cache.device_bytes,
+        load=policy_loader(settings.isolate),
+        loader_threads=settings.cache.loader_threads,
+        eviction=settings.cache.eviction,
+        min_residency_s=settings.cache.min_residency_s,
+        idle_timeout_s=settings.cache.idle_timeout_s,
+        # Beside the pulled models, where there are any: an instance without makes no folder.
+        sizes_file=storage / "sizes.json" if storage.is_dir() else None,
+    )
 
 
 def run(settings: ServeSettings) -> int:

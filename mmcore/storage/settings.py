@@ -42,6 +42,7 @@ _IMPLEMENTATIONS: Final = {
 }
 _YAML_FIELDS: Final = (
     *("name", "format", "version", "file", "max_batch_size", "inputs", "outputs"),
+    *("device_bytes", "preload", "pinned", "min_residency", "idle_timeout"),
     *("execution", "size_bytes", "isolation", "isolation_memory", "timeout"),
     *("parameters", "max_queue_delay_us", "queue_limit", "response_cache", "instances"),
 )
@@ -167,6 +168,11 @@ def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
         parameters=reader.texts("parameters"),
         execution=execution,
         size_bytes=_size(reader, "size_bytes"),
+        device_bytes=_size(reader, "device_bytes"),
+        preload=_flag(reader, "preload"),
+        pinned=_flag(reader, "pinned"),
+        min_residency_s=_duration(reader, "min_residency"),
+        idle_timeout_s=_duration(reader, "idle_timeout", zero=True),
         isolation=_isolation(reader),
         isolation_memory_bytes=_size(reader, "isolation_memory"),
         timeout_s=_duration(reader, "timeout"),
@@ -223,7 +229,14 @@ def _size(reader: Reader, key: str) -> int | None:
     raise InvalidModel(f"{reader.where(key)}: expected a size such as 64MiB, got {stated!r}")
 
 
-def _duration(reader: Reader, key: str) -> float | None:
+def _flag(reader: Reader, key: str) -> bool | None:
+    stated = reader.values.get(key)
+    if stated is not None and not isinstance(stated, bool):
+        raise InvalidModel(f"{reader.where(key)}: expected true or false, got {stated!r}")
+    return stated
+
+
+def _duration(reader: Reader, key: str, *, zero: bool = False) -> float | None:
     stated = reader.values.get(key)
     if stated is None:
         return None
@@ -232,6 +245,6 @@ def _duration(reader: Reader, key: str) -> float | None:
             seconds = parse_duration(str(stated))
         except ValueError as error:
             raise InvalidModel(f"{reader.where(key)}: {error}") from error
-        if seconds > 0:
+        if seconds > 0 or (zero and seconds == 0):
             return seconds
     raise InvalidModel(f"{reader.where(key)}: expected a time such as 30s, got {stated!r}")

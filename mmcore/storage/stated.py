@@ -68,6 +68,11 @@ class Stated:
     parameters: Mapping[str, str] = field(default_factory=dict)
     execution: str | None = None
     size_bytes: int | None = None
+    device_bytes: int | None = None
+    preload: bool | None = None
+    pinned: bool | None = None
+    min_residency_s: float | None = None
+    idle_timeout_s: float | None = None
     isolation: str | None = None
     isolation_memory_bytes: int | None = None
     timeout_s: float | None = None
@@ -97,6 +102,11 @@ class Stated:
             parameters=dict(self.parameters),
             execution=self.execution or "auto",
             size_bytes=self.size_bytes,
+            device_bytes=self.device_bytes or 0,
+            preload=bool(self.preload),
+            pinned=bool(self.pinned),
+            min_residency_s=self.min_residency_s,
+            idle_timeout_s=self.idle_timeout_s,
             isolation=self._isolation(),
             isolation_memory_bytes=self.isolation_memory_bytes,
             timeout_s=self.timeout_s,

@@ -282,3 +282,27 @@ def test_binary_and_giant_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mmcore.yaml").write_bytes(b"#" * (5 * 2**20))
     with pytest.raises(InvalidModel, match="is longer than"):
         read_settings(tmp_path)
+
+
+def test_how_a_model_is_kept_is_read_from_mmcore_yaml(tmp_path: Path) -> None:
+    (tmp_path / "mmcore.yaml").write_text(
+        "device_bytes: 2GiB\npreload: true\npinned: true\nmin_residency: 5m\nidle_timeout: 0\n"
+    )
+    settings = read_settings(tmp_path).settings()
+    assert settings.device_bytes == 2 * 2**30
+    assert (settings.preload, settings.pinned) == (True, True)
+    assert (settings.min_residency_s, settings.idle_timeout_s) == (300.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("pinned: 1", "expected true or false, got 1"),
+        ("min_residency: 0", "expected a time"),
+        ("preload: often", "true"),
+    ],
+)
+def test_what_makes_no_sense_of_how_a_model_is_kept_is_refused(tmp_path: Path, line: str, text: str) -> None:
+    (tmp_path / "mmcore.yaml").write_text(line + "\n")
+    with pytest.raises(InvalidModel, match=text):
+        read_settings(tmp_path)
