@@ -272,6 +272,18 @@ class DiskCache:
         log.info("evicted %d models from the cache %s, %d bytes", len(gone), self.folder, freed)
         return gone, freed
 
+    def close(self) -> None:
+        """Give up every lease and the files that are open; the next call opens them again."""
+        with self._mutex:
+            for descriptor in (self._lock_file, self._alive_file):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._lock_file = self._alive_file = -1
+            leases = self.folder / "leases"
+            shutil.rmtree(leases / self._me, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (leases / f"{self._me}.lock").unlink(missing_ok=True)
+
     # The lock, and what it guards.
 
     @contextmanager

@@ -159,6 +159,7 @@ class Puller:
             for remote in self._remotes.values():
                 remote.connections.close()
             self._remotes.clear()
+        self.cache.close()
 
     @contextmanager
     def _counted(self, cancelled: threading.Event | None) -> Iterator[Watch]:
