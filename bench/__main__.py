@@ -13,7 +13,7 @@ from typing import Final
 
 from rich.console import Console
 
-from bench import batching, confirm, formats, forward, idle, many, micro, registry, rest, transport, v2
+from bench import batching, confirm, formats, forward, idle, many, micro, pull, registry, rest, transport, v2
 from bench.builds import FOLDER, NotMeasured
 from bench.comparison import Plan
 from bench.machine import cores
@@ -32,6 +32,7 @@ SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
     "registry": registry.run,
     "many": many.run,
     "micro": micro.run,
+    "pull": pull.run,
     "confirm": confirm.run,
     "cache-sim": cache_sim.run,
 }

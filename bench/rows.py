@@ -14,10 +14,12 @@ from rich.table import Table
 from bench.machine import card
 
 #: Metrics of which more is better; of all others less is.
-MORE_IS_BETTER: Final = frozenset({"throughput", "capacity"})
+MORE_IS_BETTER: Final = frozenset({"throughput", "capacity", "bandwidth", "objects"})
 UNITS: Final = {
     "throughput": "requests/s",
     "capacity": "requests per CPU second",
+    "bandwidth": "MB/s",
+    "objects": "objects/s",
     "p50": "µs",
     "p99": "µs",
     "cpu": "µs of CPU per request",

@@ -112,7 +112,7 @@ class S3Remote:
             url = self._client.generate_presigned_url(
                 "get_object", Params={"Bucket": self._bucket, "Key": blob.key}, ExpiresIn=_URL_LIFE_S
             )
-        return Request(url, {"if-match": f'"{blob.version}"'})
+        return Request(url, {"if-match": f'"{blob.version}"'} if blob.version else {})
 
     def upload_bytes(self, blob: Blob) -> int | None:
         """The size of the first part of a multipart upload; servers that do not know are not asked twice."""

@@ -30,6 +30,7 @@ ResultT = TypeVar("ResultT")
 #: Objects above it are asked for in parts of about that size.
 PART_BYTES: Final = 16 * 2**20
 _MAX_PAUSE_S: Final = 5.0
+_SUM_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +146,14 @@ class _File:
         self.blob = blob
         self.path = path
         self.descriptor = -1
+        self.parts: list[_Part] = []
         self.left = 0
         #: By number: the digest of each piece that the object was uploaded in.
         self.pieces: dict[int, bytes] = {}
-        #: Hex digest of all bytes, where one part brought them.
-        self.md5: str | None = None
+        #: The digest of the first so many bytes; its lock is held by the thread that goes on with it.
+        self.md5 = hashlib.md5(usedforsecurity=False)
+        self.summed = 0
+        self.summing = threading.Lock()
         self.checked = True
         self.lock = threading.Lock()
 
@@ -159,6 +163,23 @@ class _File:
             if self.descriptor < 0:
                 self.descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
             return self.descriptor
+
+    def sum_up(self, *, wait: bool) -> None:
+        """Bring the digest to the first byte that is missing; while another thread does, wait for it or leave it to it.
+
+        What was just written is in memory, so reading it again costs little, and the parts need not come in order.
+        """
+        if self.blob.md5 is None or not self.summing.acquire(blocking=wait):
+            return
+        try:
+            while count := min(_SUM_BYTES, self._missing() - self.summed):
+                self.md5.update(os.pread(self.descriptor, count, self.summed))
+                self.summed += count
+        finally:
+            self.summing.release()
+
+    def _missing(self) -> int:
+        return next((part.at for part in self.parts if not part.done), self.parts[-1].at)
 
     def close(self) -> None:
         """Close the descriptor if it is open."""
@@ -196,26 +217,19 @@ class _Part:
             view = view[written:]
 
     def _count(self, view: memoryview) -> None:
-        blob, piece = self.file.blob, self._piece
+        piece = self._piece
         if piece is None:
-            if self.whole and blob.md5 is not None:
-                self._sum.update(view)
             self.at += len(view)
-        else:
-            while view:
-                left = view[: piece - self.at % piece]
-                self._sum.update(left)
-                self.at += len(left)
-                view = view[len(left) :]
-                if self.at % piece == 0 or self.at == blob.size:
-                    self.file.pieces[(self.at - 1) // piece] = self._sum.digest()
-                    self._sum = hashlib.md5(usedforsecurity=False)
-
-    def end(self) -> None:
-        """All bytes are there."""
-        self.stop = self.at
-        if self.whole and self._piece is None and self.file.blob.md5 is not None:
-            self.file.md5 = self._sum.hexdigest()
+            self.file.sum_up(wait=False)
+            return
+        while view:
+            left = view[: piece - self.at % piece]
+            self._sum.update(left)
+            self.at += len(left)
+            view = view[len(left) :]
+            if self.at % piece == 0 or self.at == self.file.blob.size:
+                self.file.pieces[(self.at - 1) // piece] = self._sum.digest()
+                self._sum = hashlib.md5(usedforsecurity=False)
 
 
 class Transfer:
@@ -281,6 +295,7 @@ class Transfer:
             parts = [_Part(file, 0, size, piece)]
         else:
             parts = [_Part(file, start, min(start + step, size), piece) for start in range(0, size, step)]
+        file.parts = parts
         file.left = len(parts)
         self._files.append(file)
         self._parts.extend(parts)
@@ -314,7 +329,6 @@ class Transfer:
             except Interrupted as error:
                 failed = 1 if part.at - before >= self._watch.limits.least_bytes else failed + 1
                 self._watch.back_off(failed, error)
-        part.end()
         with file.lock:
             file.left -= 1
             last = not file.left
@@ -364,8 +378,9 @@ class Transfer:
         blob = file.blob
         found = expected = None
         if file.checked and blob.md5 is not None:
+            file.sum_up(wait=True)
             expected = blob.md5
-            found = file.md5 or _md5(file.path)
+            found = file.md5.hexdigest()
         elif file.checked and len(file.pieces) == blob.uploads > 0:
             # The digest of the pieces' digests, and their number.
             joined = b"".join(file.pieces[number] for number in range(blob.uploads))
@@ -378,8 +393,3 @@ class Transfer:
 
     def _what(self, blob: Blob) -> str:
         return f"{self._remote.where}/{blob.key}"
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
