@@ -25,7 +25,6 @@ import urllib3
 from botocore.config import Config
 from rich.console import Console
 
-from bench.builds import FOLDER
 from bench.comparison import OURS, Plan
 from bench.machine import cores, pinned
 from bench.peers.rclone_s3 import KEY, SECRET
