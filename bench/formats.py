@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from bench import environments
-from bench.builds import FOLDER, NotMeasured
+from bench.builds import FOLDER, NotMeasured, raw_c
 from bench.comparison import OURS, Case, Exchange, Plan, Summary, measure, rows
 from bench.machine import cores
 from bench.messages import infer_request
@@ -47,6 +47,8 @@ BUDGET_FACTOR: Final = 1.3
 BUDGET_US: Final = 10.0
 #: MLServer makes an id of its own, and so another answer each time, where a request has none.
 REQUEST_ID: Final = "0123456789ab"
+#: Echoes what one caller sends: what a message costs that comes alone.
+RAW_C: Final = "raw-c"
 #: Answers come as other servers' own calls round them, in batches of any size.
 RELATIVE: Final = 1e-5
 ABSOLUTE: Final = 1e-6
@@ -94,7 +96,7 @@ def run(console: Console, plan: Plan) -> list[Row]:
                 loops[name].append(json.loads(loop.ask(str(plan.duration_s / 2), plan.duration_s + 60)))
 
         summaries = measure(cases, running.servers, running.generator, plan, console, between=call_frameworks)
-    found = rows(cases, ("mlserver", "triton"), summaries)
+    found = rows(cases, ("mlserver", "triton", RAW_C), summaries)
     return found + framework_rows(summaries, loops) if plan.wants_peer("framework") else found
 
 
@@ -133,7 +135,9 @@ def framework_rows(
 ) -> list[Row]:
     """Ours beside the bare call, for 64 callers and for one, and for one beside the budget made of it.
 
-    The identity calls no framework: it has none of these rows.
+    The budget counts nothing of what a message costs that comes alone: a wake-up and three calls of the system. What
+    they take on this machine is what raw C takes that does nothing else, so there is a budget with that as well. The
+    identity calls no framework: it has none of these rows.
     """
     found = []
     for sample, runs in loops.items():
@@ -149,7 +153,11 @@ def framework_rows(
                 found.append(compare(case, "cpu", ours["cpu"], "framework", cpu_us))
         if (one, OURS) in summaries:
             budget_us = BUDGET_FACTOR * cpu_us + BUDGET_US
-            found.append(compare(one, "cpu_budget", summaries[one, OURS].values["cpu"], "framework", budget_us))
+            ours_us = summaries[one, OURS].values["cpu"]
+            found.append(compare(one, "cpu_budget", ours_us, "framework", budget_us))
+            if (one, RAW_C) in summaries:
+                floor_us = summaries[one, RAW_C].values["cpu"]
+                found.append(compare(one, "cpu_budget", ours_us, f"framework + {RAW_C}", budget_us + floor_us))
     return found
 
 
@@ -215,6 +223,11 @@ def _started(console: Console, plan: Plan, models: Sequence[Sample]) -> Iterator
                 continue
             argv = [sys.executable, "-m", f"bench.peers.{name}", str(place), *(model.to_json() for model in its_models)]
             servers[name] = running.enter_context(Process(name, argv, core=server_core, ready_s=READY_S))
+        if plan.wants_peer(RAW_C):
+            try:
+                servers[RAW_C] = running.enter_context(Process(RAW_C, [str(raw_c())], core=server_core))
+            except NotMeasured as missing:
+                console.print(f"{RAW_C}: not measured: {missing}", markup=False)
         yield Running(servers, loops, running.enter_context(Generator(load_core)))
 
 
@@ -235,10 +248,11 @@ def _cases(sample: Sample, running: Running) -> list[Case]:
     exchanges = {
         name: Exchange(body, _checked_answer(f"case {sample.case}, {name}", server.target, body, right), rounded)
         for name, server in running.servers.items()
-        if name != "mlserver" or sample.case in IMPLEMENTATIONS
+        if name != RAW_C and (name != "mlserver" or sample.case in IMPLEMENTATIONS)
     }
+    echo = {RAW_C: Exchange(body, body)} if RAW_C in running.servers else {}
     many, one = _case_names(sample.case)
-    return [Case(many, exchanges, CONNECTIONS, STREAMS, METRICS), Case(one, exchanges, 1, 1, METRICS)]
+    return [Case(many, exchanges, CONNECTIONS, STREAMS, METRICS), Case(one, exchanges | echo, 1, 1, METRICS)]
 
 
 def _checked_answer(what: str, target: str, body: bytes, right: Values) -> bytes:

@@ -104,3 +104,12 @@ def test_one_caller_is_held_against_the_budget_and_64_only_against_the_bare_call
     assert found["onnx", "throughput"].ratio == pytest.approx(0.5)
     assert found["onnx-1x1", "cpu_budget"].peer_value == pytest.approx(23.0)
     assert found["onnx-1x1", "cpu_budget"].ratio == pytest.approx(1.15)
+
+
+def test_what_a_lone_message_costs_in_raw_c_is_a_budget_of_its_own() -> None:
+    ours = Summary({"throughput": 50_000.0, "p99": 900.0, "cpu": 60.0}, limited_by_load=False)
+    raw = Summary({"throughput": 50_000.0, "p99": 900.0, "cpu": 40.0}, limited_by_load=False)
+    loops = {"onnx": [{"calls": 1000, "seconds": 0.01, "cpu_us": 10.0}]}
+    rows = framework_rows({("onnx-1x1", OURS): ours, ("onnx-1x1", "raw-c"): raw}, loops)
+    found = {row.peer: (row.peer_value, row.ratio) for row in rows if row.metric == "cpu_budget"}
+    assert found == {"framework": (23.0, pytest.approx(23 / 60)), "framework + raw-c": (63.0, pytest.approx(1.05))}
