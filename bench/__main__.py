@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -20,8 +20,10 @@ from bench.machine import cores
 from bench.processes import PeerFailed
 from bench.rows import Row, show, write
 from bench.sim import cache as cache_sim
+from bench.sim import placement
 
-SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
+#: A suite returns rows of ours beside a peer's, which are shown here, or an object that it shows itself.
+SUITES: Final[dict[str, Callable[[Console, Plan], list[Row] | Mapping[str, object]]]] = {
     "transport": transport.run,
     "v2": v2.run,
     "formats": formats.run,
@@ -33,6 +35,7 @@ SUITES: Final[dict[str, Callable[[Console, Plan], list[Row]]]] = {
     "many": many.run,
     "micro": micro.run,
     "pull": pull.run,
+    "sim": placement.run,
     "confirm": confirm.run,
     "cache-sim": cache_sim.run,
 }
@@ -72,12 +75,13 @@ def main() -> int:
 def _run(console: Console, name: str, plan: Plan, out: Path) -> int:
     began = time.monotonic()
     try:
-        rows = SUITES[name](console, plan)
+        result = SUITES[name](console, plan)
     except (PeerFailed, NotMeasured) as failure:
         console.print(f"bench {name} failed: {failure}", style="red", markup=False)
         return 1
-    show(console, name, rows)
-    console.print(f"{write(out, name, rows)}, {time.monotonic() - began:.0f} s\n")
+    if isinstance(result, list):
+        show(console, name, result)
+    console.print(f"{write(out, name, result)}, {time.monotonic() - began:.0f} s\n")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -65,11 +65,12 @@ def compare(
     return Row(case, metric, ours, peer, peer_value, ratio, UNITS[metric], limited_by_load)
 
 
-def write(folder: Path, suite: str, rows: Sequence[Row]) -> Path:
-    """``SUITE.json``, the list of rows, and ``SUITE.machine.json``, what they were taken on."""
+def write(folder: Path, suite: str, result: Sequence[Row] | Mapping[str, object]) -> Path:
+    """``SUITE.json``, the list of rows or the object, and ``SUITE.machine.json``, what they were taken on."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{suite}.json"
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    content = result if isinstance(result, Mapping) else [asdict(row) for row in result]
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (folder / f"{suite}.machine.json").write_text(json.dumps(card(), indent=1) + "\n", encoding="utf-8")
     return path
 

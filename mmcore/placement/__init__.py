@@ -13,9 +13,9 @@ thousand instances in virtual time. The policies:
   flight and measured latency (:func:`choose`).
 - Copies follow use (:func:`scale`): more for rate, concurrency or queueing, a second for steady use, fewer only when
   the rest would be far from busy, so that constant load never makes copies come and go.
-- A hot instance hands busy or large copies to calm ones (:func:`relieve`); a model evicted in one place moves to a
-  better one (:func:`evicted`); new instances are filled before they are asked (:func:`fill`); one that leaves hands
-  over first what is used most (:func:`drain`); what a dead one held is pruned (:func:`prune`).
+- A hot instance hands busy or large copies to calm ones (:func:`relieve`); a model evicted in one place moves
+  into room elsewhere (:func:`evicted`); new instances are filled before they are asked (:func:`fill`); one that leaves
+  hands over first what is used most (:func:`drain`); what a dead one held is pruned (:func:`prune`).
 """
 
 from mmcore.placement.actions import Drop, Load, Move, NoPlace

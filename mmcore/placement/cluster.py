@@ -99,8 +99,7 @@ class Cluster:
         """Promise room and a load slot to a model, and expect its traffic there; again prolongs it."""
         member = self._members.get(instance_id)
         if member is not None:
-            member.reservations[model_id] = Reservation(size_bytes, requests_per_minute, now_ms + lasting_ms)
-            member.count()
+            member.reserve(model_id, Reservation(size_bytes, requests_per_minute, now_ms + lasting_ms))
             self._reserved.setdefault(model_id, set()).add(instance_id)
 
     def reserved(self, model_id: str) -> list[str]:
@@ -123,15 +122,14 @@ class Cluster:
             return
         known = member.reservations.get(model_id)
         rate = known.requests_per_minute if known is not None else 0.0
-        member.reservations[model_id] = Reservation(size_bytes, rate, now_ms + RESERVATION_MS, since_ms)
-        member.count()
+        member.reserve(model_id, Reservation(size_bytes, rate, now_ms + RESERVATION_MS, since_ms))
         self._reserved.setdefault(model_id, set()).add(instance_id)
 
     def release(self, instance_id: str, model_id: str) -> None:
         """A load was refused, failed or given up: its room is free again."""
         member = self._members.get(instance_id)
-        if member is not None and member.reservations.pop(model_id, None) is not None:
-            member.count()
+        if member is not None:
+            member.release(model_id)
 
     def expire(self, now_ms: int) -> None:
         """End the reservations whose time is over; to be called every few seconds."""

@@ -70,8 +70,9 @@ class Member:
     """
 
     __slots__ = (
-        *("capacity_bytes", "firm_bytes", "free_bytes", "id", "instance", "inverse", "loads", "oldest_used_ms"),
-        *("points", "pools", "queue", "requests_per_minute", "reservations", "version"),
+        *("_reserved_bytes", "_reserved_rate", "capacity_bytes", "firm_bytes", "free_bytes", "id", "instance"),
+        *("inverse", "loads", "oldest_used_ms", "points", "pools", "queue", "requests_per_minute", "reservations"),
+        "version",
     )
 
     def __init__(self, instance: Instance) -> None:
@@ -80,42 +81,59 @@ class Member:
             hashlib.shake_128(instance.id.encode()).digest(_POINTS_FORMAT.size)
         )
         self.pools: list[Pool] = []
-        self.reservations: dict[str, Reservation] = {}
+        self.reservations: Final[dict[str, Reservation]] = {}
+        self._reserved_bytes = 0
+        self._reserved_rate = 0.0
         self.take(instance)
 
     def take(self, instance: Instance) -> None:
         """A new record: the reservations that it counts end."""
         self.instance = instance
-        if self.reservations:
-            self.reservations = {
-                model: reservation
-                for model, reservation in self.reservations.items()
-                if reservation.since_ms is None or 0 < instance.published_ms < reservation.since_ms
-            }
-        self.count()
+        counted = [
+            model
+            for model, reservation in self.reservations.items()
+            if reservation.since_ms is not None and not 0 < instance.published_ms < reservation.since_ms
+        ]
+        for model in counted:
+            self._end(model)
+        self._count()
+
+    def reserve(self, model_id: str, reservation: Reservation) -> None:
+        """Make a promise, in place of the one before for that model."""
+        self._end(model_id)
+        self.reservations[model_id] = reservation
+        self._reserved_bytes += reservation.size_bytes
+        self._reserved_rate += reservation.requests_per_minute
+        self._count()
+
+    def release(self, model_id: str) -> None:
+        """End the promise to a model, if there is one."""
+        self._end(model_id)
+        self._count()
 
     def expire(self, now_ms: int) -> None:
-        """End the reservations that nothing came of."""
-        self.reservations = {
-            model: reservation for model, reservation in self.reservations.items() if now_ms < reservation.until_ms
-        }
-        self.count()
+        """End the promises that nothing came of."""
+        for model in [model for model, made in self.reservations.items() if now_ms >= made.until_ms]:
+            self._end(model)
+        self._count()
 
-    def count(self) -> None:
+    def _end(self, model_id: str) -> None:
+        ended = self.reservations.pop(model_id, None)
+        if ended is not None:
+            self._reserved_bytes -= ended.size_bytes
+            self._reserved_rate -= ended.requests_per_minute
+            if not self.reservations:
+                self._reserved_rate = 0.0
+
+    def _count(self) -> None:
         """Compute the sums again, in all pools too."""
-        instance = self.instance
-        reserved_bytes = 0
-        rate = instance.requests_per_minute
-        for reservation in self.reservations.values():
-            reserved_bytes += reservation.size_bytes
-            rate += reservation.requests_per_minute
-        capacity = instance.capacity_bytes
-        free = capacity - instance.used_bytes - instance.unloading_bytes - reserved_bytes
         for pool in self.pools:
             pool.note(self, -1)
-        self.free_bytes = free
-        self.requests_per_minute = rate
-        self.firm_bytes = instance.fixed_bytes + instance.unloading_bytes + reserved_bytes
+        instance = self.instance
+        capacity = instance.capacity_bytes
+        self.free_bytes = capacity - instance.used_bytes - instance.unloading_bytes - self._reserved_bytes
+        self.requests_per_minute = instance.requests_per_minute + self._reserved_rate
+        self.firm_bytes = instance.fixed_bytes + instance.unloading_bytes + self._reserved_bytes
         self.loads = instance.loading + len(self.reservations)
         self.queue = self.loads / max(1, instance.loader_threads)
         self.capacity_bytes = capacity

@@ -24,8 +24,8 @@ RESIDENT_MS: Final = 60_000
 LEAST_SHARE: Final = 0.005
 #: Share of an instance's memory that filling leaves free for what is asked for.
 HEADROOM: Final = 1 / 16
-#: What an evicted model may displace elsewhere has been idle this many times as long.
-LONGER_IDLE: Final = 1.1
+#: Below this share of free memory it is not worth looking for room for what was evicted.
+LEAST_FREE: Final = 0.02
 #: Instances looked at for a model that the emptiest may not host.
 LOOKED_AT: Final = 8
 #: Loads per loader thread that filling lets wait.
@@ -46,18 +46,19 @@ def relieve(cluster: Cluster, instance_id: str, models: Iterable[Model], now_ms:
     return _less_traffic(cluster, member, settled, now_ms) or _less_memory(cluster, member, settled, now_ms)
 
 
-def evicted(cluster: Cluster, model: Model, instance_id: str, now_ms: int) -> Load | None:
+def evicted(cluster: Cluster, model: Model, instance_id: str, loaded_ms: int, now_ms: int) -> Load | None:
     """Where a model goes on whose last copy an instance had to evict; None where that is not worth it.
 
-    Worth it where there is room, or where something goes that has been idle for a tenth longer and a minute more.
-    ``model`` comes without the evicted copy. The load is reserved.
+    Worth it where there is room and a loader thread idle: places are chosen so that what is evicted is the stalest
+    anywhere, and one eviction must never lead to another (modelmesh-serving#455). ``model`` comes without the evicted
+    copy, which was there since ``loaded_ms``; one that was hardly there is not passed on and on. The load is reserved.
     """
-    if model.copies:
+    pool = cluster.pool(model.type)
+    short = now_ms - loaded_ms < RESIDENT_MS
+    if model.copies or short or pool.free_bytes < LEAST_FREE * pool.capacity_bytes:
         return None
-    idle_ms = now_ms - model.last_used_ms
-    before_ms = now_ms - int(idle_ms * LONGER_IDLE) - RESIDENT_MS
     try:
-        target = place(cluster, model, now_ms, exclude=(instance_id,), evicts_before_ms=before_ms)
+        target = place(cluster, model, now_ms, exclude=(instance_id,), evicts_before_ms=0, below_queue=1.0)
     except NoPlace:
         return None
     cluster.reserve(target, model.id, model.size_bytes, now_ms)
@@ -152,6 +153,7 @@ def _move(
             evicts_before_ms=before_ms,
             requests_per_minute=rate,
             below_rate=below_rate,
+            below_queue=1.0,
         )
     except NoPlace:
         return None

@@ -14,15 +14,19 @@ from mmcore.placement.instances import Member
 from mmcore.placement.models import Model, point_of
 from mmcore.placement.pools import Pool, Ring
 
-#: Candidates looked at first, and when none of them will do.
+#: Candidates looked at, and when none of them will do.
 CANDIDATES: Final = 12
 MORE_CANDIDATES: Final = 48
 #: The cheapest candidates whose costs differ by less are alike: the first on the ring is taken, by every decider.
 NEAR: Final = 0.05
 #: A candidate may be this much dearer than the pool's mean: where all are alike, each is as good as the mean.
 SLACK: Final = 0.02
-#: A load for each loader thread that runs or waits counts as this share of memory in use.
-QUEUE_COST: Final = 0.2
+#: A load for each loader thread counts as this share of memory in use while a thread is free, and
+LOAD_COST: Final = 0.2
+#: as a whole memory more for each that a further load has to wait for: rather evict elsewhere than wait for long.
+WAIT_COST: Final = 1.0
+#: Share of a pool that must be free for the average member to have room: what is less is for filling to find.
+ROOMY: Final = 0.05
 #: Serving the mean counts as this share of memory in use; more or less in proportion.
 TRAFFIC_COST: Final = 0.25
 #: Not the newest version: as this share of memory in use, so that a full or busy newer instance yields.
@@ -52,6 +56,7 @@ def place(
     evicts_before_ms: int | None = None,
     requests_per_minute: float | None = None,
     below_rate: float = inf,
+    below_queue: float = inf,
 ) -> str:
     """The instance to load a further copy of a model at; NoPlace where there is none.
 
@@ -69,17 +74,19 @@ def place(
     apart choose the same instance for one model and others for other models, an instance that comes empty is not
     flooded, and a model that returns finds its files on the disk where it was.
 
-    A load nobody waits for gives ``evicts_before_ms``: only copies last used before that may have to go for it.
+    A load nobody waits for gives ``evicts_before_ms``: only copies last used before that may have to go for it, and
+    where no candidate will do, nobody searches all others.
     Where a reservation for the model stands already, that is the place: asked twice, it does not load twice.
     ``requests_per_minute`` is what the copy will serve (an equal part of the model's unless given), and
-    ``below_rate`` what its instance may serve with it.
+    ``below_rate`` what its instance may serve with it. Where ``below_queue`` loads run or wait for each loader thread,
+    or more, nothing is added.
     """
     if len(model.failures) >= MOST_FAILURES:
         raise NoPlace(f"loading {model.id!r} failed at {len(model.failures)} instances")
     for instance_id in cluster.reserved(model.id):
         if instance_id not in model.copies and instance_id not in model.failures and instance_id not in exclude:
             return instance_id
-    search = _Search(cluster, model, now_ms, exclude, evicts_before_ms, requests_per_minute, below_rate)
+    search = _Search(cluster, model, now_ms, exclude, evicts_before_ms, requests_per_minute, below_rate, below_queue)
     best: Member | None = None
     lowest = 0.0
     for penalty, keys in _tiers(cluster, search.pool, model):
@@ -88,10 +95,14 @@ def place(
         found, cost = search.best(keys)
         if found is not None and (best is None or cost + penalty < lowest):
             best, lowest = found, cost + penalty
+    if best is None and evicts_before_ms is not None:
+        raise NoPlace(
+            f"no candidate has {model.size_bytes} bytes for model {model.id!r} that nothing used lately takes"
+        )
     if best is None:
         best = search.anywhere()
     if best is None:
-        raise NoPlace(_why_none(cluster, model, exclude, evicts_before_ms))
+        raise NoPlace(_why_none(cluster, model, exclude))
     return best.id
 
 
@@ -104,7 +115,17 @@ class _Search:
     """
 
     __slots__ = (
-        *("_below_rate", "_capable", "_evicts_before_ms", "_mean_age", "_mean_cost", "_newest", "_now_ms", "_point"),
+        *(
+            "_below_queue",
+            "_below_rate",
+            "_capable",
+            "_evicts_before_ms",
+            "_mean_age",
+            "_mean_cost",
+            "_newest",
+            "_now_ms",
+            "_point",
+        ),
         *("_rate_cost", "_refused", "_share", "_size", "pool", "roomy"),
     )
 
@@ -117,6 +138,7 @@ class _Search:
         evicts_before_ms: int | None,
         requests_per_minute: float | None,
         below_rate: float,
+        below_queue: float,
     ) -> None:
         self.pool = pool = cluster.pool(model.type)
         self.roomy = False
@@ -130,12 +152,13 @@ class _Search:
             requests_per_minute = model.demand.requests_per_minute / (len(model.copies) + 1)
         self._share = requests_per_minute
         self._below_rate = below_rate - requests_per_minute
+        self._below_queue = below_queue
         rate = pool.mean_rate + requests_per_minute
         self._rate_cost = TRAFFIC_COST / rate if rate > 0 else 0.0
         count = max(1, len(pool))
         self._mean_age = max(1, now_ms - pool.oldest_used_ms // pool.holding) if pool.holding else 1
-        self._mean_cost = pool.queue / count * QUEUE_COST + rate * self._rate_cost + SLACK
-        if pool.free_bytes >= self._size * count:
+        self._mean_cost = pool.queue / count * LOAD_COST + rate * self._rate_cost + SLACK
+        if pool.free_bytes >= max(self._size * count, ROOMY * pool.capacity_bytes):
             self._mean_cost += 1.0 - pool.free_bytes / max(1, pool.capacity_bytes)
         else:  # the average member must evict, what is of average age
             self._mean_cost += EVICTION_COST + 0.5
@@ -158,7 +181,7 @@ class _Search:
             )
         rings = [pool.rings[key] for key in keys]
         found, cost = self._cheapest(self._probed(rings, CANDIDATES))
-        if not self.roomy and (found is None or pool.free_bytes >= self._size * len(pool)):
+        if found is None:
             return self._cheapest(self._probed(rings, MORE_CANDIDATES))
         return found, cost
 
@@ -180,6 +203,7 @@ class _Search:
         before = self._evicts_before_ms
         share = self._share
         below = self._below_rate
+        below_queue = self._below_queue
         rate_cost = self._rate_cost
         mean_cost = self._mean_cost
         costs: list[tuple[float, Member]] = []
@@ -188,9 +212,12 @@ class _Search:
             if member.id in refused or member.firm_bytes + size > member.capacity_bytes:
                 continue
             rate = member.requests_per_minute
-            if rate > below:
+            queue = member.queue
+            if rate > below or queue >= below_queue:
                 continue
-            cost = member.queue * QUEUE_COST + (rate + share) * rate_cost
+            cost = queue * LOAD_COST + (rate + share) * rate_cost
+            if queue >= 1.0:
+                cost += queue * WAIT_COST
             if member.version != newest:
                 cost += VERSION_COST
             free = member.free_bytes
@@ -246,7 +273,7 @@ def _tiers(cluster: Cluster, pool: Pool, model: Model) -> list[tuple[float, _Key
     return sorted(tiers.items())
 
 
-def _why_none(cluster: Cluster, model: Model, exclude: Collection[str], evicts_before_ms: int | None) -> str:
+def _why_none(cluster: Cluster, model: Model, exclude: Collection[str]) -> str:
     """What keeps a model from every instance, for its caller to read."""
     name = f"model {model.id!r}"
     running = [member for member in cluster if not member.instance.draining]
@@ -266,14 +293,8 @@ def _why_none(cluster: Cluster, model: Model, exclude: Collection[str], evicts_b
     left = [member for member in left if member.id not in exclude]
     if not left:
         return f"all {len(members)} instances that may host {name} have been tried"
-    if evicts_before_ms is not None and any(_evictable(member, model) for member in left):
-        return f"no instance has {model.size_bytes} bytes for {name} that nothing used more recently takes"
     most = max(member.capacity_bytes - member.firm_bytes for member in left)
     return (
         f"{name} takes {model.size_bytes} bytes, and loads, unloads and models in use leave {max(0, most)} at most "
         f"at the {len(left)} instances that may host it"
     )
-
-
-def _evictable(member: Member, model: Model) -> bool:
-    return member.firm_bytes + model.size_bytes <= member.capacity_bytes

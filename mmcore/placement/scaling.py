@@ -26,7 +26,7 @@ class Policy:
     #: Requests per minute of one copy above which there is to be another.
     requests_per_minute: float = 2000.0
     #: The same as a share of what the average instance serves: load cannot be spread more evenly than copies are busy.
-    share: float = 0.25
+    share: float = 0.15
     #: Where that share is less than this, it is no reason.
     least_requests_per_minute: float = 240.0
     #: Requests in flight at one copy, and their mean wait in ms, above which there is to be another.
@@ -136,7 +136,7 @@ def _surplus(model: Model, count: int, least: int, heat: float, now_ms: int, pol
     if count <= least or now_ms - newest_ms < policy.hold_ms:
         return 0
     if count == 2:
-        return int(idle_ms > policy.idle_ms)
+        return int(idle_ms > policy.idle_ms and heat <= DOWN)
     kept = max(2, least, ceil(heat / DOWN))
     going = min(count - kept, max(1, count // 4))
     while going > 0 and _expected_wait_ms(model, count - going) > policy.queue_ms / 2:

@@ -26,6 +26,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 NOW_MS = 1_800_000_000_000
 HOUR_MS = 3_600_000
+LONG_AGO_MS = NOW_MS - HOUR_MS
 
 
 def instances(count: int, **facts: object) -> list[Instance]:
@@ -69,16 +70,17 @@ def test_a_full_instance_gives_large_copies_to_emptier_ones() -> None:
     assert relieve(Cluster(instances(5, used_bytes=GIB)), "i0", models, NOW_MS) == []
 
 
-def test_what_one_instance_evicts_goes_where_staler_copies_are() -> None:
-    full = instances(5, used_bytes=GIB, oldest_used_ms=NOW_MS - HOUR_MS)
-    cluster = Cluster([*full, Instance("stale", GIB, used_bytes=GIB, oldest_used_ms=NOW_MS - 9 * HOUR_MS)])
-    warm = Model("m", size_bytes=MIB, last_used_ms=NOW_MS - 2 * HOUR_MS)
-    assert evicted(cluster, warm, "i0", NOW_MS) == Load("m", "stale", "evicted elsewhere")
-    assert cluster.reserved("m") == ["stale"]
-    assert evicted(cluster, replace(warm, id="n", last_used_ms=NOW_MS - 9 * HOUR_MS), "i0", NOW_MS) is None
-    assert evicted(cluster, replace(warm, id="o", copies={"i1": Copy()}), "i0", NOW_MS) is None
-    roomy = Cluster([*full, Instance("empty", GIB)])
-    assert evicted(roomy, warm, "i0", NOW_MS) == Load("m", "empty", "evicted elsewhere")
+def test_what_one_instance_evicts_goes_where_room_is_and_makes_nobody_else_evict() -> None:
+    """modelmesh-serving#455: evictions that lead to evictions."""
+    full = instances(5, used_bytes=GIB, oldest_used_ms=NOW_MS - 9 * HOUR_MS)
+    warm = Model("m", size_bytes=MIB, last_used_ms=NOW_MS - HOUR_MS)
+    assert evicted(Cluster(full), warm, "i0", LONG_AGO_MS, NOW_MS) is None
+    cluster = Cluster([*full, Instance("empty", GIB)])
+    assert evicted(cluster, replace(warm, copies={"i1": Copy()}), "i0", LONG_AGO_MS, NOW_MS) is None
+    assert evicted(cluster, warm, "empty", LONG_AGO_MS, NOW_MS) is None
+    assert evicted(cluster, warm, "i0", NOW_MS - 59_999, NOW_MS) is None
+    assert evicted(cluster, warm, "i0", LONG_AGO_MS, NOW_MS) == Load("m", "empty", "evicted elsewhere")
+    assert cluster.reserved("m") == ["empty"]
 
 
 def test_a_new_instance_is_filled_with_what_was_used_last() -> None:
