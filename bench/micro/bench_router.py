@@ -95,6 +95,23 @@ def test_lookup(benchmark: BenchmarkFixture, size: int, pattern: str, side: str)
     assert lookup("unknown", "") is None
 
 
+def test_lookup_of_what_is_held_elsewhere(benchmark: BenchmarkFixture) -> None:
+    """A thousand decisions for a peer, of 1e5 models that all have a copy elsewhere."""
+    benchmark.group = "router elsewhere 100,000"
+    table = Table(Lru())
+    holders = (object(), object())
+    for number in range(10**5):
+        table.add(Registration(name(number), VERSIONS, None))
+        table.hold(name(number), holders)
+    names = [name(number) for number in picks(10**5, "uniform")[0].tolist()]
+
+    def decide() -> None:
+        deque(map(table.lookup, names), maxlen=0)
+        deque(map(table.holders, names), maxlen=0)
+
+    benchmark(decide)
+
+
 def test_lookup_of_what_is_not_loaded(benchmark: BenchmarkFixture) -> None:
     """A thousand decisions about models that are registered alone, of 1e5."""
     benchmark.group = "router not loaded 100,000"

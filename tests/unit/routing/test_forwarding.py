@@ -589,23 +589,50 @@ async def test_over_a_unix_socket(start: Start, tmp_path: Any) -> None:
     await holder.server.close()
 
 
+class OneOfAStream:
+    """A request that came on a stream, as services see it; its answer is kept."""
+
+    def __init__(self, *metadata: tuple[str, str | bytes]) -> None:
+        self.metadata = metadata
+        self.deadline: float | None = None
+        self.cancelled = False
+        self.on_cancel: Callable[[], object] | None = None
+        self.message: bytes | None = None
+        self.failed: tuple[int, str] | None = None
+
+    def reply(self, message: bytes) -> None:
+        self.message = message
+
+    def fail(self, status: int, details: str) -> None:
+        self.failed = (status, details)
+
+
+async def test_single_requests_of_a_stream_pass(start: Start) -> None:
+    _, front, (holder,) = await start()
+    call = OneOfAStream(("user-agent", "somebody"), ("echo-a", "1"), ("mmcore-forward", "load 1 other"))
+    front.forwarding.unary(call, b"body", "m", front.holders, mode=Mode.HIT, path=UNARY)
+    await until(lambda: call.message is not None, "it is answered")
+    assert call.message == b"body"
+    assert ("echo-a", "1") in holder.service.seen[0]
+    assert ("mmcore-forward", "hit 2 other,front") in holder.service.seen[0]
+    call = OneOfAStream()
+    front.forwarding.unary(call, b"5 gone", "m", front.holders, path="/echo.Echo/Fail")
+    await until(lambda: call.failed is not None, "it is answered")
+    assert call.failed == (5, "gone")
+    call = OneOfAStream()
+    front.forwarding.unary(call, b"", "m", front.holders, path="/echo.Echo/Hold")
+    await until(lambda: holder.service.held, "it is held")
+    assert call.on_cancel is not None
+    call.on_cancel()
+    await until(lambda: "cancelled" in holder.service.events, "the holder hears that the stream is gone")
+    holder.service.held.clear()
+
+
 async def test_more_metadata_than_can_be_sent_is_refused(start: Start) -> None:
-    channel, front, _ = await start()
-    # As the transport's own client sends no more, a call of another kind stands for one that has.
-
-    class Call:
-        metadata = tuple((f"name-{number}", "x") for number in range(60))
-        deadline = None
-        cancelled = False
-        on_cancel = None
-        failed: tuple[int, str] | None = None
-
-        def fail(self, status: int, details: str) -> None:
-            self.failed = (status, details)
-
-    await channel.unary("/echo.Echo/Where", b"", timeout_s=WITHIN_S)
-    call = Call()
+    _, front, _ = await start()
+    call = OneOfAStream(*((f"name-{number}", "x") for number in range(60)))
     front.forwarding.unary(call, b"", "m", front.holders, path="/echo.Echo/Where")
+    await until(lambda: call.failed is not None, "it is answered")
     assert call.failed is not None
     assert call.failed[0] == Status.RESOURCE_EXHAUSTED
     assert "metadata may be" in call.failed[1]
