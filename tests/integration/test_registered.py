@@ -16,6 +16,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from mmcore.cli import main
 from mmcore.pb import model_mesh_pb2 as pb
 from tests.management import BROKEN, SCALE, WITHIN_S, Manager, States, files, scale
 from tests.serving import Instance, Serve, command, environment
@@ -46,15 +47,33 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*args), capture_output=True, text=True, timeout=60, env=environment(), check=False)
 
 
-def listed(what: str, instance: Instance, *args: object) -> list[dict[str, Any]]:
-    done = run(*what.split(), "--target", instance.grpc, "--json", *args)
-    assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    return rows
+class Shell:
+    """Runs commands in this process, which spares the start of one for each."""
+
+    def __init__(self, captured: pytest.CaptureFixture[str]) -> None:
+        self._captured = captured
+
+    def __call__(self, instance: Instance, *args: object) -> tuple[int, str, str]:
+        """Exit code, output and errors."""
+        code = main.run([*map(str, args), "--target", instance.grpc])
+        return code, *self._captured.readouterr()
+
+    def listed(self, instance: Instance, *args: object) -> list[dict[str, Any]]:
+        code, out, errors = self(instance, *args, "--json")
+        assert code == 0, errors
+        rows: list[dict[str, Any]] = json.loads(out)
+        return rows
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_registrations_outlive_the_instance(serve: Serve, tmp_path: Path, root: Path, number: signal.Signals) -> None:
+def test_registrations_outlive_the_instance(
+    serve: Serve, tmp_path: Path, root: Path, shell: Shell, number: signal.Signals
+) -> None:
     count = 1000 if number is signal.SIGKILL else 10
     registry = f"sqlite:{tmp_path / 'registry.db'}"
     first = start(serve, tmp_path, "--registry", registry)
@@ -69,7 +88,7 @@ def test_registrations_outlive_the_instance(serve: Serve, tmp_path: Path, root: 
 
     second = start(serve, tmp_path, "--registry", registry)
     assert second.ready["models"] == count
-    rows = listed("models", second, "--limit", 0)
+    rows = shell.listed(second, "models", "--limit", 0)
     assert sorted(row["name"] for row in rows) == sorted(f"model-{one}" for one in range(count))
     with Manager(second.grpc) as manager:
         # The copies of the instance that is gone are not told of.
@@ -166,57 +185,60 @@ def test_a_registry_that_is_none_is_wrong_usage() -> None:
     assert "'file:x' is not a registry" in ended.stderr
 
 
-def test_the_commands(serve: Serve, tmp_path: Path, root: Path) -> None:
+def test_the_commands(serve: Serve, tmp_path: Path, root: Path, shell: Shell) -> None:
     instance = start(serve, tmp_path)
-    target = ("--target", instance.grpc)
     two, broken = scale(root, 2), files(root, "broken", BROKEN)
 
     def stated(info: pb.ModelInfo) -> tuple[str, ...]:
         return ("--type", info.type, "--path", info.path, "--key", info.key)
 
-    assert "serves no models" in run("models", *target).stdout
-    assert "knows no vmodels" in run("vmodels", *target).stdout
-    assert run("models", "register", "a", *stated(two), *target).stdout == "a: NOT_LOADED\n"
-    assert run("models", "register", "b", *stated(two), "--sync", *target).stdout == "b: LOADED\n"
-    failed = run("models", "register", "c", *stated(broken), "--sync", *target)
-    assert failed.returncode == 1
-    assert "the weights are missing" in failed.stderr
-    assert run("models", "register", "d", *target).returncode == 2
+    def output(*args: object) -> str:
+        code, out, errors = shell(instance, *args)
+        assert (code, errors) == (0, "")
+        return out
 
-    rows = {row["name"]: row for row in listed("models", instance)}
+    def refused(*args: object) -> str:
+        code, _, errors = shell(instance, *args)
+        assert code == 1
+        return errors
+
+    assert "serves no models" in output("models")
+    assert "knows no vmodels" in output("vmodels")
+    assert output("models", "register", "a", *stated(two)) == "a: NOT_LOADED\n"
+    assert output("models", "register", "b", *stated(two), "--sync") == "b: LOADED\n"
+    assert "the weights are missing" in refused("models", "register", "c", *stated(broken), "--sync")
+    assert shell(instance, "models", "register", "d")[0] == 2
+
+    rows = {row["name"]: row for row in shell.listed(instance, "models")}
     assert [(name, rows[name]["status"]) for name in sorted(rows)] == [
         ("a", "NOT_LOADED"), ("b", "LOADED"), ("c", "LOADING_FAILED"),
     ]  # fmt: skip
     (copy,) = rows["b"]["copies"]
     assert (copy["instance"], copy["state"]) == (instance.ready["instance"], "LOADED")
     assert (rows["b"]["type"], rows["b"]["state"], rows["c"]["state"]) == ("python", "READY", "UNAVAILABLE")
-    table = run("models", *target).stdout
+    table = output("models")
     assert "COPIES" in table
     assert f"{instance.ready['instance']} LOADED" in table
-    some = run("models", "--limit", 1, "--prefix", "", *target)
-    assert "and 2 more" in some.stderr
-    assert [row["name"] for row in listed("models", instance, "--prefix", "c")] == ["c"]
+    assert "the weights are missing" in table
+    assert "and 2 more" in shell(instance, "models", "--limit", 1)[2]
+    assert [row["name"] for row in shell.listed(instance, "models", "--prefix", "c")] == ["c"]
 
-    assert run("vmodels", "set", "v", "b", "--owner", "me", *target).stdout == "v: DEFINED, stands for b\n"
-    assert run("vmodels", "set", "v", "e", *stated(two), "--sync", *target).stdout == "v: DEFINED, stands for e\n"
-    (row,) = listed("vmodels", instance)
+    assert output("vmodels", "set", "v", "b", "--owner", "me") == "v: DEFINED, stands for b\n"
+    assert output("vmodels", "set", "v", "e", *stated(two), "--sync") == "v: DEFINED, stands for e\n"
+    (row,) = shell.listed(instance, "vmodels")
     assert (row["name"], row["active"], row["target"], row["owner"]) == ("v", "e", "e", "me")
-    refused = run("vmodels", "set", "v", "b", "--owner", "you", *target)
-    assert refused.returncode == 1
-    assert "different owner 'me' (ALREADY_EXISTS)" in refused.stderr
-    stuck = run("vmodels", "set", "v", "c", "--sync", *target)
-    assert stuck.returncode == 1
-    assert "the weights are missing" in stuck.stderr
-    shown = run("vmodels", *target).stdout
+    assert "different owner 'me' (ALREADY_EXISTS)" in refused("vmodels", "set", "v", "b", "--owner", "you")
+    assert "the weights are missing" in refused("vmodels", "set", "v", "c", "--sync")
+    shown = output("vmodels")
     assert "TRANSITION_FAILED" in shown
     assert "the weights are missing" in shown
-    assert run("vmodels", "set", "v", "b", "--path", "/x", *target).returncode == 2
-    assert "Model e has referents (FAILED_PRECONDITION)" in run("models", "unregister", "e", *target).stderr
-    assert run("vmodels", "delete", "v", *target).returncode == 0
-    assert run("models", "unregister", "e", *target).returncode == 0
-    assert listed("vmodels", instance) == []
+    assert shell(instance, "vmodels", "set", "v", "b", "--path", "/x")[0] == 2
+    assert "Model e has referents (FAILED_PRECONDITION)" in refused("models", "unregister", "e")
+    output("vmodels", "delete", "v")
+    output("models", "unregister", "e")
+    assert shell.listed(instance, "vmodels") == []
 
-    (here,) = listed("status", instance)
+    (here,) = shell.listed(instance, "status")
     assert (here["id"], here["models"], here["leader"], here["asked"]) == (instance.ready["instance"], 1, True, True)
     assert 0 < here["used_bytes"] < here["capacity_bytes"]
-    assert "leader" in run("status", *target).stdout
+    assert "leader" in output("status")
