@@ -42,7 +42,7 @@ class ModelStatus:
 
 ABSENT: Final = ModelStatus(ModelState.NOT_FOUND)
 
-_STATES: Final = {
+_STATES: Final[dict[str, ModelState]] = {
     CopyState.QUEUED: ModelState.LOADING,
     CopyState.LOADING: ModelState.LOADING,
     CopyState.LOADED: ModelState.LOADED,
@@ -54,11 +54,13 @@ def status_of(record: ModelRecord | None, lives: Callable[[str], bool]) -> Model
     if record is None:
         return ABSENT
     copies = [
-        CopyStatus(instance, _STATES[CopyState(copy.state)], copy.since_ms)
+        CopyStatus(instance, state, copy.since_ms)
         for instance, copy in record.copies.items()
-        if copy.state in _STATES and lives(instance)
+        # A newer version may know more states.
+        if (state := _STATES.get(copy.state)) is not None and lives(instance)
     ]
-    failures = sorted(record.failures.items(), key=lambda one: one[1].at_ms, reverse=True)
+    failures = [one for one in record.failures.items() if lives(one[0])]
+    failures.sort(key=lambda one: one[1].at_ms, reverse=True)
     state = max((copy.state for copy in copies), default=ModelState.NOT_LOADED)
     if not copies and failures:
         state = ModelState.LOADING_FAILED

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +291,37 @@ def test_vmodels(manager: Manager, client: triton.InferenceServerClient, root: P
         ask(client, "my-vmodel")
 
 
+def test_no_request_by_a_vmodels_name_is_lost_while_it_moves(mesh: Instance, manager: Manager, root: Path) -> None:
+    manager.set_vmodel("moving", "moving-0", scale(root, 2), loadNow=True, sync=True, autoDeleteTargetModel=True)
+    ended = threading.Event()
+
+    def keep_asking() -> tuple[int, set[float]]:
+        asked, seen = 0, set()
+        with triton.InferenceServerClient(mesh.grpc) as client:
+            while not ended.is_set():
+                seen.add(ask(client, "moving"))
+                asked += 1
+        return asked, seen
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(keep_asking) for _ in range(4)]
+        try:
+            for number in range(1, 21):
+                moved = manager.set_vmodel(
+                    "moving", f"moving-{number}", scale(root, 2 + number % 2), sync=True, autoDeleteTargetModel=True
+                )
+                assert moved.activeModelId == f"moving-{number}"
+                assert manager.state(f"moving-{number - 1}") == "NOT_FOUND"
+        finally:
+            ended.set()
+        for one in asking:
+            asked, seen = one.result()
+            assert asked > 20
+            assert seen == {2.0, 3.0}
+    manager.delete_vmodel("moving")
+    assert manager.state("moving-20") == "NOT_FOUND"
+
+
 def test_vmodels_have_owners(manager: Manager, root: Path) -> None:
     assert manager.set_vmodel("owned-by-none", "owned", scale(root, 2)).owner == ""
     assert manager.set_vmodel("owned", "owned", owner="me").owner == "me"
@@ -386,6 +421,19 @@ def test_an_error_of_one_of_several_models_is_the_answer(mesh: Instance, manager
     with pytest.raises(grpc.RpcError, match="the weights are missing") as refused:
         call(mesh.grpc, message(), ("mm-model-id", "times-2"), ("mm-model-id", "fails-to-load"))
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.usefixtures("three")
+def test_rest_knows_the_same_names(mesh: Instance) -> None:
+    body = json.dumps({"inputs": [{"name": "X", "datatype": "FP32", "shape": [1], "data": [1.0]}]}).encode()
+    for name, factor in (("times", 2.0), ("times-3", 3.0)):
+        url = f"http://{mesh.ready['rest']}/v2/models/{name}"
+        with urllib.request.urlopen(f"{url}/infer", body, timeout=15) as answer:
+            assert json.load(answer)["outputs"][0]["data"] == [factor]
+        with urllib.request.urlopen(f"{url}/ready", timeout=15) as answer:
+            assert answer.status == 200
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"http://{mesh.ready['rest']}/v2/models/absent/infer", body, timeout=15)
 
 
 @pytest.mark.usefixtures("three")
