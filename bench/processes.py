@@ -52,7 +52,7 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 cwd=ROOT,
-                env={**os.environ, "MMCORE_REST_PORT": "0", **(environment or {})},
+                env={**os.environ, "MMCORE_REST_PORT": "0", "MMCORE_METRICS_PORT": "0", **(environment or {})},
             )
         self.ready: dict[str, object] = {}
 

@@ -27,6 +27,87 @@ cdef enum:
     BATCH_SIZES_KEPT = 256
     BATCH_SIZES_FIRST = 4
 
+# What all copies of this process count together, those that are gone too: what a scrape reads, whose cost must not
+# depend on the number of models. Upper bounds in ns and in rows; the last count of each is of what lies above them.
+cdef enum:
+    TIME_BOUNDS = 24
+    ROW_BOUNDS = 11
+
+cdef int64_t[TIME_BOUNDS] TIME_BOUND_NS = [
+    10000, 25000, 50000, 100000, 250000, 500000, 1000000, 2000000, 5000000, 10000000, 20000000, 50000000, 75000000,
+    100000000, 200000000, 500000000, 1000000000, 2000000000, 5000000000, 10000000000, 20000000000, 60000000000,
+    120000000000, 300000000000,
+]
+cdef int64_t[ROW_BOUNDS] ROW_BOUND = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+
+cdef struct Together:
+    int64_t failed
+    int64_t rows
+    int64_t hits
+    int64_t misses
+    int64_t total_ns
+    int64_t queue_ns
+    int64_t infer_ns
+    int64_t executed_rows
+    int64_t[TIME_BOUNDS + 1] total
+    int64_t[TIME_BOUNDS + 1] queue
+    int64_t[TIME_BOUNDS + 1] infer
+    int64_t[ROW_BOUNDS + 1] batch
+
+cdef Together together
+
+TimeHistogram = namedtuple("TimeHistogram", ("counts", "sum_ns"))
+Totals = namedtuple(
+    "Totals", ("failed", "rows", "hits", "misses", "total", "queue", "infer", "batch_counts", "executed_rows")
+)
+
+TIME_BOUNDS_NS = tuple([TIME_BOUND_NS[at] for at in range(TIME_BOUNDS)])
+BATCH_BOUNDS = tuple([ROW_BOUND[at] for at in range(ROW_BOUNDS)])
+
+
+cdef inline int bucket(const int64_t* bounds, int count, int64_t value) noexcept nogil:
+    """The first bound that is not below the value; ``count`` where all are."""
+    cdef int low = 0, high = count, middle
+    while low < high:
+        middle = (low + high) >> 1
+        if bounds[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+cdef inline void count_together(int64_t rows, int64_t queue_ns, int64_t infer_ns, int64_t total_ns) noexcept nogil:
+    """One request that was answered by an inference."""
+    together.rows += rows
+    together.queue_ns += queue_ns
+    together.infer_ns += infer_ns
+    together.total_ns += total_ns
+    together.queue[bucket(TIME_BOUND_NS, TIME_BOUNDS, queue_ns)] += 1
+    together.infer[bucket(TIME_BOUND_NS, TIME_BOUNDS, infer_ns)] += 1
+    together.total[bucket(TIME_BOUND_NS, TIME_BOUNDS, total_ns)] += 1
+
+
+cdef inline void count_batch(int64_t rows) noexcept nogil:
+    """One inference over so many rows."""
+    together.executed_rows += rows
+    together.batch[bucket(ROW_BOUND, ROW_BOUNDS, rows)] += 1
+
+
+def totals():
+    """What all copies have counted since the process began.
+
+    Histograms hold a count for each bound and one for what lies above the last.
+    """
+    return Totals(
+        together.failed, together.rows, together.hits, together.misses,
+        TimeHistogram([together.total[at] for at in range(TIME_BOUNDS + 1)], together.total_ns),
+        TimeHistogram([together.queue[at] for at in range(TIME_BOUNDS + 1)], together.queue_ns),
+        TimeHistogram([together.infer[at] for at in range(TIME_BOUNDS + 1)], together.infer_ns),
+        [together.batch[at] for at in range(ROW_BOUNDS + 1)], together.executed_rows,
+    )
+
+
 cdef struct BatchCounters:
     int64_t size
     int64_t count
@@ -118,6 +199,8 @@ cdef class ModelStatistics:
         self.output_ns += output_ns
         self.success_ns += queue_ns + input_ns + infer_ns + output_ns
         self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
+        count_together(batch, queue_ns, infer_ns, queue_ns + input_ns + infer_ns + output_ns)
+        count_batch(batch)
         counters = self.counters(batch)
         if counters != NULL:
             counters.count += 1
@@ -143,8 +226,10 @@ cdef class ModelStatistics:
         self.output_ns += output_ns
         self.success_ns += queue_ns + input_ns + infer_ns + output_ns
         self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
+        count_together(rows, queue_ns, infer_ns, queue_ns + input_ns + infer_ns + output_ns)
         if leads:
             self.executions += 1
+            count_batch(batch)
         counters = self.counters(batch)
         if counters != NULL:
             counters.input_ns += input_ns
@@ -162,17 +247,20 @@ cdef class ModelStatistics:
         self.success_ns += total_ns
         self.hits += 1
         self.hit_ns += total_ns
+        together.hits += 1
         self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
 
     def miss(self, int64_t total_ns) -> None:
         """Count one request whose answer the response cache had to be given; it took ``total_ns`` for all it did."""
         self.misses += 1
         self.miss_ns += total_ns
+        together.misses += 1
 
     def fail(self, int64_t total_ns) -> None:
         """Count one request that was answered with an error after ``total_ns`` nanoseconds."""
         self.failed += 1
         self.fail_ns += total_ns
+        together.failed += 1
         self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
 
     def snapshot(self):

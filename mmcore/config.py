@@ -118,6 +118,8 @@ class ServeSettings:
         host: address of the TCP listener.
         grpc_port: its port; 0 picks a free one.
         rest_port: the port of REST on the same address; 0 picks a free one.
+        metrics_port: the port of metrics and probes; 0 picks a free one.
+        metrics_per_model: how many models, those used last, have metrics of their own.
         uds: path of a Unix socket to listen on as well.
         peer_port: port for other instances, on the same address; 0 picks a free one, None: no other instances.
         peer_uds: path of a Unix socket for them instead, between the workers of one machine.
@@ -143,6 +145,8 @@ class ServeSettings:
     host: str = "127.0.0.1"
     grpc_port: int = 8033
     rest_port: int = 8008
+    metrics_port: int = 2112
+    metrics_per_model: int = 0
     uds: Path | None = None
     peer_port: int | None = None
     peer_uds: Path | None = None

@@ -31,6 +31,12 @@ class Instance:
         return address
 
     @property
+    def metrics(self) -> str:
+        address = self.ready["metrics"]
+        assert isinstance(address, str)
+        return address
+
+    @property
     def rest(self) -> str:
         address = self.ready["rest"]
         assert isinstance(address, str)
@@ -53,7 +59,7 @@ def command(*args: object) -> list[str]:
 def environment(**changes: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MMCORE_")}
     # As with the gRPC port, many instances run at once.
-    ports = {"MMCORE_REST_PORT": "0"}
+    ports = {"MMCORE_REST_PORT": "0", "MMCORE_METRICS_PORT": "0"}
     return {**kept, **ports, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **changes}
 
 

@@ -24,7 +24,26 @@ class Statistics(NamedTuple):
     last_inference_ms: int
     batches: tuple[BatchStatistics, ...]
 
+class TimeHistogram(NamedTuple):
+    counts: list[int]
+    sum_ns: int
+
+class Totals(NamedTuple):
+    failed: int
+    rows: int
+    hits: int
+    misses: int
+    total: TimeHistogram
+    queue: TimeHistogram
+    infer: TimeHistogram
+    batch_counts: list[int]
+    executed_rows: int
+
+TIME_BOUNDS_NS: tuple[int, ...]
+BATCH_BOUNDS: tuple[int, ...]
+
 def now_ns() -> int: ...
+def totals() -> Totals: ...
 
 @final
 class ModelStatistics:

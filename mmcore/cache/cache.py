@@ -22,6 +22,7 @@ from typing import Final
 from mmcore._ext.lru import Lru
 from mmcore._ext.v2codec import Signature
 from mmcore.cache.copies import Copy, CopyState
+from mmcore.cache.counters import Counters
 from mmcore.cache.eviction import POLICIES, TICKS_PER_S
 from mmcore.cache.failures import Failures
 from mmcore.cache.loads import Load, LoadQueue, Priority
@@ -69,6 +70,7 @@ class Cache:
         lru: the loaded copies, least recently used first.
         room: the books of the space they take.
         failures: why loads failed.
+        counted: what metrics tell of loads.
         sizes: what versions took in memory when they were loaded before.
         on_loaded: called with each copy that may be given requests from now on.
         on_gone: called with each copy that may not any more.
@@ -109,6 +111,7 @@ class Cache:
         self.on_state: Callable[[str, CopyState | None, MmcoreError | None], None] = lambda name, state, error: None
         self.on_changed: Callable[[str, str, CopyState | None], None] = lambda name, version, state: None
         self.on_failed: Callable[[str, str, MmcoreError], None] = lambda name, version, error: None
+        self.counted: Final = Counters()
         self._load_model = load
         self._bind = bind
         self.loader_threads: Final = loader_threads
@@ -265,6 +268,7 @@ class Cache:
             load.settle(copy, error)
 
     def _failed(self, name: str, version: str, error: MmcoreError, **expiry: float) -> None:
+        self.counted.failures += 1
         self.failures.remember(name, version, error, **expiry)
         self.on_failed(name, version, error)
 
@@ -380,6 +384,7 @@ class Cache:
             self._let_go(before)
         load.spent("publish_s")
         copy.times = load.times
+        self.counted.loaded(copy)
         log.info(
             "loaded model %s version %s, %d bytes; seconds: %s",
             copy.name, copy.version, copy.weight,

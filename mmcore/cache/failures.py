@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from mmcore.errors import MmcoreError
@@ -46,6 +47,15 @@ class Failures:
         """The text of the version's last failure, expired or not; empty where the last load succeeded."""
         failure = self._failures.get((name, version))
         return str(failure.error) if failure is not None else ""
+
+    def __len__(self) -> int:
+        return len(self._failures)
+
+    def told(self, most: int) -> list[tuple[str, str, str]]:
+        """Model, version and text of some of the last failures."""
+        return [
+            (name, version, str(failure.error)) for (name, version), failure in islice(self._failures.items(), most)
+        ]
 
     def clear(self, name: str, version: str | None = None) -> None:
         """Forget the failures of a version, or of all versions of a model."""

@@ -50,12 +50,14 @@ class Room:
         capacity: what copies may take together.
         reserved: by loads, as predicted.
         leaving: being unloaded.
+        evictions: copies unloaded to make room, since the instance began.
         device_loaded: device memory of the copies in the list; the host's is the list's ``total``.
     """
 
     def __init__(self, lru: Lru, capacity: Footprint, eviction: Eviction, unload: Callable[[Copy], None]) -> None:
         self.capacity = capacity
         self.reserved = NOTHING
+        self.evictions = 0
         self.leaving = NOTHING
         self.device_loaded = 0
         self._lru = lru
@@ -160,5 +162,6 @@ class Room:
             if victim is None:
                 return
             assert isinstance(victim, Copy)
+            self.evictions += 1
             log.info("evicting model %s version %s, %d bytes", victim.name, victim.version, victim.weight)
             self._unload(victim)

@@ -105,6 +105,16 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--grpc-port", type=click.IntRange(0, 65535), default=8033, help="gRPC port; 0 picks a free one.")
 @option("--rest-port", type=click.IntRange(0, 65535), default=8008, help="REST port; 0 picks a free one.")
+@option(
+    "--metrics-port", type=click.IntRange(0, 65535), default=2112, help="Port of metrics and probes; 0: a free one."
+)
+@option(
+    "--metrics-per-model",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Metrics with labels of their own for the N models used last.",
+)
 @option("--uds", type=click.Path(path_type=Path), help="Listen for gRPC on this Unix socket as well.")
 @option("--peer-port", type=click.IntRange(0, 65535), help="Port for other instances; 0 picks a free one.")
 @option(
@@ -193,6 +203,8 @@ def command(
     host: str,
     grpc_port: int,
     rest_port: int,
+    metrics_port: int,
+    metrics_per_model: int,
     uds: Path | None,
     peer_port: int | None,
     advertise: str | None,
@@ -239,6 +251,8 @@ def command(
             host=host,
             grpc_port=grpc_port,
             rest_port=rest_port,
+            metrics_port=metrics_port,
+            metrics_per_model=metrics_per_model,
             uds=uds,
             peer_port=peer_port,
             advertise=advertise,

@@ -254,6 +254,11 @@ class Registered(Catalog):
         if record is not None:
             self._held[name] = info_of(record)
 
+    @property
+    def held_models(self) -> int:
+        """How many of the registry's models the router holds."""
+        return len(self._held)
+
     def let_go(self, name: str) -> None:
         """The router holds it no longer."""
         self._held.pop(name, None)

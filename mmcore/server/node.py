@@ -32,6 +32,7 @@ from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.allocator import keep_freed_memory
 from mmcore.server.dataplane import parse_dataplane_config
+from mmcore.server.observed import Observed, Parts
 from mmcore.server.peer import listen_for_peers
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
@@ -53,8 +54,8 @@ class Node:
     Attributes:
         instance: its id, new at every start.
         constraints: what types of models need of instances, by the file that says so; None without one.
-        addresses: where it listens, by kind: ``grpc``, ``rest``, and where it has been told to ``uds``, ``management``
-            and ``peer``.
+        addresses: where it listens, by kind: ``grpc``, ``rest``, ``metrics``, and where it has been told to ``uds``,
+            ``management`` and ``peer``.
 
     Raises:
         InvalidSetting: a file of settings, or the address of the registry, says what cannot be.
@@ -98,6 +99,14 @@ class Node:
         add_reflection(self._server, pb.descriptor_protos(), list(_SERVICES))
         add_reflection(self._management_server, pb.descriptor_protos(), [management.SERVICE, cluster.SERVICE])
         self._rest = Listener(self._first_rest_request, settings.transport)
+        observed = Observed(
+            Parts(
+                self.instance, self._router, self._registry, self._registered, self._puller, self._server, self._rest,
+                lambda: self._service.ready,
+            ),
+            per_model=settings.metrics_per_model,
+        )  # fmt: skip
+        self._metrics = Listener(observed.handle, settings.transport)
         self._set_serving(serving=False)
 
     async def start(self) -> None:
@@ -118,6 +127,7 @@ class Node:
         await self._start_files()
         self.addresses["grpc"] = await self._listen(self._server, settings.grpc_port, "--grpc-port")
         self.addresses["rest"] = await self._listen(self._rest, settings.rest_port, "--rest-port")
+        self.addresses["metrics"] = await self._listen(self._metrics, settings.metrics_port, "--metrics-port")
         if settings.management_port is not None:
             self.addresses["management"] = await self._listen(
                 self._management_server, settings.management_port, "--management-port"
@@ -189,6 +199,8 @@ class Node:
         await asyncio.gather(
             self._server.drain(grace_s), self._management_server.drain(grace_s), self._rest.drain(grace_s)
         )
+        # Up to here it can be watched how it ends.
+        await self._metrics.drain(0)
         await self._static.close()
         await self._transitions.close()
         self._puller.close()

@@ -124,7 +124,7 @@ def test_the_ready_line_tells_where_and_what(serve: Serve, models: Path, tmp_pat
     write_model(models, "scale", SCALE.replace("FACTOR", "2"))
     write_model(models, "other", SCALE.replace("FACTOR", "3"))
     instance = serve(models, "--uds", tmp_path / "socket")
-    assert set(instance.ready) == {"event", "grpc", "rest", "uds", "instance", "models"}
+    assert set(instance.ready) == {"event", "grpc", "rest", "metrics", "uds", "instance", "models"}
     assert instance.ready["event"] == "ready"
     assert instance.ready["models"] == 2
     host, port = instance.grpc.split(":")

@@ -79,7 +79,7 @@ def test_example_runs_as_shown(block: Block, instance: Instance) -> None:
 
 @pytest.mark.slow
 def test_first_inference_of_make_run_prints_its_answer_and_ends_with_0(samples: Path) -> None:
-    ports = {"MMCORE_GRPC_PORT": "0", "MMCORE_REST_PORT": "0"}
+    ports = {"MMCORE_GRPC_PORT": "0", "MMCORE_REST_PORT": "0", "MMCORE_METRICS_PORT": "0"}
     done = subprocess.run(
         [sys.executable, ROOT / "deploy/samples/first_inference.py", samples, "--once"],
         capture_output=True, text=True, check=False, env=os.environ | ports,

@@ -73,6 +73,11 @@ class Connection(asyncio.Protocol):
         self._receiving = False
         self._start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self._current is not None
+
     # What the loop calls.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvloop's is no subclass

@@ -37,6 +37,11 @@ class Listener:
         """Connections open now."""
         return len(self._connections)
 
+    @property
+    def requests(self) -> int:
+        """Requests being answered now."""
+        return sum(connection.busy for connection in self._connections)
+
     async def listen_tcp(self, host: str, port: int, *, ssl: tls.SSLContext | None = None) -> str:
         """Listen; returns ``host:port`` as bound, which tells the port chosen for 0.
 

@@ -1,0 +1,144 @@
+"""The metrics port of a running instance, and that the dashboard and the rules ask for what it tells."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serving import ADD_SUB, IDENTITY, Instance, Serve, write_model
+
+pytestmark = pytest.mark.slow
+
+MONITORING = Path(__file__).parents[2] / "deploy/monitoring"
+DASHBOARD = json.loads((MONITORING / "grafana.json").read_text())
+RULES = [rule for group in yaml.safe_load((MONITORING / "rules.yaml").read_text())["groups"] for rule in group["rules"]]
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def get(address: str, path: str, method: str = "GET", body: Any = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(address, timeout=20)
+    connection.request(method, path, json.dumps(body) if body is not None else None)
+    answer = connection.getresponse()
+    found = answer.status, answer.read()
+    connection.close()
+    return found
+
+
+def scrape(instance: Instance) -> Samples:
+    status, text = get(instance.metrics, "/metrics")
+    assert status == 200
+    families = list(text_string_to_metric_families(text.decode()))
+    names = [family.name for family in families]
+    assert len(names) == len(set(names))
+    assert all(family.documentation for family in families)
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+@pytest.fixture(scope="module")
+def instance(serve_for_session: Serve, tmp_path_factory: pytest.TempPathFactory) -> Instance:
+    models = tmp_path_factory.mktemp("models")
+    write_model(models, "simple", ADD_SUB)
+    write_model(models, "fp32", IDENTITY.replace("DATATYPE", "FP32"))
+    write_model(models, "broken", "class Model:\n    def predict(self\n")
+    return serve_for_session(models, "--metrics-per-model", "1")
+
+
+def infer(instance: Instance, model: str, shape: list[int]) -> int:
+    entry = {"name": "INPUT0", "datatype": "FP32", "shape": shape, "data": [0.5] * (shape[0] * shape[1])}
+    return get(instance.rest, f"/v2/models/{model}/infer", "POST", {"inputs": [entry]})[0]
+
+
+def test_a_scrape_tells_what_has_happened(instance: Instance) -> None:
+    before = scrape(instance)
+    assert [infer(instance, "fp32", [3, 2]) for _ in range(4)] == [200] * 4
+    assert infer(instance, "fp32", [3, 0]) == 200
+    assert infer(instance, "simple", [1, 1]) == 400
+    assert infer(instance, "broken", [1, 1]) == 400
+    after = scrape(instance)
+
+    def added(name: str, **labels: str) -> float:
+        key = (name, tuple(sorted(labels.items())))
+        return after[key] - before.get(key, 0)
+
+    assert added("mmcore_inference_requests_total", outcome="success") == 5
+    assert added("mmcore_inference_requests_total", outcome="failure") == 1
+    assert added("mmcore_inference_duration_seconds_count") == 5
+    assert 0 < added("mmcore_inference_compute_seconds_sum") < added("mmcore_inference_duration_seconds_sum")
+    assert added("mmcore_inference_batch_size_sum") == added("mmcore_inference_rows_total") == 15
+    assert added("mmcore_model_load_seconds_count") == 2
+    assert added("mmcore_model_load_failures_total") == 1
+    assert added("modelmesh_loadmodel_milliseconds_sum") == pytest.approx(
+        1e3 * added("mmcore_model_load_seconds_sum"), rel=1e-6
+    )
+    states = {dict(labels)["state"]: value for (name, labels), value in after.items() if name == "mmcore_models"}
+    assert states == {"registered": 3, "resident": 2, "loading": 0, "failed": 1}
+    assert after["mmcore_used_bytes", ()] > 0
+    assert after["process_resident_memory_bytes", ()] > 10e6
+
+
+def test_only_so_many_models_as_asked_for_have_labels(instance: Instance) -> None:
+    assert infer(instance, "fp32", [1, 1]) == 200
+    labelled = {dict(labels).get("model") for _, labels in scrape(instance)} - {None}
+    assert labelled == {"fp32"}
+
+
+def test_probes_and_the_state_are_told(instance: Instance) -> None:
+    assert infer(instance, "fp32", [1, 1]) == 200
+    infer(instance, "broken", [1, 1])
+    assert get(instance.metrics, "/live") == (200, b'{"live":true}')
+    assert get(instance.metrics, "/ready") == (200, b'{"ready": true}')
+    state = json.loads(get(instance.metrics, "/debug/state")[1])
+    assert (state["instance"], state["ready"]) == (instance.ready["instance"], True)
+    assert state["loaded"][0]["model"] == "fp32"
+    assert [one["model"] for one in state["failures"]] == ["broken"]
+    assert get(instance.metrics, "/")[0] == 404
+    assert get(instance.metrics, "/metrics", "POST")[0] == 405
+
+
+def queries() -> list[str]:
+    panels = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    return [*panels, *(rule["expr"] for rule in RULES)]
+
+
+def asked_for(query: str) -> set[str]:
+    """The metrics of a query that parses; Grafana's interval stands for a range of time."""
+    text = query.replace("$__rate_interval", "5m")
+    promql_parser.parse(text)
+    return set(re.findall(r"\b(?:mmcore|modelmesh|process)[_:][\w:]*", text))
+
+
+def test_the_dashboard_and_the_rules_ask_for_what_is_told(instance: Instance) -> None:
+    told = {name for name, _ in scrape(instance)} | {rule["record"] for rule in RULES if "record" in rule}
+    for query in queries():
+        assert asked_for(query)
+        assert asked_for(query) <= told, query
+
+
+def test_the_dashboard_is_whole() -> None:
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(ids) == len(set(ids))
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
+    assert len(places) == len(set(places))
+    variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    used = set(re.findall(r"\$\{?([a-z]\w*)", json.dumps(DASHBOARD))) - {"__rate_interval"}
+    assert used <= variables
+
+
+def test_every_alert_says_what_to_do() -> None:
+    for rule in RULES:
+        if "alert" in rule:
+            assert rule["labels"]["severity"] in {"warning", "critical"}
+            assert rule["annotations"]["summary"] and rule["annotations"]["description"]
