@@ -86,6 +86,9 @@ class Simulation:
     def run(self) -> dict[str, float]:
         """Fill, then live through the scenario; the figures."""
         self._fill()
+        # What the run began with is not looked at again by the collector: its pauses would be in the decisions' times.
+        gc.collect()
+        gc.freeze()
         ticks = self.scenario.minutes * MINUTE_MS // TICK_MS
         for tick in range(1, ticks + 1):
             now_ms = self.mesh.now_ms = tick * TICK_MS
@@ -223,8 +226,6 @@ def simulate(scenario: Scenario) -> dict[str, dict[str, float]]:
     """The figures of each policy: ours as ``summary``."""
     figures = {}
     for policy in (OwnPolicy, RandomPolicy, ModelMeshPolicy):
-        gc.collect()
-        gc.freeze()
         figures[policy.name] = Simulation(scenario, policy).run()
         gc.unfreeze()
     return figures
