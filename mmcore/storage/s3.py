@@ -50,7 +50,7 @@ class S3Remote:
 
     Its parameters are those of the archived stack (``endpoint_url``, ``region``, ``access_key_id``,
     ``secret_access_key``, ``bucket`` or ``default_bucket``, ``certificate``) and ``session_token``, ``anonymous`` and
-    ``addressing_style``, which is ``path`` where an endpoint is given.
+    ``addressing_style``, which is ``path`` where an endpoint is given, else ``virtual``.
     """
 
     def __init__(self, place: Place, limits: PullLimits) -> None:
@@ -59,7 +59,9 @@ class S3Remote:
         self._bucket = bucket or place.required("bucket")
         self.where = f"s3://{self._bucket}"
         self.store = f"s3 {endpoint or region or 'aws'} {self._bucket}"
-        style = place.text("addressing_style") or ("path" if endpoint else "auto")
+        # 'auto' would sign for the one host of all regions. A name with dots is no name that a certificate is for.
+        usual = "path" if endpoint or "." in self._bucket else "virtual"
+        style = place.text("addressing_style") or usual
         if style not in _STYLES:
             raise LoadFailed(f"storage of type s3: 'addressing_style' must be one of {', '.join(_STYLES)}")
         key, secret = place.text("access_key_id"), place.text("secret_access_key")

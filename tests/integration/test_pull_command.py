@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import command, environment
+from tests.serving import ADD_SUB, Serve, command, environment
 from tests.stores import BUCKET, SECRET, Bucket, moto
 
 pytestmark = pytest.mark.slow
@@ -129,3 +129,22 @@ def test_pvc_and_local_paths(tmp_path: Path) -> None:
         done = pull(place, tmp_path / "c", *mounts)
         assert done.returncode == 1
         assert text in done.stderr
+
+
+def test_registered_model_is_pulled_and_served(config: Path, bucket: Bucket, serve: Serve, tmp_path: Path) -> None:
+    bucket.put("addsub/1/model.py", ADD_SUB.encode())
+    instance = serve(None, "--storage-config", config, "--model-cache", tmp_path / "cache")
+
+    def ask(*args: object) -> subprocess.CompletedProcess[str]:
+        call = command(*args, "--target", instance.grpc)
+        return subprocess.run(call, capture_output=True, text=True, check=False, env=environment())
+
+    key = json.dumps({"storage_key": "store"})
+    done = ask("models", "register", "sums", "--type", "mt:python", "--path", "addsub", "--key", key)
+    assert done.returncode == 0, done.stderr
+    numbers = json.dumps([list(range(16))])
+    done = ask("infer", "sums", "--input", f"INPUT0={numbers}", "--input", f"INPUT1={numbers}")
+    assert done.returncode == 0, done.stderr
+    assert "30" in done.stdout
+    assert "pulled s3://models/addsub/1/model.py" in instance.log_text()
+    assert SECRET not in instance.log_text()

@@ -15,6 +15,9 @@ import pytest
 from mmcore.errors import Cancelled, LoadFailed, Unavailable
 from mmcore.model import ModelInfo
 from mmcore.storage import DiskCache, Pulled, PulledOrigin, Puller, StorageConfig
+from mmcore.storage.places import Place
+from mmcore.storage.remote import Blob
+from mmcore.storage.s3 import S3Remote
 from mmcore.storage.transfer import PullLimits
 from tests.stores import BUCKET, SECRET, Bucket, Proxy, cut_after, flip, moto, status, trickle
 
@@ -365,3 +368,51 @@ def test_nothing_shows_credentials(
         assert SECRET not in text
         assert "Signature" not in text
         assert "AKIA" not in text
+
+
+# Credentials and addresses.
+
+
+def test_web_identity_is_a_part_of_the_default_chain(
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put("m/model.onnx", b"x")
+    (tmp_path / "token").write_text("a token of the cluster")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/puller")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", server)
+    entry = {name: value for name, value in bucket.entry.items() if "access_key" not in name}
+    spoiled.write({**entry, "endpoint_url": proxy.address})
+    assert tree(spoiled("m").path) == {"model.onnx": b"x"}
+    # The role's own keys signed the request, with their session.
+    assert "X-Amz-Security-Token=" in proxy.requests[-1]
+
+
+def test_public_bucket_is_asked_without_a_signature(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    bucket.client.put_object(Bucket=BUCKET, Key="m/model.onnx", Body=b"x", ACL="public-read")
+    entry = {name: value for name, value in bucket.entry.items() if "access_key" not in name}
+    spoiled.write({**entry, "endpoint_url": proxy.address, "anonymous": True})
+    assert tree(spoiled("m").path) == {"model.onnx": b"x"}
+    assert "X-Amz" not in proxy.requests[-1]
+
+
+@pytest.mark.parametrize(
+    ("told", "url"),
+    [
+        ({"endpoint_url": "https://store.example"}, "https://store.example/models/m/a%20b?"),
+        (
+            {"endpoint_url": "https://store.example", "addressing_style": "virtual"},
+            "https://models.store.example/m/a%20b?",
+        ),
+        ({"region": "eu-west-1"}, "https://models.s3.eu-west-1.amazonaws.com/m/a%20b?"),
+        ({"region": "eu-west-1", "addressing_style": "path"}, "https://s3.eu-west-1.amazonaws.com/models/m/a%20b?"),
+    ],
+)
+def test_addressing_styles(told: dict[str, str], url: str) -> None:
+    keys = {"bucket": BUCKET, "access_key_id": "AKIA", "secret_access_key": SECRET}
+    remote = S3Remote(Place("s3", "m", None, {**keys, **told}), LIMITS)
+    assert remote.request(Blob("m/a b", "a b", 1, "tag")).url.startswith(url)

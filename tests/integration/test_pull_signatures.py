@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
 from mmcore.errors import LoadFailed
 from mmcore.model import ModelInfo
@@ -25,16 +27,19 @@ pytestmark = pytest.mark.slow
 KEY = "AKIASIGNED"
 
 
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("rclone")
+BODY = os.urandom(17 * 2**20)
+
+
+@contextlib.contextmanager
+def rclone(folder: Path, *options: object) -> Iterator[int]:
+    """The port of a server of the folder's buckets."""
     (folder / BUCKET / "m").mkdir(parents=True)
     (folder / BUCKET / "m" / "model.onnx").write_bytes(BODY)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = ("127.0.0.1", free.getsockname()[1])
-    rclone = Path(sys.executable).parent / "rclone"
-    call = [rclone if rclone.exists() else shutil.which("rclone"), "serve", "s3", "--config", "/dev/null"]
-    call += ["--addr", f"127.0.0.1:{address[1]}", "--auth-key", f"{KEY},{SECRET}", folder]
+    beside = Path(sys.executable).parent / "rclone"
+    call = [beside if beside.exists() else shutil.which("rclone"), "serve", "s3", "--config", "/dev/null"]
+    call += ["--addr", f"127.0.0.1:{address[1]}", "--auth-key", f"{KEY},{SECRET}", *options, folder]
     with subprocess.Popen(call, stderr=subprocess.DEVNULL) as server:
         try:
             while server.poll() is None:
@@ -43,12 +48,15 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                     break
                 except OSError:
                     time.sleep(0.02)
-            yield f"http://127.0.0.1:{address[1]}"
+            yield address[1]
         finally:
             server.terminate()
 
 
-BODY = os.urandom(17 * 2**20)
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with rclone(tmp_path_factory.mktemp("rclone")) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
@@ -100,3 +108,16 @@ def test_wrong_keys_are_refused_and_not_shown(endpoint: str, puller: Puller, key
 def test_half_a_pair_of_keys_is_refused(endpoint: str, puller: Puller) -> None:
     with pytest.raises(LoadFailed, match="go together"):
         puller.pull(info(endpoint, access_key_id=KEY))
+
+
+def test_store_with_a_ca_of_its_own_is_trusted_by_its_certificate(puller: Puller, tmp_path: Path) -> None:
+    ca = trustme.CA()
+    certificate = ca.issue_cert("localhost")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    options = ("--cert", tmp_path / "both.pem", "--key", tmp_path / "both.pem")
+    keys = {"access_key_id": KEY, "secret_access_key": SECRET}
+    with rclone(tmp_path / "served", *options) as port:
+        store = info(f"https://localhost:{port}", **keys, certificate=ca.cert_pem.bytes().decode())
+        assert (puller.pull(store).path / "model.onnx").read_bytes() == BODY
+        with pytest.raises(LoadFailed, match=r"certificate is not trusted; give its CA as 'certificate'"):
+            puller.pull(info(f"https://localhost:{port}", **keys))

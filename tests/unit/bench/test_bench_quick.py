@@ -70,6 +70,19 @@ def test_an_instance_without_models_is_measured_against_its_budget(tmp_path: Pat
     assert all(row["ours"] > 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_a_pull_is_measured_beside_a_bare_download(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "bench", "pull", "--quick", "--rounds", "1", "--case", "large", "--peer", "urllib3"]
+    done = subprocess.run(
+        [*argv, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = json.loads((tmp_path / "pull.json").read_text())
+    assert (row["case"], row["metric"], row["peer"], row["unit"]) == ("large", "bandwidth", "urllib3", "MB/s")
+    assert row["ours"] > 0
+    assert row["ratio"] > 0
+
+
 def test_an_unknown_suite_is_a_usage_error() -> None:
     argv = [sys.executable, "-m", "bench", "transports"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
