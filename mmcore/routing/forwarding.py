@@ -16,6 +16,7 @@ that was passed on to be answered from a copy is never passed on again, others a
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
@@ -23,10 +24,13 @@ from typing import Any, Final, NamedTuple
 from mmcore._ext.forward import Forwarded, Forwards
 from mmcore._ext.h2client import ClientCall
 from mmcore.config import TransportSettings
-from mmcore.errors import RpcError, Status
+from mmcore.errors import MmcoreError, RpcError, Status
 from mmcore.routing.hops import Arrival, Mode, arrival_of, hop_headers, not_here, says_not_here
 from mmcore.routing.peers import PEER_SETTINGS, Peer
 from mmcore.transport import ClientStream, StreamCall
+from mmcore.transport.server import status_of
+
+log = logging.getLogger(__name__)
 
 #: Messages of a stream that are kept until the first answer, in case another holder has to be asked, in bytes.
 REPLAY_BYTES: Final = 2**20
@@ -141,10 +145,23 @@ class Forwarding(Forwards):
                 request.refuse(answer)
                 return
         self._pass_over(request, peer, Status(answer.status), answer.details)
-        if request.ran and not answer.lost and self._next_holder(request) is None:
-            request.refuse(answer)  # of the last one that has the model
-        else:
-            self._next(request)
+        self._again(request, None if answer.lost or not request.ran else answer)
+
+    def _again(self, request: Forwarded, answer: ClientCall | None) -> None:
+        """Ask the next holder, after the one that asked has returned; without one pass this answer on, if there is one.
+
+        What goes wrong here is answered here, as nobody else is left to do so.
+        """
+        try:
+            if answer is not None and self._next_holder(request) is None:
+                request.refuse(answer)
+            else:
+                self._next(request)
+        except Exception as error:
+            status, text = status_of(error)
+            if not isinstance(error, MmcoreError):
+                log.error("passing a request on failed", exc_info=error)
+            request.call.fail(status, text)
 
     def _next(self, request: Forwarded) -> None:
         while (peer := self._next_holder(request)) is not None:
@@ -166,7 +183,7 @@ class Forwarding(Forwards):
         except RpcError as error:
             self._pass_over(request, peer, error.status, error.details)
         if not request.over:
-            self._next(request)
+            self._again(request, None)
 
     def _next_holder(self, request: Forwarded) -> Peer | None:
         peer: Peer | None = self.one([one for one in request.holders if one.instance not in request.tried])

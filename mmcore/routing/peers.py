@@ -10,7 +10,7 @@ from typing import Final
 
 from mmcore._ext.forward import Traffic
 from mmcore.config import TransportSettings
-from mmcore.errors import RpcError
+from mmcore.errors import RpcError, Status
 from mmcore.transport import Channel
 from mmcore.transport.channel import ClientConnection
 
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 PEER_SETTINGS: Final = TransportSettings(
     max_message_bytes=2**31 - 1, keepalive_s=10.0, keepalive_timeout_s=10.0, connect_timeout_s=2.0
 )
+#: How long a peer may take for its first word on a connection.
+GREETING_S: Final = 2.0
 #: Pauses before a peer that has failed is tried again: the first, and the longest; each is twice the last.
 PROBE_FIRST_S: Final = 0.05
 PROBE_LONGEST_S: Final = 5.0
@@ -66,10 +68,23 @@ class Peer(Traffic):
             RpcError: UNAVAILABLE; the peer is no longer usable.
         """
         try:
-            await self._channel.connect()
+            await self._open()
         except RpcError as error:
             self.mark_down(error.details)
             raise
+
+    async def _open(self) -> None:
+        """Connect, and hear from the instance itself: the kernel takes connections for one that hangs, too."""
+        await self._channel.connect()
+        connection = self._channel.pick()
+        try:
+            async with asyncio.timeout(GREETING_S):
+                while connection is not None and not connection.settled:  # noqa: ASYNC110  # nobody is woken by it
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            assert connection is not None
+            connection.abort()
+            raise RpcError(Status.UNAVAILABLE, f"{self.address} takes connections and says nothing") from None
 
     def mark_down(self, reason: str) -> None:
         """Ask it nothing until it can be reached again."""
@@ -105,7 +120,7 @@ class Peer(Traffic):
 
     async def _try_again(self) -> None:
         try:
-            await self._channel.connect()
+            await self._open()
         except RpcError:
             if not self._closed:
                 self._probe_later()

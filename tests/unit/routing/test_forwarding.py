@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import gzip
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from mmcore._ext.h2 import live_objects
-from mmcore.errors import RpcError, Status
+from mmcore.errors import Overloaded, RpcError, Status
 from mmcore.routing.forwarding import Forwarding, Unanswered
 from mmcore.routing.hops import Mode, arrival_of, not_here
 from mmcore.routing.peers import Peer
@@ -409,6 +410,64 @@ async def test_two_instances_that_believe_in_each_other_do_not_send_a_request_in
     assert other.holders[0].answered == 0
     await other.server.close()
     await other.forwarding.close()
+
+
+async def test_an_instance_that_was_to_load_a_model_may_pass_the_request_on_once_more(start: Start) -> None:
+    channel, front, (holder,) = await start()
+    middle = Front()
+    middle.forwarding = Forwarding("middle")
+    middle.forwarding.update("holder0", holder.address)
+    middle.holders = middle.forwarding.holders(["holder0"])
+    seen: list[Any] = []
+
+    def look(call: ServerCall, body: bytes) -> bytes:
+        seen.append(arrival_of(call))
+        return b"found"
+
+    holder.answer = look
+    front.forwarding.update("middle", await middle.server.listen_tcp("127.0.0.1", 0, internal=True))
+    front.holders = front.forwarding.holders(["middle"])
+    front.options = {"mode": Mode.LOAD}
+    assert await channel.unary("/echo.Echo/Where", b"", timeout_s=WITHIN_S) == b"found"
+    assert seen == [(Mode.HIT, 2, ("front", "middle"), "")]
+    await middle.server.close()
+    await middle.forwarding.close()
+
+
+async def test_a_fault_in_what_is_done_instead_is_answered(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    channel, front, (holder,) = await start()
+    holder.answer = holder.not_here
+
+    def no_room(call: ServerCall, body: bytes, unanswered: Unanswered) -> None:
+        raise Overloaded("no room anywhere")
+
+    def broken(call: ServerCall, body: bytes, unanswered: Unanswered) -> None:
+        raise KeyError("a fault of ours")
+
+    for instead, status, text in ((no_room, Status.RESOURCE_EXHAUSTED, "no room"), (broken, Status.INTERNAL, "KeyErr")):
+        front.options = {"instead": instead}
+        with pytest.raises(RpcError, match=text) as failed:
+            await channel.unary("/echo.Echo/Where", b"", timeout_s=WITHIN_S)
+        assert failed.value.status == status
+    faults = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    caplog.clear()  # their tracebacks hold the call
+    assert faults == ["passing a request on failed"]
+
+
+async def test_an_instance_that_takes_connections_and_says_nothing_is_not_asked(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmcore.routing.peers.GREETING_S", 0.1)
+    channel, front, (holder,) = await start()
+    with socket.socket() as hung:
+        hung.bind(("127.0.0.1", 0))
+        hung.listen()
+        front.forwarding.update("hung", f"127.0.0.1:{hung.getsockname()[1]}")
+        front.holders = front.forwarding.holders(["hung", "holder0"])
+        front.forwarding.choose = lambda peers: peers[0]
+        assert await channel.unary("/echo.Echo/Where", b"", timeout_s=WITHIN_S) == b"holder0"
+        assert front.down == ["hung"]
+        assert holder.asked == 1
 
 
 async def test_what_instances_answer_each_other_does_not_reach_a_client(start: Start) -> None:
