@@ -178,7 +178,7 @@ class EtcdStore:
 
 
 def _kv_entry(kv: pb.KeyValue) -> Entry:
-    return Entry(kv.value, kv.mod_revision, kv.create_revision)
+    return Entry.of(kv.value, kv.mod_revision, kv.create_revision)
 
 
 def _entry(answer: pb.RangeResponse) -> Entry | None:

@@ -17,12 +17,13 @@ class MemoryStore:
     """A dict with versions. It belongs to one event loop; every method is done at once."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, Entry] = {}
+        self._packed: dict[str, bytes] = {}
+        #: Of keys under a lease: the lease, and the version in which they came to be.
+        self._leased: dict[str, tuple[int, int]] = {}
         self._version = 0
         self._log: deque[tuple[int, str]] = deque(maxlen=LOG_LENGTH)
         self._wakes: set[asyncio.Event] = set()
         self._leases: dict[int, _Lease] = {}
-        self._lease_of: dict[str, int] = {}
         self._granted = 0
 
     async def connect(self) -> None:
@@ -30,18 +31,18 @@ class MemoryStore:
 
     async def read(self, key: str) -> Entry | None:
         """See :class:`~mmcore.registry.store.Store`, here and below."""
-        return self._entries.get(key)
+        return self._entry(key)
 
     async def transact(
         self, expected: Mapping[str, Entry | None], writes: Sequence[Write], fence: Fence | None = None
     ) -> Outcome:
         """All or nothing: there is no await in it."""
         if fence is not None:
-            held = self._entries.get(fence.key)
+            held = self._entry(fence.key)
             if held is None or held.created != fence.created:
                 raise NotLeader("this instance is not the leader any more")
-        if any(not is_same(self._entries.get(key), entry) for key, entry in expected.items()):
-            return Outcome(False, self._version, {key: self._entries.get(key) for key in expected})
+        if any(not is_same(self._entry(key), entry) for key, entry in expected.items()):
+            return Outcome(False, self._version, {key: self._entry(key) for key in expected})
         for write in writes:
             if write.lease and write.lease not in self._leases:
                 raise LeaseGone
@@ -51,11 +52,11 @@ class MemoryStore:
 
     async def create_missing(self, entries: Sequence[tuple[str, bytes]]) -> None:
         """In one transaction."""
-        self._write([Write(key, value) for key, value in entries if key not in self._entries])
+        self._write([Write(key, value) for key, value in entries if key not in self._packed])
 
     async def snapshot(self) -> AsyncGenerator[Changes, None]:
         """One page."""
-        yield Changes(self._version, list(self._entries.items()))
+        yield Changes(self._version, [(key, self._held(key)) for key in self._packed])
 
     async def changes(self, after: int) -> AsyncGenerator[Changes, None]:
         """From the log of keys, each with its latest entry."""
@@ -100,18 +101,22 @@ class MemoryStore:
             for held in self._leases.values():
                 held.timer.cancel()
 
+    def _held(self, key: str) -> Entry:
+        return Entry(self._packed[key], self._leased.get(key, (0, 0))[1])
+
+    def _entry(self, key: str) -> Entry | None:
+        return self._held(key) if key in self._packed else None
+
     def _write(self, writes: Sequence[Write]) -> None:
         self._version += 1
         for write in writes:
-            before = self._entries.get(write.key)
-            self._lease_of.pop(write.key, None)
+            _, created = self._leased.pop(write.key, (0, self._version))
             if write.value is None:
-                self._entries.pop(write.key, None)
+                self._packed.pop(write.key, None)
             else:
-                created = before.created if before is not None else self._version
-                self._entries[write.key] = Entry(write.value, self._version, created)
+                self._packed[write.key] = Entry.of(write.value, self._version).packed
                 if write.lease:
-                    self._lease_of[write.key] = write.lease
+                    self._leased[write.key] = (write.lease, created)
             self._log.append((self._version, write.key))
         for wake in self._wakes:
             wake.set()
@@ -122,9 +127,9 @@ class MemoryStore:
             if version <= after:
                 break
             keys[key] = None
-        entries = [(key, self._entries[key]) for key in keys if key in self._entries]
-        entries.sort(key=lambda one: one[1].version)
-        return Changes(self._version, entries, [key for key in keys if key not in self._entries])
+        entries = [(key, self._held(key)) for key in keys if key in self._packed]
+        entries.sort(key=lambda one: one[1].packed)
+        return Changes(self._version, entries, [key for key in keys if key not in self._packed])
 
     def _expiry(self, lease: int, ttl_s: float) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(ttl_s, self._expire, lease)
@@ -134,7 +139,7 @@ class MemoryStore:
         if held is None:
             return
         held.timer.cancel()
-        keys = [key for key, owner in self._lease_of.items() if owner == lease]
+        keys = [key for key, (owner, _) in self._leased.items() if owner == lease]
         if keys:
             self._write([Write(key, None) for key in keys])
 

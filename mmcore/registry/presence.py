@@ -81,6 +81,8 @@ class Presence:
                 await self._beat(renew=True)
             except Unavailable as error:
                 log.debug("the lease was not renewed: %s", error)
+            except Exception:
+                log.exception("renewing the lease")
             self._judge()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._lease_s / _RENEWALS):
@@ -108,10 +110,10 @@ class Presence:
 
     def gone(self, key: str) -> None:
         """A candidate or a record is gone. If it is this instance's, so may be the lease: that is seen to at once."""
-        self._candidates.pop(key, None)
         if self._written.pop(key, None) is not None:
             self._due.set()
-        self._judge()
+        if self._candidates.pop(key, None) is not None:
+            self._judge()
 
     def _candidacy(self) -> str:
         """The key is another with each lease: two processes under one id are two candidates."""

@@ -65,7 +65,7 @@ class Registry:
         self._closed = False
         self._conflicts = asyncio.Lock()
         self._waiting: dict[asyncio.Future[None], int] = {}
-        #: Instances that a store which came back empty does not know yet.
+        #: Keys of instances that a store which came back empty does not know yet.
         self._missed: set[str] = set()
 
     @property
@@ -86,7 +86,8 @@ class Registry:
         """
         try:
             await self._store.connect()
-            await self._resync()
+            while not await self._try_resync():
+                pass
             self._tasks = [
                 asyncio.create_task(self._follow(), name="registry changes"),
                 asyncio.create_task(self._presence.run(), name="registry lease"),
@@ -208,9 +209,9 @@ class Registry:
         stale = False
         while True:
             try:
+                stale = stale and not await self._try_resync()
                 if stale:
-                    await self._resync()
-                    stale = False
+                    continue
                 async with aclosing(self._store.changes(self._version)) as stream:
                     async for changes in stream:
                         if not self._following.is_set():
@@ -263,6 +264,14 @@ class Registry:
         self._identity = identity or await self._mark()
         self._reached(version)
 
+    async def _try_resync(self) -> bool:
+        """Whether a snapshot could be taken; not if its version was given up in the middle."""
+        try:
+            await self._resync()
+        except Compacted:
+            return False
+        return True
+
     async def _mark(self) -> bytes:
         """Give a new store its identity; what it is then."""
         name = secrets.token_hex(8).encode()
@@ -280,7 +289,7 @@ class Registry:
         for key in missing:
             kind, _, name = key.partition("/")
             if kind == self.instances.name and name != self.instance:
-                self._missed.add(name)
+                self._missed.add(key)
             elif kind in (self.models.name, self.vmodels.name):
                 entry = self._tables[kind].entry(name)
                 if entry is not None:
@@ -294,31 +303,29 @@ class Registry:
 
     def _drop_missed(self) -> None:
         missed, self._missed = self._missed, set()
-        for name in missed:
-            self.instances.drop(name)
+        for key in missed:
+            self.instances.drop(key)
 
     def _keys(self) -> Iterator[str]:
         for table in self._tables.values():
-            yield from (table.key(name) for name in list(table))
+            yield from table.keys()
         yield from self._presence.keys()
 
     def _apply(self, changes: Changes) -> bytes | None:
         """Have the tables show the changes; the store's identity, if it is among them."""
         identity: bytes | None = None
         for key, entry in changes.entries:
-            kind, _, name = key.partition("/")
+            kind = key.partition("/")[0]
             if (table := self._tables.get(kind)) is not None:
-                table.put(name, entry)
-                if self._missed and table is self.instances:
-                    self._missed.discard(name)
+                table.put(key, entry)
+                self._missed.discard(key)
             elif kind == CANDIDATES:
                 self._presence.candidate(key, entry.created)
             elif key == _IDENTITY:
                 identity = entry.value
         for key in changes.gone:
-            kind, _, name = key.partition("/")
-            if (table := self._tables.get(kind)) is not None:
-                table.drop(name)
+            if (table := self._tables.get(key.partition("/")[0])) is not None:
+                table.drop(key)
             self._presence.gone(key)
         return identity
 

@@ -273,13 +273,13 @@ def _version(connection: sqlite3.Connection) -> int:
 
 def _entry(connection: sqlite3.Connection, key: str) -> Entry | None:
     row = connection.execute("SELECT value, version, created FROM entries WHERE key = ?", (key,)).fetchone()
-    return Entry(*row) if row else None
+    return Entry.of(*row) if row else None
 
 
 def _page(connection: sqlite3.Connection, after: str) -> list[tuple[str, Entry]]:
     query = "SELECT key, value, version, created FROM entries WHERE key > ? ORDER BY key LIMIT ?"
     rows = connection.execute(query, (after, PAGE))
-    return [(key, Entry(value, version, created)) for key, value, version, created in rows]
+    return [(key, Entry.of(value, version, created)) for key, value, version, created in rows]
 
 
 def _write(connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
@@ -312,7 +312,7 @@ def _since(connection: sqlite3.Connection, after: int) -> Changes | None:
         rows = {key: values for key, *values in connection.execute(query, (after,))}
     if not rows:
         return None
-    entries = [(key, Entry(*values)) for key, values in rows.items() if values[0] is not None]
+    entries = [(key, Entry.of(*values)) for key, values in rows.items() if values[0] is not None]
     return Changes(version, entries, [key for key, values in rows.items() if values[0] is None])
 
 

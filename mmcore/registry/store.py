@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from mmcore.errors import Unavailable
+
+_VERSION_BYTES: Final = 8
 
 
 class NotLeader(Unavailable):
@@ -26,17 +28,30 @@ class Compacted(Exception):
 
 
 class Entry(NamedTuple):
-    """A key's value.
+    """A key's value and version, in one ``bytes`` that the tables keep as it is.
 
     Attributes:
-        value: as written.
-        version: of the transaction that wrote it; later ones have higher versions, and none is used twice.
-        created: the version in which the key came to be.
+        packed: the version in eight bytes, then the value.
+        created: the version in which the key came to be; of a key without a lease it may be 0.
     """
 
-    value: bytes
-    version: int
-    created: int
+    packed: bytes
+    created: int = 0
+
+    @classmethod
+    def of(cls, value: bytes, version: int, created: int = 0) -> Entry:
+        """A value as written, and the version of the transaction that wrote it; no version is ever used twice."""
+        return cls(version.to_bytes(_VERSION_BYTES, "big") + value, created)
+
+    @property
+    def value(self) -> bytes:
+        """The value."""
+        return self.packed[_VERSION_BYTES:]
+
+    @property
+    def version(self) -> int:
+        """The version."""
+        return int.from_bytes(self.packed[:_VERSION_BYTES], "big")
 
 
 def is_same(entry: Entry | None, expected: Entry | None) -> bool:
@@ -46,7 +61,7 @@ def is_same(entry: Entry | None, expected: Entry | None) -> bool:
     """
     if entry is None or expected is None:
         return entry is expected
-    return entry.version == expected.version and entry.value == expected.value
+    return entry.packed == expected.packed
 
 
 @dataclass(frozen=True, slots=True)

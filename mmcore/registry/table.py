@@ -14,14 +14,12 @@ log = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 Listener = Callable[[str], None]
 
-_VERSION_BYTES: Final = 8
-
 
 class Table(Generic[R]):
     """The records of one kind by id, in step with the store.
 
-    Looking at it costs no await and goes on while the store is away. An entry is kept as one ``bytes``, its version
-    before its value: with its id and its place in the dict some 150 bytes more than the JSON.
+    Looking at it costs no await and goes on while the store is away. An entry is kept as the store gives it: one
+    ``bytes`` under the store's key, which a store in this process keeps together with the table.
 
     Attributes:
         name: the first part of its keys in the store.
@@ -40,6 +38,8 @@ class Table(Generic[R]):
         self.kind: Final = kind
         self._commit = commit
         self._read = read
+        self._prefix = f"{name}/"
+        #: By key in the store.
         self._held: dict[str, bytes] = {}
         self._listeners: list[Listener] = []
 
@@ -47,18 +47,19 @@ class Table(Generic[R]):
         return len(self._held)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
+        start = len(self._prefix)
+        return (key[start:] for key in self._held)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._held
+        return f"{self._prefix}{name}" in self._held
 
     def get(self, name: str) -> R | None:
         """This instance's view of a record; None when there is none, or (logged) when it cannot be read."""
-        held = self._held.get(name)
-        if held is None:
+        entry = self.entry(name)
+        if entry is None:
             return None
         try:
-            return decode(self.kind, name, held[_VERSION_BYTES:])
+            return decode(self.kind, name, entry.value)
         except CorruptRecord as error:
             log.error("%s", error)
             return None
@@ -90,28 +91,31 @@ class Table(Generic[R]):
 
     def key(self, name: str) -> str:
         """The record's key in the store."""
-        return f"{self.name}/{name}"
+        return f"{self._prefix}{name}"
+
+    def keys(self) -> list[str]:
+        """All keys."""
+        return list(self._held)
 
     def entry(self, name: str) -> Entry | None:
         """What is held of a record; when it was created is not."""
-        held = self._held.get(name)
-        if held is None:
-            return None
-        return Entry(held[_VERSION_BYTES:], int.from_bytes(held[:_VERSION_BYTES], "big"), 0)
+        held = self._held.get(f"{self._prefix}{name}")
+        return None if held is None else Entry(held)
 
-    def put(self, name: str, entry: Entry) -> None:
+    def put(self, key: str, entry: Entry) -> None:
         """Hold another entry, and tell the listeners when it has another value."""
-        before = self._held.get(name)
-        self._held[name] = entry.version.to_bytes(_VERSION_BYTES, "big") + entry.value
-        if self._listeners and (before is None or before[_VERSION_BYTES:] != entry.value):
-            self._tell(name)
+        before = self._held.get(key)
+        self._held[key] = entry.packed
+        if self._listeners and (before is None or Entry(before).value != entry.value):
+            self._tell(key)
 
-    def drop(self, name: str) -> None:
+    def drop(self, key: str) -> None:
         """Hold it no longer, and tell the listeners when it was held."""
-        if self._held.pop(name, None) is not None:
-            self._tell(name)
+        if self._held.pop(key, None) is not None:
+            self._tell(key)
 
-    def _tell(self, name: str) -> None:
+    def _tell(self, key: str) -> None:
+        name = key[len(self._prefix) :]
         for listener in list(self._listeners):
             try:
                 listener(name)
