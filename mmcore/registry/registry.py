@@ -30,7 +30,8 @@ CONFLICT_S: Final = 10.0
 #: Pause before a store that went away is asked again.
 RETRY_S: Final = 0.25
 
-#: The key that tells one store from another that took its place: written once by whoever comes first.
+#: The key that tells one store from another that took its place. Whoever comes first writes a name there; if it has put
+#: records back, then also the name of the store that they are from and the version up to which it knew that one.
 _IDENTITY: Final = "store"
 #: Keys handled between two looks at the loop's other work, and put back in one transaction.
 _CHUNK: Final = 2000
@@ -244,7 +245,8 @@ class Registry:
         """Bring the tables in step with a snapshot, with no more changes to them than there are.
 
         When the store is another one (its data were lost, or an older state was put back) the models and vmodels that
-        it lacks are written to it. The other instances do the same; what is absent is created, never overwritten.
+        it lacks are written to it. The other instances do the same; what is absent is created, never overwritten. Who
+        comes when that has been done by one that knew as much, leaves it: what is absent now has been deleted since.
         """
         missing = set(self._keys())
         identity: bytes | None = None
@@ -255,7 +257,8 @@ class Registry:
                 identity = self._apply(page) or identity
                 missing.difference_update(key for key, _ in page.entries)
                 await asyncio.sleep(0)
-        if self._identity is not None and (identity != self._identity or version < self._version):
+        is_other = self._identity is not None and (identity != self._identity or version < self._version)
+        if is_other and not self._is_put_back(identity):
             log.warning("the registry lost its records; putting back what this instance knows")
             missing = await self._restore(missing)
         for chunk in _chunks(list(missing), _CHUNK):
@@ -275,9 +278,20 @@ class Registry:
     async def _mark(self) -> bytes:
         """Give a new store its identity; what it is then."""
         name = secrets.token_hex(8).encode()
+        if self._identity is not None:
+            name += b" %s %d" % (self._identity.split()[0], self._version)
         outcome = await self._store.transact({_IDENTITY: None}, [Write(_IDENTITY, name)])
         theirs = outcome.current.get(_IDENTITY)
         return name if theirs is None else theirs.value
+
+    def _is_put_back(self, identity: bytes | None) -> bool:
+        """Whether somebody who knew at least as much has put back what the store lost."""
+        match (identity or b"").split():
+            case [_, name, version]:
+                return (
+                    self._identity is not None and name == self._identity.split()[0] and self._version <= int(version)
+                )
+        return False
 
     async def _restore(self, missing: set[str]) -> set[str]:
         """Write back what the store lost; the keys that are gone all the same, since they live under a lease.

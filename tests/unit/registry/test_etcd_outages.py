@@ -197,6 +197,31 @@ async def test_a_partitioned_instance_catches_up_with_exactly_what_changed(etcd:
         await others.close()
 
 
+async def test_who_was_away_when_records_were_put_back_does_not_undo_what_was_deleted_since(
+    registries: Registries, etcd: Etcd
+) -> None:
+    a, b = await two(registries)
+    proxy = await CuttingProxy(etcd.endpoint).start()
+    away = Registries(EtcdBackend(f"etcd://{proxy.endpoint}/outages"))
+    try:
+        x = await away.open("x")
+        assert set(x.models) == {"m1", "m2", "m3"}
+        await proxy.cut()
+        await until(lambda: not x.connected)
+        etcd.wipe()
+        await until(lambda: not a.connected and not b.connected)
+        await asyncio.to_thread(etcd.start)
+        await until(lambda: a.connected and b.connected)
+        await a.models.update("m3", lambda _: None)
+        await proxy.mend()
+        await until(lambda: x.connected)
+        assert set(x.models) == {"m1", "m2"}
+        assert await b.models.read("m3") is None
+    finally:
+        await proxy.cut()
+        await away.close()
+
+
 async def test_when_a_member_fails_the_next_one_is_used(tmp_path: Path) -> None:
     peers = {f"m{number}": free_port() for number in range(3)}
     members = [Etcd(tmp_path / name, name=name, cluster=peers).start(wait=False) for name in peers]
