@@ -322,8 +322,10 @@ class Puller:
 def _listed(remote: Remote, place: Place, watch: Watch, *, folder: str, schema: str) -> list[Blob]:
     """The model's objects, named below ``folder``, and that of its schema, called ``schema``."""
     blobs = watch.again(lambda: remote.find(place.path))
-    listed = [replace(blob, name=folder + blob.name) for blob in blobs if folder + blob.name != schema]
+    listed = [replace(blob, name=folder + blob.name) for blob in blobs]
     if place.schema_path is not None:
+        # The one that the key names goes before the model's own.
+        listed = [blob for blob in listed if blob.name != schema]
         path = place.schema_path
         found = watch.again(lambda: remote.find(path))
         if len(found) != 1:

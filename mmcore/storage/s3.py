@@ -117,9 +117,15 @@ class S3Remote:
         return Request(url, {"if-match": f'"{blob.version}"'} if blob.version else {})
 
     def upload_bytes(self, blob: Blob) -> int | None:
-        """The size of the first part of a multipart upload; servers that do not know are not asked twice."""
-        with self._translated(f"{self.where}/{blob.key}"):
-            head = self._client.head_object(Bucket=self._bucket, Key=blob.key, PartNumber=1)
+        """The size of the first part of a multipart upload.
+
+        A server that does not know such questions is no reason to fail: the object is checked by its size alone then.
+        """
+        try:
+            with self._translated(f"{self.where}/{blob.key}"):
+                head = self._client.head_object(Bucket=self._bucket, Key=blob.key, PartNumber=1)
+        except (LoadFailed, Interrupted):
+            return None
         size = head.get("ContentLength")
         return size if isinstance(size, int) and head.get("PartsCount") == blob.uploads else None
 

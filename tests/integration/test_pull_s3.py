@@ -131,13 +131,19 @@ def test_large_object_comes_in_ranges(bucket: Bucket, proxy: Proxy, spoiled: Pul
     assert len([line for line in proxy.requests if "GET /models/big/model.onnx" in line]) == 2
 
 
-def test_schema_lies_beside_the_model(bucket: Bucket, pulling: Pulling) -> None:
+def test_schema_lies_beside_the_model(bucket: Bucket, pulling: Pulling, tmp_path: Path) -> None:
     bucket.put("m/model.onnx", b"x")
     bucket.put("schemas/s.json", b'{"inputs": []}')
     pulled = pulling("m", schema_path="schemas/s.json")
     assert tree(pulled.path) == {"model.onnx": b"x"}
     assert pulled.schema is not None
     assert pulled.schema.read_bytes() == b'{"inputs": []}'
+    # In a folder of its own it is where a served folder has it; the model's own is there without another.
+    bucket.put("m/_schema.json", b"own")
+    pulling.puller.pull_to(pulling.info("m", schema_path="schemas/s.json"), tmp_path / "theirs")
+    pulling.puller.pull_to(pulling.info("m"), tmp_path / "own")
+    assert tree(tmp_path / "theirs") == {"model.onnx": b"x", "_schema.json": b'{"inputs": []}'}
+    assert tree(tmp_path / "own") == {"model.onnx": b"x", "_schema.json": b"own"}
 
 
 def test_origin_gives_the_source_of_the_highest_version_under_the_version_asked_for(
@@ -275,6 +281,18 @@ def test_wrong_part_of_a_large_upload_is_noticed(bucket: Bucket, proxy: Proxy, s
     proxy.faults = [flip]
     with pytest.raises(LoadFailed, match=r"has the checksum \w+-2, the store says \w+-2"):
         spoiled("m")
+
+
+def test_server_that_tells_nothing_of_parts_is_no_reason_to_fail(bucket: Bucket, server: str, tmp_path: Path) -> None:
+    parts = [os.urandom(5 * MIB), b"rest"]
+    bucket.put_in_parts("m/model.onnx", parts)
+    proxy = Proxy(server.removeprefix("http://"), lambda line: line.startswith("HEAD"))
+    proxy.faults = [status("501 Not Implemented")]
+    pulling = Pulling(tmp_path, {**bucket.entry, "endpoint_url": proxy.address})
+    assert tree(pulling("m").path) == {"model.onnx": b"".join(parts)}
+    assert proxy.faults == []
+    pulling.puller.close()
+    proxy.close()
 
 
 def test_trickle_is_a_timeout(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
