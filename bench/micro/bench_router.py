@@ -112,6 +112,30 @@ def test_lookup_of_what_is_held_elsewhere(benchmark: BenchmarkFixture) -> None:
     benchmark(decide)
 
 
+@pytest.mark.parametrize("asked", ["model", "alias"])
+def test_lookup_beside_aliases(benchmark: BenchmarkFixture, asked: str) -> None:
+    """A thousand decisions by names of models, or of as many vmodels, of 2e4 that are loaded."""
+    benchmark.group = "router with 20,000 aliases"
+    lru = Lru()
+    table = Table(lru)
+    for number in range(LOADED):
+        registration = Registration(name(number), VERSIONS, None)
+        copy = Entry(number, 1)
+        lru.add(copy)
+        registration.place("1", copy)
+        registration.prefer("1")
+        table.add(registration)
+        table.alias(f"v{name(number)}", registration)
+    prefix = "v" if asked == "alias" else ""
+    rows = picks(LOADED, "uniform").tolist()
+    turn = iter(range(10**9))
+
+    def requests() -> tuple[tuple[list[str]], dict[str, Any]]:
+        return ([f"{prefix}{name(number)}" for number in rows[next(turn) % ROUNDS]],), {}
+
+    benchmark.pedantic(lambda names: deque(map(table.lookup, names), maxlen=0), setup=requests, rounds=ROUNDS)
+
+
 def test_lookup_of_what_is_not_loaded(benchmark: BenchmarkFixture) -> None:
     """A thousand decisions about models that are registered alone, of 1e5."""
     benchmark.group = "router not loaded 100,000"

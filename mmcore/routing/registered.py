@@ -185,7 +185,11 @@ class Registered(Catalog):
         load = self.in_background(self.loads.ensure(name), f"ensure that {name} is loaded")
         if not sync:
             await asyncio.sleep(0)
-            return self.status(name)
+            status = self.status(name)
+            if load.done() or status.state in (ModelState.LOADED, ModelState.NOT_FOUND):
+                return status
+            # Where it is loaded may not have been decided yet.
+            return replace(status, state=ModelState.LOADING)
         try:
             await asyncio.shield(load)
         except (LoadFailed, Overloaded) as error:

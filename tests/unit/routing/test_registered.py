@@ -82,6 +82,17 @@ async def test_states_of_a_load_are_told_as_they_are(member: Member) -> None:
     assert member.loader.loads == ["m"]
 
 
+async def test_a_load_whose_place_is_being_decided_is_a_load(member: Member) -> None:
+    class Deciding:
+        async def ensure(self, model: str, copies: int = 1) -> None:
+            await decided.wait()
+
+    decided = asyncio.Event()
+    member.registered.loads = Deciding()
+    assert (await member.registered.register("m", INFO, load_now=True)).state is ModelState.LOADING
+    decided.set()
+
+
 async def test_a_failed_load_is_a_status_that_ends_with_a_later_load(member: Member) -> None:
     member.loader.errors["m"] = LoadFailed("model.onnx is corrupt")
     status = await member.registered.register("m", INFO, load_now=True, sync=True)
