@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
 
 from bench.model_zoo import KINDS, Zoo
 from tests.serving import Instance, Serve, write_model
@@ -58,6 +59,34 @@ def test_threads_do_not_grow_with_the_models_and_each_tells_its_memory(serve: Se
     assert len(told) == MODELS
     assert all(1_000 < size < 20_000_000 for size in told.values())
     assert grown < 200_000 * MODELS
+
+
+def test_wrong_requests_never_reach_a_framework(serve: Serve, tmp_path: Path) -> None:
+    zoo = Zoo()
+    numbers = range(len(KINDS))
+    zoo.write(tmp_path, numbers)
+    with triton.InferenceServerClient(serve(tmp_path).grpc) as client:
+        for number in numbers:
+            name, asked = zoo.name(number), zoo.question(number)
+            width = asked.array.shape[1]
+            (told,) = client.get_model_metadata(name).inputs
+            assert (told.name, told.datatype, list(told.shape)) == (asked.input, "FP32", [-1, width])
+            for what, shape, datatype, more in (
+                (asked.input, [1, width + 1], "FP32", 0),
+                (asked.input, [width], "FP32", 0),
+                (asked.input, [1, width], "BYTES", 0),
+                (asked.input, [1, width], "FP32", 1),
+            ):
+                values = np.full(shape, b"x", object) if datatype == "BYTES" else np.zeros(shape, np.float32)
+                given = [triton.InferInput(f"{what}{extra or ''}", shape, datatype) for extra in range(more + 1)]
+                for one in given:
+                    one.set_data_from_numpy(values)
+                with pytest.raises(InferenceServerException) as refused:
+                    client.infer(name, given)
+                assert refused.value.status() == "StatusCode.INVALID_ARGUMENT", (name, shape, datatype)
+            (counted,) = client.get_inference_statistics(name).model_stats
+            assert (counted.execution_count, counted.inference_stats.fail.count) == (0, 4)
+            ask(client, zoo, number)
 
 
 def pools(instance: Instance, model: str) -> dict[str, int]:
