@@ -207,7 +207,7 @@ class Registry:
 
     async def _follow(self) -> None:
         """The task that changes the tables."""
-        stale = False
+        stale = away = False
         while True:
             try:
                 stale = stale and not await self._try_resync()
@@ -219,15 +219,18 @@ class Registry:
                             if not await self._is_known():
                                 raise Compacted
                             self._following.set()
-                            log.debug("following the registry from version %d", changes.version)
+                            if away:
+                                log.info("the registry is back, at version %d", changes.version)
+                                away = False
                         self._apply(changes)
                         self._reached(changes.version)
             except Compacted:
                 stale = True
                 self._following.clear()
             except Unavailable as error:
-                if self._following.is_set():
+                if not away:
                     log.warning("the registry is away: %s; going on with what is known", error)
+                away = True
                 self._following.clear()
                 await asyncio.sleep(RETRY_S)
             except Exception:
