@@ -130,6 +130,7 @@ wanted=
 command -v h2load || wanted="$$wanted nghttp2-client"
 command -v etcd || wanted="$$wanted etcd-server"
 command -v etcdctl || wanted="$$wanted etcd-client"
+command -v openssl || wanted="$$wanted openssl"
 $(INSTALL_WANTED)
 endef
 $(TEST_SYSTEM): | $(SYSTEM)
@@ -150,6 +151,7 @@ command -v g++ || wanted="$$wanted g++"
 command -v grpc_cpp_plugin || wanted="$$wanted protobuf-compiler-grpc"
 command -v protoc || wanted="$$wanted protobuf-compiler"
 command -v h2load || wanted="$$wanted nghttp2-client"
+command -v etcd || wanted="$$wanted etcd-server"
 $(INSTALL_WANTED)
 endef
 $(BENCH_SYSTEM): | $(SYSTEM)
