@@ -47,7 +47,7 @@ class HttpAnswer:
 
     def reply(self, message: Body) -> None:
         """Answer with JSON that is ready."""
-        self._request.send(message)
+        self._request.send(joined(message))
 
     def fail(self, status: int, details: str) -> None:
         """Answer with an error."""
@@ -106,6 +106,8 @@ async def answer_of(handler: UnaryHandler, request: Request, message: bytes) -> 
 
 def joined(message: Body) -> bytes:
     """An encoded message in one piece."""
+    if isinstance(message, bytes):
+        return message
     return b"".join(message) if isinstance(message, list) else bytes(message)
 
 

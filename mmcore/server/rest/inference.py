@@ -35,6 +35,8 @@ _BINARY: Final = "binary_data"
 _BINARY_SIZE: Final = "binary_data_size"
 _ALL_BINARY: Final = "binary_data_output"
 _CONTENT_TYPE: Final = "content_type"
+#: A union written at its use would be made anew for each request.
+_PARAM_TYPES: Final = (bool, int, float, str)
 #: Field 7 of ModelInferRequest, raw_input_contents, length-delimited.
 _RAW_TAG: Final = b"\x3a"
 
@@ -56,8 +58,9 @@ class InferAnswer(HttpAnswer):
     def reply(self, message: Body) -> None:
         """Answer with what the encoded ModelInferResponse holds."""
         try:
-            response = decode_infer_response(joined(message))
-            if _takes_long(self._request, response, self.wanted):
+            encoding = joined(message)
+            response = decode_infer_response(encoding)
+            if _takes_long(self._request, response, len(encoding), self.wanted):
                 self._waiting.start(self, self._reply_from_thread(response), "infer")
             else:
                 self._send(*document_of(response, self.wanted))
@@ -77,7 +80,7 @@ class InferAnswer(HttpAnswer):
         self,
         document: bytes,
         binary: Sequence[Part],
-        body: Sequence[Part] | None = None,
+        body: list[Part] | None = None,
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
         parts = [document, *binary] if body is None else body
@@ -279,10 +282,12 @@ def document_of(response: InferResponse, wanted: Wanted) -> tuple[bytes, list[Pa
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), binary
 
 
-def _takes_long(request: Request, response: InferResponse, wanted: Wanted) -> bool:
-    """Whether the answer is to be compressed, or has many elements to be written as JSON."""
+def _takes_long(request: Request, response: InferResponse, size: int, wanted: Wanted) -> bool:
+    """Whether an answer of ``size`` bytes is to be compressed, or has many elements to be written as JSON."""
     if encoded(request) is not None:
         return True
+    if size < LARGE_ELEMENTS:
+        return False  # an element takes at least one byte
     return any(
         not wanted.get(tensor.name, wanted.get("", False)) and prod(tensor.shape) >= LARGE_ELEMENTS
         for tensor in response.outputs
@@ -339,7 +344,7 @@ def _parameters(entry: Mapping[str, Any], where: str) -> dict[str, Param]:
         raise InvalidRequest(f"{where}: expected parameters to be an object")
     told: dict[str, Param] = {}
     for name, value in found.items():
-        if isinstance(value, bool | int | float | str):
+        if isinstance(value, _PARAM_TYPES):
             told[name] = value
         elif value is not None:
             raise InvalidRequest(f"{where}: parameter '{name}': expected a string, a number or a boolean")

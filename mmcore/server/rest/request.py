@@ -18,6 +18,9 @@ JSON: Final = b"application/json"
 HTTP_STATUS: Final = (200, 499, 500, 400, 504, 404, 409, 403, 429, 400, 409, 400, 501, 500, 503, 500, 401)
 
 _PHRASES: Final = {status.value: status.phrase for status in HTTPStatus} | {499: "Client Closed Request"}
+_STATUS_LINES: Final = {
+    status: f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii") for status, phrase in _PHRASES.items()
+}
 
 
 class Request:
@@ -52,7 +55,7 @@ class Request:
 
     def send(
         self,
-        body: Part | Sequence[Part] = b"",
+        body: Part | list[Part] = b"",
         *,
         status: int = 200,
         content_type: bytes = JSON,
@@ -62,11 +65,11 @@ class Request:
         if self.gone:
             return
         self.answered = True
-        parts = [body] if isinstance(body, Part) else list(body)
-        length = sum(len(part) for part in parts)
-        head = b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n" % (
-            status, _PHRASES[status].encode(), content_type, length,
-        )  # fmt: skip
+        parts = body if isinstance(body, list) else [body]
+        length = 0
+        for part in parts:
+            length += len(part)
+        head = b"%bcontent-type: %b\r\ncontent-length: %d\r\n" % (_STATUS_LINES[status], content_type, length)
         for name, value in headers:
             head += b"%b: %b\r\n" % (name, value)
         self._connection.answer(self, head, [] if self.method == "HEAD" else parts)
