@@ -279,8 +279,13 @@ class Transfer:
         for thread in threads:
             thread.start()
         self._work()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt as error:
+            self._failure = error
+            for thread in threads:
+                thread.join()
         for file in self._files:
             file.close()
         if self._failure is not None:

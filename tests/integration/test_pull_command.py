@@ -6,14 +6,17 @@ import json
 import os
 import pty
 import resource
+import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.serving import ADD_SUB, Serve, command, environment
-from tests.stores import BUCKET, SECRET, Bucket, moto
+from tests.stores import BUCKET, SECRET, Bucket, Proxy, moto, trickle
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +111,26 @@ def test_file_that_cannot_be_written_leaves_nothing(config: Path, tmp_path: Path
     done = pull(f"s3://{BUCKET}/m", tmp_path / "dest", "--storage-config", config, preexec_fn=limit)
     assert done.returncode == 1
     assert "the disk is full" in done.stderr.splitlines()[-1]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["config"]
+
+
+def test_interrupt_ends_a_pull_and_leaves_nothing(config: Path, bucket: Bucket, tmp_path: Path) -> None:
+    proxy = Proxy(bucket.endpoint.removeprefix("http://"), lambda line: "list-type" not in line)
+    stuck = threading.Event()
+
+    def hold(client: socket.socket, answer: bytes) -> None:
+        stuck.set()
+        trickle(0.05)(client, answer)
+
+    proxy.faults = [hold, hold]
+    (config / "slow").write_text(json.dumps({**bucket.entry, "endpoint_url": proxy.address}))
+    call = command("pull", "--key", "slow", "--path", "m", tmp_path / "dest", "--storage-config", config)
+    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        assert stuck.wait(30)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    proxy.close()
+    assert (process.returncode, errors.splitlines()[-1]) == (1, "mmcore: interrupted")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["config"]
 
 
