@@ -47,12 +47,13 @@ _CHUNK: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model in the bucket: its path, its bytes, and what the throughput counts."""
+    """A model in the bucket: its path, its bytes, what the throughput counts, and whether the server tells digests."""
 
     name: str
     objects: int
     size: int
     metric: str
+    digests: bool = True
 
     @property
     def amount(self) -> float:
@@ -69,28 +70,33 @@ def run(console: Console, plan: Plan) -> list[Row]:
     count = SMALL_COUNT // share
     cases = [
         Case("large", 1, LARGE_BYTES // share, "bandwidth"),
+        Case("large-unchecked", 1, LARGE_BYTES // share, "bandwidth", digests=False),
         Case("small", count, count * SMALL_BYTES, "objects"),
     ]
     cases = [case for case in cases if plan.wants_case(case.name)]
-    rows = []
-    with _server() as endpoint:
-        client = _client(endpoint)
-        client.create_bucket(Bucket=BUCKET)
-        bare: dict[str, _Pull] = {"boto3": _Boto3(client), "urllib3": _Urllib3(client)}
-        peers = {name: peer for name, peer in bare.items() if plan.wants_peer(name)}
-        for case in cases:
-            console.print(f"uploading {case.name}: {case.objects} objects, {case.size / 1e6:.0f} MB")
-            _upload(client, case)
-            ours = _Ours(endpoint)
-            pulls: dict[str, _Pull] = {OURS: ours, **peers}
-            seconds: dict[str, list[float]] = {name: [] for name in (OURS, *peers)}
-            for _ in range(plan.rounds):
-                for name, pull in pulls.items():
-                    seconds[name].append(_timed(name, pull, case))
-            ours.puller.close()
-            rates = {name: case.amount / statistics.median(found) for name, found in seconds.items()}
-            rows += [compare(case.name, case.metric, rates[OURS], name, rates[name]) for name in peers]
+    rows: list[Row] = []
+    for case in cases:
+        with _server(digests=case.digests) as endpoint:
+            rows += _measured(case, endpoint, plan, console)
     return rows
+
+
+def _measured(case: Case, endpoint: str, plan: Plan, console: Console) -> list[Row]:
+    client = _client(endpoint)
+    client.create_bucket(Bucket=BUCKET)
+    bare: dict[str, _Pull] = {"boto3": _Boto3(client), "urllib3": _Urllib3(client)}
+    peers = {name: peer for name, peer in bare.items() if plan.wants_peer(name)}
+    console.print(f"uploading {case.name}: {case.objects} objects, {case.size / 1e6:.0f} MB")
+    _upload(client, case)
+    ours = _Ours(endpoint)
+    pulls: dict[str, _Pull] = {OURS: ours, **peers}
+    seconds: dict[str, list[float]] = {name: [] for name in pulls}
+    for _ in range(plan.rounds):
+        for name, pull in pulls.items():
+            seconds[name].append(_timed(name, pull, case))
+    ours.puller.close()
+    rates = {name: case.amount / statistics.median(found) for name, found in seconds.items()}
+    return [compare(case.name, case.metric, rates[OURS], name, rates[name]) for name in peers]
 
 
 def _timed(name: str, pull: _Pull, case: Case) -> float:
@@ -211,6 +217,7 @@ def _client(endpoint: str) -> Any:
 
 
 @contextmanager
-def _server() -> Iterator[str]:
-    with Process("rclone", [sys.executable, "-m", "bench.peers.rclone_s3"], core=cores()[0]) as server:
+def _server(*, digests: bool) -> Iterator[str]:
+    options = () if digests else ("--etag-hash", "")
+    with Process("rclone", [sys.executable, "-m", "bench.peers.rclone_s3", *options], core=cores()[0]) as server:
         yield str(server.ready["s3"])

