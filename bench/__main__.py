@@ -13,7 +13,22 @@ from typing import Final
 
 from rich.console import Console
 
-from bench import batching, confirm, formats, forward, idle, many, micro, pull, registry, rest, transport, v2
+from bench import (
+    batching,
+    cold_loads,
+    confirm,
+    formats,
+    forward,
+    idle,
+    loading,
+    many,
+    micro,
+    pull,
+    registry,
+    rest,
+    transport,
+    v2,
+)
 from bench.builds import FOLDER, NotMeasured
 from bench.comparison import Plan
 from bench.machine import cores
@@ -38,6 +53,9 @@ SUITES: Final[dict[str, Callable[[Console, Plan], list[Row] | Mapping[str, objec
     "sim": placement.run,
     "confirm": confirm.run,
     "cache-sim": cache_sim.run,
+    "sizes": loading.sizes,
+    "load-cycles": loading.load_cycles,
+    "cold-loads": cold_loads.run,
 }
 THOROUGH: Final = Plan(rounds=5, warmup_s=0.2, duration_s=1.2)
 QUICK: Final = Plan(rounds=3, warmup_s=0.1, duration_s=0.2)

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 QUEUE_LIMIT: Final = 1024
 _FEWEST_THREADS: Final = 4
 #: Less is our own objects'.
-_LEAST_GROWTH_BYTES: Final = 16 * 1024
+_LEAST_GROWTH_BYTES: Final = 2048
 #: A failing model's traceback is logged no more often.
 _LOG_INTERVAL_S: Final = 10.0
 _JOIN_S: Final = 5.0

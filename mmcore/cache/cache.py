@@ -295,7 +295,11 @@ class Cache:
             # Something else changed in the model's folder.
             return serving
         self._enter(load, CopyState.LOADING)
-        needed = Footprint(self.sizes.predict(source, files), source.settings.device_bytes)
+        predicted = self.sizes.predict(source, files)
+        if source.settings.size_bytes is None:
+            # A guess refuses nobody: whether it is too large is found out.
+            predicted = min(predicted, self.capacity_bytes)
+        needed = Footprint(predicted, source.settings.device_bytes)
         self.room.check(load.name, needed)
         opened = await self._open_in_turn(load, source, needed)
         if opened is None:

@@ -1,4 +1,4 @@
-"""How much memory a version will take, told before it is loaded: what equal files took before, else from their length.
+"""How much memory a version will take, told before it is loaded: as equal files did, else by their length and format.
 
 Equal files are told by a digest of their lengths and of the first and last bytes of each: cheap to take, the same for
 copies of a model, and wherever it does not tell two apart they are of the same size in memory. What is learned can be
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 MOST: Final = 100_000
 _SAMPLE_BYTES: Final = 4096
 _DIGEST_BYTES: Final = 12
-#: What a new size counts for in a format's expansion.
+#: What a new size counts for in a format's overhead.
 _WEIGHT: Final = 1 / 8
 
 
@@ -53,7 +53,7 @@ class Files:
 
 
 class Sizes:
-    """The sizes of versions loaded before, by digest, and how far the files of each format expand.
+    """The sizes of versions loaded before, by digest, and what those of each format take beyond their files.
 
     ``path`` is the file that keeps them; None keeps nothing. Called on the loop, but for :meth:`save`.
     """
@@ -61,13 +61,13 @@ class Sizes:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._known: OrderedDict[str, int] = OrderedDict()
-        #: By format: bytes in memory for each on disk.
-        self._expansion: dict[str, float] = {}
+        #: By format: bytes in memory beyond those on disk.
+        self._overhead: dict[str, float] = {}
         if path is not None and path.exists():
             self._read(path)
 
     def predict(self, source: ModelSource, files: Files) -> int:
-        """Bytes that it will take: stated by its owner, measured before, or its length by what its format's became."""
+        """Bytes that it will take: stated, or measured before, or its length and what its format takes beyond that."""
         stated = source.settings.size_bytes
         if stated is not None:
             return stated
@@ -75,7 +75,7 @@ class Sizes:
         if known is not None:
             self._known.move_to_end(files.digest)
             return known
-        return int(files.length * self._expansion.get(source.format, 1.0))
+        return max(0, int(files.length + self._overhead.get(source.format, 0.0)))
 
     def learn(self, source: ModelSource, files: Files, size: int) -> None:
         """It took so much."""
@@ -86,10 +86,10 @@ class Sizes:
         self._known.move_to_end(files.digest)
         if len(self._known) > MOST:
             self._known.popitem(last=False)
-        if new and files.length:
-            before = self._expansion.get(source.format)
-            now = size / files.length
-            self._expansion[source.format] = now if before is None else before + (now - before) * _WEIGHT
+        if new:
+            before = self._overhead.get(source.format)
+            now = float(size - files.length)
+            self._overhead[source.format] = now if before is None else before + (now - before) * _WEIGHT
 
     def save(self) -> None:
         """Write them to the file, whole or not at all; what goes wrong is logged. Blocking."""
@@ -97,7 +97,7 @@ class Sizes:
             return
         partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            partial.write_text(json.dumps({"expansion": self._expansion, "sizes": self._known}), encoding="utf-8")
+            partial.write_text(json.dumps({"overhead": self._overhead, "sizes": self._known}), encoding="utf-8")
             partial.replace(self._path)
         except OSError as error:
             log.warning("the sizes of models were not kept in %s: %s", self._path, error.strerror)
@@ -106,6 +106,6 @@ class Sizes:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             self._known.update((str(digest), int(size)) for digest, size in content["sizes"].items())
-            self._expansion.update((str(name), float(factor)) for name, factor in content["expansion"].items())
+            self._overhead.update((str(name), float(more)) for name, more in content["overhead"].items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("the sizes of models in %s were not read: %s", path, error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ _FORMATS: Final[dict[str, _Format]] = {
 #: The values of ``ModelSource.format`` that can be loaded.
 FORMATS: Final[tuple[str, ...]] = tuple(_FORMATS)
 
-#: What a model takes at least, whatever was measured: its entries in our own tables.
-LEAST_BYTES: Final = 4096
+#: What a loaded model takes of our own: its copy, signature, lane, statistics and entries in tables.
+OWN_BYTES: Final = 6 * 1024
 
 _import_lock = threading.Lock()
 
@@ -66,6 +67,7 @@ def load_model(source: ModelSource) -> LoadedModel:
     load = _loader(source)
     if not source.path.exists():
         raise LoadFailed(f"model {source.name!r}: {source.path.name!r} does not exist")
+    modules = len(sys.modules)
     try:
         with logged_for(source.name), Growth() as growth:
             model = load(source)
@@ -81,8 +83,10 @@ def load_model(source: ModelSource) -> LoadedModel:
     except Exception as error:  # whatever a framework raises on a bad file
         log.info("loading model %r failed", source.name, exc_info=error)
         raise LoadFailed(f"model {source.name!r}: cannot load {source.path.name!r}: {describe(error)}") from error
-    if growth.bytes is not None and source.settings.size_bytes is None and not served_elsewhere(source.format):
-        model.size_bytes = max(growth.bytes, LEAST_BYTES)
+    # A pickle that was the first to import a part of its framework is not what takes all that.
+    measured = len(sys.modules) == modules and not served_elsewhere(source.format)
+    if measured and growth.bytes is not None and source.settings.size_bytes is None:
+        model.size_bytes = max(growth.bytes, 0) + OWN_BYTES
     return model
 
 
