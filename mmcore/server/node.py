@@ -30,7 +30,7 @@ from mmcore.routing import Names, Registered, Router, Transitions, VModels
 from mmcore.routing.watched_file import WatchedFile
 from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
-from mmcore.server.allocator import keep_freed_memory
+from mmcore.server.allocator import keep_freed_memory, release_freed_memory
 from mmcore.server.dataplane import parse_dataplane_config
 from mmcore.server.observed import Observed, Parts
 from mmcore.server.peer import listen_for_peers
@@ -292,6 +292,7 @@ async def _serve(settings: ServeSettings) -> int:
             ending.cancel()
             await node.drain()
             raise
+        release_freed_memory()
         print(node.ready_line(), flush=True)
         await ending
     else:
