@@ -30,16 +30,17 @@ class _Format:
     module: str
     #: The extra of this package that installs the framework; None where nothing is needed.
     extra: str | None = None
+    #: Whether it allocates in threads of its own while it loads.
     own_threads: bool = False
 
 
 _FORMATS: Final[dict[str, _Format]] = {
     "lightgbm": _Format("mmcore.runtimes.lightgbm", "lightgbm"),
     "onnx": _Format("mmcore.runtimes.onnx", "onnx"),
-    "openvino": _Format("mmcore.runtimes.openvino", "openvino"),
+    "openvino": _Format("mmcore.runtimes.openvino", "openvino", own_threads=True),
     "python": _Format("mmcore.runtimes.python"),
     "sklearn": _Format("mmcore.runtimes.sklearn", "sklearn"),
-    "tensorflow": _Format("mmcore.runtimes.tensorflow", "tensorflow"),
+    "tensorflow": _Format("mmcore.runtimes.tensorflow", "tensorflow", own_threads=True),
     "torchscript": _Format("mmcore.runtimes.torchscript", "torch"),
     "xgboost": _Format("mmcore.runtimes.xgboost", "xgboost"),
 }
@@ -84,13 +85,13 @@ def load_model(source: ModelSource) -> LoadedModel:
         log.info("loading model %r failed", source.name, exc_info=error)
         raise LoadFailed(f"model {source.name!r}: cannot load {source.path.name!r}: {describe(error)}") from error
     # A pickle that was the first to import a part of its framework is not what takes all that.
-    measured = len(sys.modules) == modules and not served_elsewhere(source.format)
+    measured = len(sys.modules) == modules and not loads_elsewhere(source.format)
     if measured and growth.bytes is not None and source.settings.size_bytes is None:
         model.size_bytes = max(growth.bytes, 0) + OWN_BYTES
     return model
 
 
-def served_elsewhere(name: str) -> bool:
+def loads_elsewhere(name: str) -> bool:
     """Whether a format's framework allocates in threads of its own, so that the loading thread's growth says little."""
     return _FORMATS[name].own_threads
 
