@@ -124,6 +124,11 @@ class ServeSettings:
         peer_port: port for other instances, on the same address; 0 picks a free one, None: no other instances.
         peer_uds: path of a Unix socket for them instead, between the workers of one machine.
         advertise: host, or host and port, under which others reach the peer port; None: as it listens.
+        workers: serving processes, each an instance of its own, that share the ports.
+        shares_ports: whether other processes listen on the same ports.
+        hands_over: whether models in use are loaded by other instances before this one leaves.
+        zone: where this instance runs; copies of a model are spread over zones.
+        labels: what this instance is fit for, as the constraints of types name it.
         capacity_bytes: what loaded models may take together.
         registry: where registered models and vmodels are kept, as :func:`mmcore.registry.open_registry` reads it.
         management_port: a port that the management API is served on alone; None for the gRPC port only.
@@ -151,6 +156,11 @@ class ServeSettings:
     peer_port: int | None = None
     peer_uds: Path | None = None
     advertise: str | None = None
+    workers: int = 1
+    shares_ports: bool = False
+    hands_over: bool = True
+    zone: str = ""
+    labels: tuple[str, ...] = ()
     capacity_bytes: int = 2**30
     cache: CacheSettings = CacheSettings()
     registry: str = "memory:"

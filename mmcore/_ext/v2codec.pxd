@@ -14,7 +14,7 @@ cdef struct Spec:
     int64_t* shape
 
 cdef class InferMessage:
-    cdef bytes body
+    cdef readonly bytes body
     cdef Layout layout
 
     cdef const uint8_t* base(self) noexcept

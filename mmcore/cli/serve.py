@@ -123,6 +123,9 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     show_default="as it listens",
     help="Where other instances reach the peer port.",
 )
+@option("--workers", type=click.IntRange(1), default=1, help="Serving processes that share the ports and the memory.")
+@option("--zone", default="", show_default="none", help="Where this instance runs; copies are spread over zones.")
+@option("--label", multiple=True, help="What this instance is fit for, as type constraints name it; repeat it.")
 @option(
     "--capacity",
     type=SIZE,
@@ -208,6 +211,9 @@ def command(
     uds: Path | None,
     peer_port: int | None,
     advertise: str | None,
+    workers: int,
+    zone: str,
+    label: tuple[str, ...],
     capacity: int | None,
     max_message: int,
     response_cache: int,
@@ -256,6 +262,9 @@ def command(
             uds=uds,
             peer_port=peer_port,
             advertise=advertise,
+            workers=workers,
+            zone=zone,
+            labels=label,
             capacity_bytes=capacity or default_capacity(),
             registry=registry,
             management_port=management_port,

@@ -52,6 +52,7 @@ class ModelRecord(Record):
     Attributes:
         type, path, key: as registered; the key is a JSON text of its own.
         copies, failures: by instance.
+        size_bytes: what a copy takes, as measured where one was loaded last; 0 while none was.
         references: vmodels that have it as their active or target model.
         auto_delete: whether it goes with its last reference.
         last_used_ms: written rarely; instances know better for the copies they hold.
@@ -64,6 +65,7 @@ class ModelRecord(Record):
     key: str = ""
     copies: dict[str, CopyRecord] = field(default_factory=dict, metadata={"of": CopyRecord})
     failures: dict[str, FailureRecord] = field(default_factory=dict, metadata={"of": FailureRecord})
+    size_bytes: int = 0
     references: int = 0
     auto_delete: bool = False
     last_used_ms: int = 0
@@ -94,10 +96,12 @@ class InstanceRecord(Record):
         started_ms, version: of its process and its program.
         location, zone, labels: where it runs (a host, a failure domain), and what it is fit for.
         capacity_bytes, used_bytes, models: its memory for models, what of it is taken, and by how many.
+        fixed_bytes, unloading_bytes: what of it cannot be evicted now, and what is given up and not free yet.
         oldest_used_ms: when its least recently used copy was last used; 0 when it holds none.
         loading, loader_threads: loads queued and running, and how many may run at once.
         requests_per_minute, in_flight: its load.
         draining: whether it is leaving and takes no new copies.
+        published_ms: when this record was made, by the instance's clock.
     """
 
     address: str = ""
@@ -108,6 +112,8 @@ class InstanceRecord(Record):
     labels: tuple[str, ...] = ()
     capacity_bytes: int = 0
     used_bytes: int = 0
+    fixed_bytes: int = 0
+    unloading_bytes: int = 0
     models: int = 0
     oldest_used_ms: int = 0
     loading: int = 0
@@ -115,6 +121,7 @@ class InstanceRecord(Record):
     requests_per_minute: int = 0
     in_flight: int = 0
     draining: bool = False
+    published_ms: int = 0
 
 
 _EXTRA: Final = "extra"

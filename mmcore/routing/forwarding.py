@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 REPLAY_BYTES: Final = 2**20
 #: Answers of a holder, not of the model, that another holder may improve on.
 _OTHERS_MAY_ANSWER: Final = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED)
+#: Answers of an instance that was to load the model and has not, or has no room for it.
+_NOT_LOADED: Final = (Status.FAILED_PRECONDITION, Status.RESOURCE_EXHAUSTED)
 #: How long a peer that has left may take for what is in flight.
 LEAVE_S: Final = 30.0
 
@@ -57,10 +59,12 @@ class Forwarding(Forwards):
 
     :meth:`unary` passes a unary request on, :meth:`stream` a stream.
 
-    Args:
-        instance: this one's id; it is never among the holders that are asked.
+    Attributes:
         choose: given the usable ones of several holders, returns the one to be asked; None: by requests in flight.
         on_not_here: told (model, instance) when a holder has no copy any more, so that the table is corrected.
+
+    Args:
+        instance: this one's id; it is never among the holders that are asked.
         on_down: told the instance that cannot be reached, once each time.
         settings: of the channel to each peer.
     """
@@ -78,7 +82,7 @@ class Forwarding(Forwards):
         self.choose = choose
         self.first_hop = hop_headers(Mode.HIT, 1, (instance,))
         self.instance = instance
-        self._on_not_here = on_not_here
+        self.on_not_here = on_not_here
         self._on_down = on_down
         self._settings = settings
         self._peers: dict[str, Peer] = {}
@@ -136,7 +140,8 @@ class Forwarding(Forwards):
         """A holder's answer is not OK: ask another one, or pass it on."""
         peer = request.peer
         assert isinstance(peer, Peer)
-        if not self._has_done_nothing(request.model, peer, answer):
+        not_loaded = request.mode == Mode.LOAD and answer.status in _NOT_LOADED
+        if not self._has_done_nothing(request.model, peer, answer) and not not_loaded:
             if answer.status not in _OTHERS_MAY_ANSWER:
                 request.refuse(answer)
                 return
@@ -211,8 +216,8 @@ class Forwarding(Forwards):
         if answer.refused:
             return True
         if says_not_here(answer):
-            if self._on_not_here is not None:
-                self._on_not_here(model, peer.instance)
+            if self.on_not_here is not None:
+                self.on_not_here(model, peer.instance)
             return True
         return False
 

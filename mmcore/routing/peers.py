@@ -86,6 +86,10 @@ class Peer(Traffic):
             connection.abort()
             raise RpcError(Status.UNAVAILABLE, f"{self.address} takes connections and says nothing") from None
 
+    async def unary(self, path: str, message: bytes, *, timeout_s: float) -> bytes:
+        """Call a method of the instance itself, no request's; RpcError for any status but OK."""
+        return await self._channel.unary(path, message, timeout_s=timeout_s)
+
     def mark_down(self, reason: str) -> None:
         """Ask it nothing until it can be reached again."""
         if self._closed or not self.usable:

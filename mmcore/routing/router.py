@@ -242,7 +242,7 @@ class Router:
         match self.cache.state(name, version):
             case CopyState.LOADED:
                 return IndexRow(name, version, READY, problem)
-            case CopyState.QUEUED | CopyState.LOADING:
+            case CopyState.QUEUED | CopyState.PULLING | CopyState.LOADING:
                 return IndexRow(name, version, LOADING, problem)
             case CopyState.UNLOADING:
                 return IndexRow(name, version, UNLOADING, problem)
@@ -275,6 +275,15 @@ class Router:
             self._hold(registration)
             return self.cache.load(name, self._version(registration, version), registration.origin, priority=priority)
         return waiter
+
+    def loading(self, name: str) -> bool:
+        """Whether a version of the model is on its way."""
+        return any(row.state == LOADING for row in self.rows(name)) if name in self._table else False
+
+    def unload_copies(self, name: str) -> None:
+        """Give up the copies of a model; the next request loads it again."""
+        for copy in self.copies(name):
+            self.cache.unload(copy)
 
     def touch(self, name: str) -> None:
         """Count the copy that answers for a model, if it is here, as used now."""

@@ -44,6 +44,7 @@ ABSENT: Final = ModelStatus(ModelState.NOT_FOUND)
 
 _STATES: Final[dict[str, ModelState]] = {
     CopyState.QUEUED: ModelState.LOADING,
+    CopyState.PULLING: ModelState.LOADING,
     CopyState.LOADING: ModelState.LOADING,
     CopyState.LOADED: ModelState.LOADED,
 }

@@ -19,8 +19,9 @@ from mmcore._ext.responses import ResponseCache, Shelf
 from mmcore._ext.v2codec import InferRequest, decode_infer_request, encode_infer_response
 from mmcore.batching.execution import Ran, rows_of
 from mmcore.cache import Copy
-from mmcore.errors import NotFound
-from mmcore.routing import Kind, Names, Router
+from mmcore.errors import LoadFailed, NotFound
+from mmcore.routing import Kind, Mesh, Names, Router
+from mmcore.routing.hops import arrival_of
 from mmcore.runtimes import OutputTensor
 from mmcore.server.calls import Answer, Body, Waiting, refuse
 from mmcore.server.dataplane import DataplaneConfig
@@ -32,6 +33,8 @@ from mmcore.server.tracing import Tracing
 
 #: Where the v2 protocol has the model's name.
 _NAME_PATH: Final = (1,)
+#: What other instances are asked by, whatever a request came through.
+MODEL_INFER: Final = "/inference.GRPCInferenceService/ModelInfer"
 
 
 class Inference:
@@ -50,6 +53,7 @@ class Inference:
         tracing: Tracing,
         waiting: Waiting,
         responses: ResponseCache,
+        mesh: Mesh | None = None,
     ) -> None:
         self._router = router
         self._names = names
@@ -57,6 +61,7 @@ class Inference:
         self._tracing = tracing
         self._waiting = waiting
         self._responses = responses
+        self._mesh = mesh
         self._path = CommonPath(router.lookup, self._uncommon, self._run, self._slow, self._refuse)
         self.infer: Callable[[Answer, bytes], Body | None] = self._path.infer
         tracing.on_change = self._follow_tracing
@@ -98,29 +103,60 @@ class Inference:
         return None
 
     def _ask(self, call: Answer, request: InferRequest, name: str, kind: Kind, started: int) -> Body | None:
-        """Ask one model, at once if it is here."""
+        """Ask one model, at once if it is here or another instance is known to have it."""
+        if self._mesh is not None and (arrival := arrival_of(call)) is not None and arrival.model:
+            name, kind = arrival.model, Kind.MODEL
         try:
-            copy = self._router.lookup_model(self._names.model(name, kind), request.model_version)
+            model = self._names.model(name, kind)
         except NotFound:
-            copy = None
-        if copy is not None:
-            return self._bind_and_run(call, request, copy, started, 0)
-        self._waiting.start(call, self._load_and_infer(call, request, name, kind, started), "ModelInfer")
+            pass
+        else:
+            copy = self._router.lookup_model(model, request.model_version)
+            if copy is not None:
+                return self._bind_and_run(call, request, copy, started, 0)
+            if self._passed_on(call, request, model, started):
+                return None
+        self._waiting.start(call, self._find_and_infer(call, request, name, kind, started), "ModelInfer")
         return None
 
-    async def _load_and_infer(
+    def _passed_on(self, call: Answer, request: InferRequest, model: str, started: int) -> bool:
+        """Whether another instance answers, or has been asked to."""
+        if self._mesh is None or self._router.in_folder(model):
+            return False
+
+        def here() -> None:
+            self._waiting.start(call, self._load_and_infer(call, request, model, started), "ModelInfer")
+
+        resolved = model != request.model_name
+        return self._mesh.pass_on(call, request.body, model, here, resolved=resolved, path=MODEL_INFER)
+
+    async def _find_and_infer(
         self, call: Answer, request: InferRequest, name: str, kind: Kind, started: int
     ) -> Body | None:
-        """The way of a request whose model is not here."""
+        """The way of a request whose model is not here, and may not be known here yet."""
         model = await self._names.find(name, kind)
+        if self._passed_on(call, request, model, started):
+            return None
         try:
-            copy = await self._router.load(model, request.model_version)
+            return await self._load_and_infer(call, request, model, started)
         except NotFound:
             # A vmodel may have been moved on meanwhile, and what it stood for deleted.
             moved_to = await self._names.find(name, kind)
             if moved_to == model:
                 raise
-            copy = await self._router.load(moved_to, request.model_version)
+            return await self._load_and_infer(call, request, moved_to, started)
+
+    async def _load_and_infer(self, call: Answer, request: InferRequest, model: str, started: int) -> Body | None:
+        """The way of a request whose model is to be loaded here."""
+        try:
+            copy = await self._router.load(model, request.model_version)
+        except LoadFailed:
+            resolved = model != request.model_name
+            if self._mesh is None or not self._mesh.load_elsewhere(
+                call, request.body, model, resolved=resolved, path=MODEL_INFER
+            ):
+                raise
+            return None
         return self._bind_and_run(call, request, copy, started, now_ns() - started)
 
     def _bind_and_run(

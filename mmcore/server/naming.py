@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from mmcore._ext.pbwire import find_string
 from mmcore.errors import InvalidRequest, NotFound
 from mmcore.routing import Names
+from mmcore.routing.hops import arrival_of
 from mmcore.server.calls import Answer, Body, Waiting, parse
 from mmcore.server.dataplane import DataplaneConfig
 from mmcore.server.headers import asked, names_models
@@ -20,6 +21,8 @@ class Named(Protocol):
 
 
 RequestT = TypeVar("RequestT", bound=Named)
+#: Given call, message, model, method and what answers here after all: whether another instance answers.
+PassedOn = Callable[[Answer, bytes, str, str, Callable[[], object]], bool]
 
 
 class Naming:
@@ -37,31 +40,44 @@ class Naming:
         answer: Callable[[RequestT], Awaitable[Any]],
         *,
         absent: Any = None,
+        passed_on: PassedOn | None = None,
     ) -> Callable[[Answer, bytes], None]:
         """A unary handler that calls ``answer`` with the request, its ``name`` being that of a model, or empty.
 
-        ``absent`` is answered where there is no such model; with None that is an error.
+        ``absent`` is answered where there is no such model; with None that is an error. ``passed_on`` may have another
+        instance answer.
         """
+        what = method.rpartition("/")[2]
 
-        async def respond(call: Answer, body: bytes) -> Body:
+        async def respond(call: Answer, body: bytes) -> Body | None:
             request: RequestT = parse(request_type, body)
             try:
                 request.name = await self._name(method, call, body, request.name)
             except NotFound:
                 if absent is None:
                     raise
-                message = absent
-            else:
-                message = await answer(request)
-            encoded: bytes = message.SerializeToString()
-            return encoded
+                encoded: bytes = absent.SerializeToString()
+                return encoded
+
+            async def here() -> Body:
+                encoded: bytes = (await answer(request)).SerializeToString()
+                return encoded
+
+            if passed_on is not None and passed_on(
+                call, body, request.name, f"/{method}", lambda: self._waiting.start(call, here(), what)
+            ):
+                return None
+            return await here()
 
         def handle(call: Answer, body: bytes) -> None:
-            self._waiting.start(call, respond(call, body), method.rpartition("/")[2])
+            self._waiting.start(call, respond(call, body), what)
 
         return handle
 
     async def _name(self, method: str, call: Answer, body: bytes, stated: str) -> str:
+        arrival = arrival_of(call)
+        if arrival is not None and arrival.model:
+            return arrival.model
         rpc = self._config().of(method)
         name = find_string(body, rpc.path) if rpc.path else stated
         kind = rpc.kind

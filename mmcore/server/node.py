@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,29 +21,33 @@ from typing import Any, Final, TypeVar
 
 import mmcore
 from mmcore import log as logs
-from mmcore import pb
+from mmcore import pb, placement
 from mmcore.cache import Cache
 from mmcore.config import ServeSettings, StorageSettings
 from mmcore.errors import InvalidSetting, Unavailable
 from mmcore.placement import TypeConstraints
 from mmcore.registry import InstanceRecord, Registry, open_registry
-from mmcore.routing import Names, Registered, Router, Transitions, VModels
+from mmcore.routing import Forwarding, Members, Mesh, Names, Registered, Router, Transitions, VModels
 from mmcore.routing.watched_file import WatchedFile
 from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.allocator import keep_freed_memory, release_freed_memory
 from mmcore.server.dataplane import parse_dataplane_config
 from mmcore.server.observed import Observed, Parts
-from mmcore.server.peer import listen_for_peers
+from mmcore.server.peer import add_peer_methods, listen_for_peers
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
 from mmcore.server.v2 import SERVICE, V2Service
+from mmcore.server.workers import run_workers
 from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig
 from mmcore.transport import Server, add_health, add_reflection
 
 log = logging.getLogger(__name__)
 
 ValueT = TypeVar("ValueT")
+
+#: The share of the grace that handing models over may take; the rest is for the calls in flight.
+HANDOVER_SHARE: Final = 0.6
 
 #: The services that reflection tells of.
 _SERVICES: Final = (SERVICE, management.SERVICE, cluster.SERVICE, "grpc.health.v1.Health")
@@ -53,7 +58,6 @@ class Node:
 
     Attributes:
         instance: its id, new at every start.
-        constraints: what types of models need of instances, by the file that says so; None without one.
         addresses: where it listens, by kind: ``grpc``, ``rest``, ``metrics``, and where it has been told to ``uds``,
             ``management`` and ``peer``.
 
@@ -66,6 +70,8 @@ class Node:
         self.addresses: dict[str, str] = {}
         self._started_ms = time.time_ns() // 1_000_000
         self._settings = settings
+        self._files: list[WatchedFile[Any]] = []
+        self._following: list[asyncio.Task[None]] = []
         self._server = Server(settings=settings.transport)
         self._health = add_health(self._server)
         self._router = Router(
@@ -76,12 +82,13 @@ class Node:
         self._registry = _open(settings.registry, self.instance)
         self._puller = _puller(settings.storage)
         self._registered = Registered(self._registry, self._router, partial(PulledOrigin, self._puller))
+        self._constraints = self._watched(settings.type_constraints, _read_constraints)
+        self._mesh = self._joined() if settings.peer_port is not None or settings.peer_uds is not None else None
+        if self._mesh is not None:
+            self._registered.loads = self._mesh
         self._vmodels = VModels(self._registry, self._registered, default_owner=settings.vmodel_owner)
         self._transitions = Transitions(self._registry, self._vmodels, self._registered.loads)
         self._static = StaticModels(self._registered, self._vmodels)
-        self._files: list[WatchedFile[Any]] = []
-        self._following: list[asyncio.Task[None]] = []
-        self.constraints = self._watched(settings.type_constraints, _read_constraints)
         self._static_file = self._watched(settings.static_models, parse_static_models)
         dataplane = self._watched(settings.dataplane_config, parse_dataplane_config)
         self._service = V2Service(
@@ -90,8 +97,10 @@ class Node:
             server_name=settings.server_name,
             response_cache_bytes=settings.response_cache_bytes,
             config=(lambda: dataplane.value) if dataplane is not None else None,
+            mesh=self._mesh,
         )
         self._service.register(self._server)
+        add_peer_methods(self._server, self._router)
         self._management_server = Server(settings=settings.transport)
         for server in (self._server, self._management_server):
             management.Management(self._registered, self._vmodels).register(server)
@@ -140,13 +149,17 @@ class Node:
         peer = await listen_for_peers(self._server, settings)
         if peer is not None:
             self.addresses["peer"] = peer
+        if self._mesh is not None:
+            await self._mesh.start()
         await self._preload()
         self._set_serving(serving=True)
+        if self._mesh is not None:
+            await self._mesh.members.announce()
 
     async def _listen(self, server: Server | Listener, port: int, option: str) -> str:
-        host = self._settings.host
+        host, shared = self._settings.host, self._settings.shares_ports
         try:
-            return await server.listen_tcp(host, port)
+            return await server.listen_tcp(host, port, reuse_port=shared)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise Unavailable(
@@ -172,14 +185,33 @@ class Node:
         """What others are told of this instance."""
         cache = self._router.cache
         return InstanceRecord(
-            address=self.addresses.get("grpc", ""),
+            address=self.addresses.get("peer", ""),
             started_ms=self._started_ms,
             version=mmcore.__version__,
+            location=socket.gethostname(),
+            zone=self._settings.zone,
+            labels=self._settings.labels,
             capacity_bytes=cache.capacity_bytes,
             used_bytes=cache.used_bytes,
+            fixed_bytes=cache.lru.pinned + cache.room.reserved.host,
+            unloading_bytes=cache.room.leaving.host,
             models=len(cache.lru),
+            loading=cache.loading,
+            loader_threads=cache.loader_threads,
+            requests_per_minute=round(self._mesh.upkeep.usage.requests_per_minute) if self._mesh is not None else 0,
+            in_flight=self._server.calls,
             draining=not self._service.ready,
+            published_ms=time.time_ns() // 1_000_000,
         )
+
+    def _joined(self) -> Mesh:
+        """This instance's part of the mesh."""
+        forwarding = Forwarding(self.instance)
+        members = Members(self._registry, placement.Cluster(), forwarding, self.record)
+        if self._constraints is not None:
+            members.constrain(self._constraints.value)
+            self._constraints.on_change = members.constrain
+        return Mesh(self._registry, self._router, self._registered, forwarding, members)
 
     def ready_line(self) -> str:
         """What is printed when the instance is ready: one line of JSON."""
@@ -189,8 +221,13 @@ class Node:
         )
 
     async def drain(self) -> None:
-        """Take nothing new, finish what is under way within the grace, and let go of everything."""
+        """Take nothing new, finish what is under way within the grace, and let go of everything.
+
+        What is used here is loaded by other instances first, and answered here until it is.
+        """
         self._set_serving(serving=False)
+        if self._mesh is not None and self._settings.hands_over:
+            await self._mesh.leave(self._settings.grace_s * HANDOVER_SHARE)
         self._health.close()
         self._service.drain()
         for task in self._following:
@@ -203,6 +240,8 @@ class Node:
         await self._metrics.drain(0)
         await self._static.close()
         await self._transitions.close()
+        if self._mesh is not None:
+            await self._mesh.close()
         self._puller.close()
         await self._router.close()
         await self._registered.close()
@@ -259,7 +298,12 @@ def _cache(settings: ServeSettings) -> Cache:
 
 
 def run(settings: ServeSettings) -> int:
-    """Run one instance until it is told to end; the exit code: 0 drained, 1 failed or ended at once."""
+    """Run one instance, or several workers, until told to end; the exit code: 0 drained, 1 failed or ended at once."""
+    return run_workers(settings, run_one) if settings.workers > 1 else run_one(settings)
+
+
+def run_one(settings: ServeSettings) -> int:
+    """The same for one instance in this process."""
     keep_freed_memory()
     logs.configure(settings.log_level)
     log.info("mmcore %s, capacity %d bytes", mmcore.__version__, settings.capacity_bytes)

@@ -11,8 +11,11 @@ import os
 import socket
 
 from mmcore.config import ServeSettings
-from mmcore.errors import Unavailable
-from mmcore.transport import Server
+from mmcore.errors import Unavailable, Unimplemented
+from mmcore.routing import Router
+from mmcore.routing.mesh import LOAD_PATH, UNLOAD_PATH
+from mmcore.server.calls import Body, Waiting
+from mmcore.transport import Server, ServerCall
 
 
 async def listen_for_peers(server: Server, settings: ServeSettings) -> str | None:
@@ -74,3 +77,28 @@ def _is_address(text: str) -> bool:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def add_peer_methods(server: Server, router: Router) -> None:
+    """Serve what instances ask of each other beside requests: to load a model, and to give up a copy."""
+
+    def own(call: ServerCall, body: bytes) -> str:
+        if not call.internal:
+            raise Unimplemented(f"{call.method} is for other instances")
+        return body.decode(errors="replace")
+
+    waiting = Waiting()
+
+    async def load(name: str) -> Body:
+        await router.load(name)
+        return b""
+
+    def start_load(call: ServerCall, body: bytes) -> None:
+        waiting.start(call, load(own(call, body)), "Load")
+
+    def unload(call: ServerCall, body: bytes) -> bytes:
+        router.unload_copies(own(call, body))
+        return b""
+
+    server.add_unary(LOAD_PATH, start_load)
+    server.add_unary(UNLOAD_PATH, unload)

@@ -15,7 +15,7 @@ import mmcore
 from mmcore._ext.responses import ResponseCache
 from mmcore.errors import Unimplemented
 from mmcore.pb import inference_pb2
-from mmcore.routing import Names, Router
+from mmcore.routing import Mesh, Names, Router
 from mmcore.server import settings
 from mmcore.server.calls import Answer, Body, Waiting, immediate
 from mmcore.server.dataplane import DataplaneConfig
@@ -64,6 +64,7 @@ class V2Service:
         server_name: str,
         response_cache_bytes: int,
         config: Callable[[], DataplaneConfig] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.ready = False
         self._name = server_name
@@ -73,9 +74,10 @@ class V2Service:
         self._waiting = Waiting()
         self._tracing = Tracing(router)
         responses = ResponseCache(response_cache_bytes)
-        self._inference = Inference(router, names, self._regions, self._tracing, self._waiting, responses)
+        self._inference = Inference(router, names, self._regions, self._tracing, self._waiting, responses, mesh)
         self._config = config
         self._naming = Naming(names, self._waiting, config or DataplaneConfig)
+        self._mesh = mesh
         self._streams = StreamInference(self._infer("ModelStreamInfer"))
 
     def register(self, server: Server) -> None:
@@ -104,14 +106,21 @@ class V2Service:
         self._add(server, "RepositoryModelLoad", waiting.handler(pb.RepositoryModelLoadRequest, repository.load))
         self._add(server, "RepositoryModelUnload", waiting.handler(pb.RepositoryModelUnloadRequest, repository.unload))
         not_ready = pb.ModelReadyResponse(ready=False)
-        for name, request, answer, absent in (
-            ("ModelReady", pb.ModelReadyRequest, repository.model_ready, not_ready),
-            ("ModelStatistics", pb.ModelStatisticsRequest, self._model_statistics, None),
-            ("ModelMetadata", pb.ModelMetadataRequest, repository.model_metadata, None),
-            ("ModelConfig", pb.ModelConfigRequest, repository.model_config, None),
+        for name, request, answer, absent, passed_on in (
+            ("ModelReady", pb.ModelReadyRequest, repository.model_ready, not_ready, None),
+            ("ModelStatistics", pb.ModelStatisticsRequest, self._model_statistics, None, None),
+            ("ModelMetadata", pb.ModelMetadataRequest, repository.model_metadata, None, self._passed_on),
+            ("ModelConfig", pb.ModelConfigRequest, repository.model_config, None, self._passed_on),
         ):
             method = f"{SERVICE}/{name}"
-            server.add_unary(f"/{method}", self._naming.handler(method, request, answer, absent=absent))
+            handler = self._naming.handler(method, request, answer, absent=absent, passed_on=passed_on)
+            server.add_unary(f"/{method}", handler)
+
+    def _passed_on(self, call: Answer, body: bytes, model: str, path: str, here: Callable[[], object]) -> bool:
+        """Whether a question about a model that is not loaded here goes to another instance."""
+        if self._mesh is None or self._router.in_folder(model) or self._router.copies(model):
+            return False
+        return self._mesh.pass_on(call, body, model, here, resolved=True, path=path)
 
     async def _serve_stream(self, call: StreamCall) -> None:
         if self._config is not None:

@@ -42,14 +42,18 @@ class Listener:
         """Requests being answered now."""
         return sum(connection.busy for connection in self._connections)
 
-    async def listen_tcp(self, host: str, port: int, *, ssl: tls.SSLContext | None = None) -> str:
+    async def listen_tcp(
+        self, host: str, port: int, *, reuse_port: bool = False, ssl: tls.SSLContext | None = None
+    ) -> str:
         """Listen; returns ``host:port`` as bound, which tells the port chosen for 0.
 
         Raises:
             OSError: the address cannot be bound.
         """
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(self), host, port, backlog=4096, ssl=ssl)
+        self._server = await loop.create_server(
+            lambda: Connection(self), host, port, reuse_port=reuse_port or None, backlog=4096, ssl=ssl
+        )
         self._ticker = loop.call_later(TICK_S, self._tick, loop)
         bound = self._server.sockets[0].getsockname()
         return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"

@@ -1,0 +1,342 @@
+"""Which instance answers a request for a registered model that is not here, and which one loads it.
+
+Holders answer first. Where there is none, placement says who loads the model: this instance, or another one, which
+gets the request along and answers it when the model is there. Every instance decides for the requests that reach it;
+what is decided is reserved in the view, and the record that the loading instance writes tells the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from mmcore import placement
+from mmcore.errors import LoadFailed, MmcoreError, NotFound, Overloaded, RpcError, Status, Unavailable
+from mmcore.registry import ModelRecord, Registry
+from mmcore.routing.forwarding import Forwarding, Unanswered
+from mmcore.routing.handover import hand_over
+from mmcore.routing.hops import Mode, arrival_of, not_here
+from mmcore.routing.members import Members, model_of
+from mmcore.routing.peers import Peer
+from mmcore.routing.registered import Loads, Registered, wall_ms
+from mmcore.routing.router import Router
+from mmcore.routing.upkeep import INTERVAL_S, Upkeep
+
+log = logging.getLogger(__name__)
+
+#: Methods that instances call on each other; the message is the model's name in UTF-8.
+LOAD_PATH: Final = "/mmcore.Peer/Load"
+UNLOAD_PATH: Final = "/mmcore.Peer/Unload"
+#: How long another instance may take to load a model that is asked of it.
+LOAD_WAIT_S: Final = 600.0
+#: How long a load on its way elsewhere is waited for before its record is looked at again.
+LOOK_AGAIN_S: Final = 1.0
+#: Latencies below count as this: they say nothing of the load.
+LEAST_LATENCY_S: Final = 0.0005
+
+
+class _Asked(NamedTuple):
+    """A request that is to be answered somewhere, and what is called when that is here."""
+
+    call: Any
+    body: bytes
+    model: str
+    here: Callable[[], object]
+    path: str
+    resolved: bool
+
+
+class Mesh(Loads):
+    """The other instances, for the requests and loads of this one.
+
+    Attributes:
+        members: who there is; their :class:`mmcore.placement.Cluster` is what is decided on.
+        upkeep: what is done every few seconds.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        router: Router,
+        registered: Registered,
+        forwarding: Forwarding,
+        members: Members,
+        *,
+        upkeep_s: float = INTERVAL_S,
+        clock_ms: Callable[[], int] = wall_ms,
+    ) -> None:
+        self.members: Final = members
+        self.upkeep: Final = Upkeep(registry, router, self, members.cluster, interval_s=upkeep_s, clock_ms=clock_ms)
+        self._registry = registry
+        self._router = router
+        self._registered = registered
+        self._forwarding = forwarding
+        self._clock_ms = clock_ms
+        registry.models.listen(self._model_changed)
+        forwarding.choose = self._choose
+        forwarding.on_not_here = self._not_there
+
+    async def start(self) -> None:
+        """Join the others.
+
+        Raises:
+            Unavailable: the registry is away.
+        """
+        await self.members.start()
+        self.upkeep.start()
+
+    async def leave(self, timeout_s: float) -> None:
+        """Take no new copies, and hand over what is used here within so many seconds; nothing if it has not joined."""
+        if not self.members.joined:
+            return
+        await self.members.announce()
+        await hand_over(self, self.members, self.upkeep.held(), self._registry.instance, timeout_s)
+
+    async def close(self) -> None:
+        """Let go of the others."""
+        await self.upkeep.close()
+        await self.members.close()
+        await self._forwarding.close()
+
+    # Requests.
+
+    def pass_on(
+        self, call: Any, body: bytes, model: str, here: Callable[[], object], *, path: str, resolved: bool = False
+    ) -> bool:
+        """Have another instance answer a request for a model that is not loaded here; False: this one is to answer.
+
+        ``here`` is called when that turns out only after others were asked. ``path`` is the method that they are asked
+        by, and ``resolved`` says that ``body`` does not name the model.
+
+        Raises:
+            Overloaded: no instance can host it.
+            LoadFailed: it failed to load wherever it could be hosted.
+        """
+        asked = _Asked(call, body, model, here, path, resolved)
+        arrival = arrival_of(call)
+        if arrival is None and (known := self._router.table.holders(model)):
+            self._ask_holders(asked, known)
+            return True
+        record = self._registry.models.get(model)
+        if record is None:
+            return False
+        if arrival is not None and arrival.mode is Mode.HIT:
+            if self._registry.instance in record.copies or self._router.loading(model):
+                return False
+            not_here(call, self._registry.instance)
+            return True
+        holders = self._holders(model, record)
+        if holders is None:
+            return False
+        tried = arrival.tried if arrival is not None else ()
+        holders = tuple(peer for peer in holders if peer.instance not in tried)
+        if holders:
+            self._ask_holders(asked, holders)
+            return True
+        # One that was sent here without a copy anywhere is to be answered here: the sender has decided so.
+        return arrival is None and self._place(asked, ())
+
+    def _choose(self, peers: Sequence[Peer]) -> Peer:
+        """The cheaper of two holders drawn at random: latency seen, times the requests there by the larger count.
+
+        Nearly as even as always the cheapest, and many senders with the same old counts do not all choose the same.
+        """
+        one, other = random.sample(peers, 2)
+        return one if self._cost(one) <= self._cost(other) else other
+
+    def _cost(self, peer: Peer) -> float:
+        member = self.members.cluster.get(peer.instance)
+        reported = member.instance.in_flight if member is not None else 0
+        return max(peer.latency_s, LEAST_LATENCY_S) * (1 + max(peer.in_flight, reported))
+
+    def _not_there(self, model: str, instance: str) -> None:
+        """A holder has no copy any more: ask it no further until the model's record says otherwise."""
+        table = self._router.table
+        table.hold(model, tuple(peer for peer in table.holders(model) if peer.instance != instance))
+
+    def load_elsewhere(self, call: Any, body: bytes, model: str, *, path: str, resolved: bool = False) -> bool:
+        """Have another instance load a model that could not be loaded here, and answer; False: none is to try.
+
+        Only where the request came in: who passed it on hears of the failure and decides.
+        """
+        if arrival_of(call) is not None:
+            return False
+        asked = _Asked(call, body, model, lambda: None, path, resolved)
+        try:
+            return self._place(asked, (self._registry.instance,))
+        except (LoadFailed, Overloaded):
+            return False
+
+    def _ask_holders(self, asked: _Asked, holders: tuple[Peer, ...]) -> None:
+        self._forwarding.unary(
+            asked.call,
+            asked.body,
+            asked.model,
+            holders,
+            resolved=asked.resolved,
+            path=asked.path,
+            instead=partial(self._place_again, asked),
+        )
+
+    def _holders(self, model: str, record: ModelRecord) -> tuple[Peer, ...] | None:
+        """The others that have it; None where this instance has, or is the one to wait with."""
+        serving = placement.serving(self.members.cluster, model_of(model, record, self._clock_ms()))
+        if self._registry.instance in serving:
+            return None
+        holders = self._forwarding.holders(serving)
+        self._router.table.hold(model, holders)
+        return holders
+
+    def _place(self, asked: _Asked, tried: Collection[str]) -> bool:
+        """Have a model loaded where it fits best, and the request answered there; False: that is here.
+
+        Raises:
+            Overloaded, LoadFailed: there is no place for it.
+        """
+        while True:
+            record = self._registry.models.get(asked.model)
+            if record is None:
+                return False
+            target = self._target(asked.model, record, tried)
+            if target == self._registry.instance:
+                return False
+            peers = tuple(peer for peer in self._forwarding.holders((target,)) if peer.usable)
+            if peers:
+                self._forwarding.unary(
+                    asked.call,
+                    asked.body,
+                    asked.model,
+                    peers,
+                    mode=Mode.LOAD,
+                    resolved=asked.resolved,
+                    path=asked.path,
+                    instead=partial(self._place_again, asked),
+                )
+                return True
+            tried = (*tried, target)
+
+    def _place_again(self, asked: _Asked, call: Any, body: bytes, unanswered: Unanswered) -> None:
+        """Those that were asked have not answered: have it loaded by another one."""
+        try:
+            if not self._place(asked, unanswered.tried):
+                asked.here()
+        except (LoadFailed, Overloaded):
+            call.fail(unanswered.status, unanswered.details)
+
+    def _target(self, model: str, record: ModelRecord, exclude: Collection[str] = ()) -> str:
+        """Where a further copy goes; its room is reserved.
+
+        Raises:
+            Overloaded: nowhere.
+            LoadFailed: nowhere, since it failed to load.
+        """
+        self.members.refresh()
+        cluster, now_ms = self.members.cluster, self._clock_ms()
+        view = model_of(model, record, now_ms)
+        try:
+            target = placement.place(cluster, view, now_ms, exclude=exclude)
+        except placement.NoPlace as error:
+            if view.failures:
+                newest = max(view.failures, key=lambda instance: view.failures[instance])
+                raise LoadFailed(record.failures[newest].message) from None
+            raise Overloaded(str(error)) from None
+        cluster.reserve(target, model, view.size_bytes, now_ms)
+        return target
+
+    # Loads.
+
+    async def ensure(self, model: str, copies: int = 1) -> None:
+        """Have so many copies loaded, or as many as there can be; see :class:`mmcore.routing.registered.Loads`."""
+        failure: MmcoreError | None = None
+        failed: set[str] = set()
+        while True:
+            record = self._registry.models.get(model)
+            if record is None:
+                raise NotFound(f"model not found: {model}")
+            loaded = self._registered.loaded_copies(model, record)
+            if loaded >= copies:
+                return
+            coming = [name for name in record.copies if self._registered.lives(name)]
+            if len(coming) >= copies:
+                await self._wait_for(model)
+                continue
+            try:
+                target = self._target(model, record, failed)
+            except (LoadFailed, Overloaded) as error:
+                if loaded:
+                    return
+                raise failure or error from None
+            try:
+                await self.load_at(target, model)
+            except (LoadFailed, Overloaded, Unavailable) as error:
+                failed.add(target)
+                failure = error
+
+    async def load_at(self, instance: str, model: str) -> None:
+        """See :class:`mmcore.routing.actions.Actions`."""
+        if instance == self._registry.instance:
+            await self._router.load(model)
+        else:
+            await self._ask(instance, LOAD_PATH, model, LOAD_WAIT_S)
+
+    async def move(self, model: str, source: str, target: str) -> None:
+        """See :class:`mmcore.routing.actions.Actions`."""
+        await self.load_at(target, model)
+        await self.drop_at(source, model)
+
+    async def drop_at(self, instance: str, model: str) -> None:
+        """See :class:`mmcore.routing.actions.Actions`."""
+        if instance == self._registry.instance:
+            self._router.unload_copies(model)
+        else:
+            await self._ask(instance, UNLOAD_PATH, model, 10.0)
+
+    async def _ask(self, instance: str, path: str, model: str, timeout_s: float) -> None:
+        peers = self._forwarding.holders((instance,))
+        if not peers:
+            raise Unavailable(f"instance {instance} is not known")
+        try:
+            await peers[0].unary(path, model.encode(), timeout_s=timeout_s)
+        except RpcError as error:
+            kind = _ERRORS.get(error.status, Unavailable)
+            raise kind(error.details) from None
+
+    async def _wait_for(self, model: str) -> None:
+        """Wait until a model's record changes, or a while."""
+        changed = asyncio.Event()
+        stop = self._registry.models.listen(lambda name: changed.set() if name == model else None)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AGAIN_S):
+                    await changed.wait()
+        finally:
+            stop()
+
+    # What the registry tells.
+
+    def _model_changed(self, name: str) -> None:
+        record = self._registry.models.get(name)
+        table = self._router.table
+        if table.holders(name):
+            if record is None:
+                table.hold(name, ())
+            else:
+                self._holders(name, record)
+        if record is None:
+            return
+        cluster, now_ms = self.members.cluster, self._clock_ms()
+        for instance, copy in record.copies.items():
+            if copy.state != placement.CopyState.LOADED:
+                cluster.started(instance, name, record.size_bytes, copy.since_ms, now_ms)
+
+
+_ERRORS: Final[dict[Status, type[MmcoreError]]] = {
+    Status.FAILED_PRECONDITION: LoadFailed,
+    Status.RESOURCE_EXHAUSTED: Overloaded,
+    Status.NOT_FOUND: NotFound,
+}

@@ -1,0 +1,208 @@
+"""What each instance does for the mesh every few seconds: copies that follow use, hot spots, the copies of the dead.
+
+All decisions are placement's; this feeds them with what this instance knows and carries them out. About the number of
+a model's copies one of its holders decides; about what is nobody's alone, the leader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from mmcore import placement
+from mmcore.errors import MmcoreError
+from mmcore.placement.leaving import MISSING_MS
+from mmcore.registry import ModelRecord, Registry
+from mmcore.routing.actions import Actions
+from mmcore.routing.members import model_of
+from mmcore.routing.registered import wall_ms
+from mmcore.routing.router import Router
+from mmcore.routing.usage import Usage
+
+log = logging.getLogger(__name__)
+
+#: Between two looks at the copies here.
+INTERVAL_S: Final = 10.0
+#: Models that nobody uses are looked at once in so many looks.
+IDLE_LOOKS: Final = 30
+#: Loads and drops that one look may begin, and how many of them run at once.
+MOST_ACTIONS: Final = 64
+AT_ONCE: Final = 8
+#: Records of models looked at between two looks at the loop's other work.
+_AT_ONCE: Final = 200
+
+
+class Upkeep:
+    """The periodic work of one instance.
+
+    Attributes:
+        usage: how the copies here are used.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        router: Router,
+        actions: Actions,
+        cluster: placement.Cluster,
+        *,
+        policy: placement.Policy = placement.DEFAULT_POLICY,
+        interval_s: float = INTERVAL_S,
+        clock_ms: Callable[[], int] = wall_ms,
+    ) -> None:
+        self.usage: Final = Usage(clock_ms)
+        self._registry = registry
+        self._router = router
+        self._actions = actions
+        self._cluster = cluster
+        self._policy = policy
+        self._interval_s = interval_s
+        self._clock_ms = clock_ms
+        self._look = 0
+        self._running: asyncio.Task[None] | None = None
+        self._acting: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        #: Since when (ms) instances are missing whose copies may still stand in records.
+        self._missing: dict[str, int] = {}
+        self._present: set[str] = set()
+        registry.instances.listen(self._instance_changed)
+
+    def start(self) -> None:
+        """Look every few seconds from now on."""
+        self._running = asyncio.get_running_loop().create_task(self._run(), name="upkeep of the mesh")
+
+    async def close(self) -> None:
+        """Stop, and let go of what is under way."""
+        tasks = [task for task in (self._running, *self._acting.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                await self.look()
+            except Exception:
+                log.exception("upkeep of the mesh; it goes on")
+
+    async def look(self) -> None:
+        """One look at the copies here, and what follows from it."""
+        self._look += 1
+        copies = self._router.copies()
+        used = set(await self.usage.look(copies))
+        cluster = self._cluster
+        busy: list[placement.Model] = []
+        for number, copy in enumerate(copies):
+            if copy.name not in used and number % IDLE_LOOKS != self._look % IDLE_LOOKS:
+                continue
+            if number % _AT_ONCE == _AT_ONCE - 1:
+                await asyncio.sleep(0)
+            record = self._registry.models.get(copy.name)
+            if record is None or self._registry.instance not in record.copies:
+                continue
+            model = self._view(copy.name, record, copy.name in used)
+            busy.append(model)
+            if placement.decider(cluster, model) == self._registry.instance:
+                self._act(placement.scale(cluster, model, self._clock_ms(), self._policy))
+        self._act(placement.relieve(cluster, self._registry.instance, busy, self._clock_ms()))
+        if self._registry.leader:
+            await self._prune()
+
+    def held(self) -> list[placement.Model]:
+        """The registered models that this instance holds copies of, with their use."""
+        found = []
+        for copy in self._router.copies():
+            record = self._registry.models.get(copy.name)
+            if record is not None and self._registry.instance in record.copies:
+                found.append(self._view(copy.name, record, copy.uses > 0))
+        return found
+
+    def _view(self, name: str, record: ModelRecord, used: bool) -> placement.Model:
+        model = model_of(name, record, self._clock_ms(), self.usage.demand(name, len(record.copies)))
+        return replace(model, last_used_ms=self._clock_ms()) if used else model
+
+    # Carrying out.
+
+    def _act(self, actions: Iterable[placement.Load | placement.Drop | placement.Move]) -> None:
+        for action in actions:
+            if action.model in self._acting or len(self._acting) >= MOST_ACTIONS:
+                continue
+            log.info("%s", _told(action))
+            task = asyncio.get_running_loop().create_task(self._carry_out(action), name=f"upkeep of {action.model}")
+            self._acting[action.model] = task
+            task.add_done_callback(partial(self._acted, action.model))
+
+    def _acted(self, model: str, task: asyncio.Task[None]) -> None:
+        del self._acting[model]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("upkeep of model %s", model, exc_info=error)
+
+    async def _carry_out(self, action: placement.Load | placement.Drop | placement.Move) -> None:
+        async with self._slots:
+            try:
+                await self._steps(action)
+            except MmcoreError as error:
+                log.info("%s: %s", _told(action), error)
+                self._cluster.release(action.instance, action.model)
+
+    def _steps(self, action: placement.Load | placement.Drop | placement.Move) -> Coroutine[Any, Any, None]:
+        match action:
+            case placement.Drop():
+                return self._actions.drop_at(action.instance, action.model)
+            case placement.Move():
+                return self._actions.move(action.model, action.source, action.instance)
+            case placement.Load():
+                return self._actions.load_at(action.instance, action.model)
+
+    # Instances that are gone.
+
+    def _instance_changed(self, name: str) -> None:
+        if name in self._registry.instances:
+            self._present.add(name)
+            self._missing.pop(name, None)
+        elif name in self._present:
+            self._present.discard(name)
+            self._missing[name] = self._clock_ms()
+
+    async def _prune(self) -> None:
+        """Take the copies of instances that are gone out of the records; the leader's work."""
+        cluster, now_ms = self._cluster, self._clock_ms()
+        if not self._missing or min(self._missing.values()) > now_ms - MISSING_MS:
+            return
+        table = self._registry.models
+        for number, name in enumerate(list(table)):
+            if number % _AT_ONCE == _AT_ONCE - 1:
+                await asyncio.sleep(0)
+            entry = table.entry(name)
+            if entry is None or not any(gone.encode() in entry.value for gone in self._missing):
+                continue
+            record = table.get(name)
+            if record is None:
+                continue
+            drops = placement.prune(cluster, model_of(name, record, now_ms), self._missing.get, now_ms)
+            if drops:
+                change = partial(_without, instances={drop.instance for drop in drops})
+                await self._registry.commit([(table, name)], change, fenced=True)
+        for name in [name for name, since in self._missing.items() if now_ms - since >= MISSING_MS]:
+            del self._missing[name]
+
+
+def _without(records: list[ModelRecord | None], instances: set[str]) -> list[ModelRecord | None]:
+    """A model's record, as the only one, without what it says of some instances."""
+    (record,) = records
+    if record is None:
+        return [None]
+    copies = {name: copy for name, copy in record.copies.items() if name not in instances}
+    failures = {name: failure for name, failure in record.failures.items() if name not in instances}
+    return [replace(record, copies=copies, failures=failures)]
+
+
+def _told(action: placement.Load | placement.Drop | placement.Move) -> str:
+    verb = {placement.Load: "load", placement.Drop: "drop", placement.Move: "move"}[type(action)]
+    return f"{verb} model {action.model} at {action.instance} ({action.reason})"
