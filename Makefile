@@ -15,7 +15,7 @@ SHELL       := /bin/bash
 MAKEFLAGS   += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := build
-.PHONY: run test test-fast bench lint format build protos debug sanitize coverage clean
+.PHONY: run test test-fast bench bench-density lint format build protos debug sanitize coverage clean
 
 PY   := $(abspath $(VENV))/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet
@@ -160,6 +160,9 @@ $(BENCH_SYSTEM): | $(SYSTEM)
 
 bench: $(EXTENSIONS) $(DEV_PACKAGES) $(BENCH_SYSTEM)
 	@$(PY) -m bench $(SUITE)
+
+bench-density: SUITE = density
+bench-density: bench
 
 ## Lint ---------------------------------------------------------------------------------------------------------------
 

@@ -272,7 +272,8 @@ class Registered(Catalog):
         if error is not None:
             self._reports.failed(name, str(error))
         else:
-            self._reports.copy(name, state)
+            size = sum(copy.weight for copy in self._router.copies(name)) if state is CopyState.LOADED else 0
+            self._reports.copy(name, state, size)
 
     def gone(self, copy: Copy) -> None:
         """A copy takes no more requests."""

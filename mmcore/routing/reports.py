@@ -28,6 +28,8 @@ WRITERS: Final = 16
 RETRY_S: Final = 1.0
 #: How long the last ones may take when the instance ends; what is not written goes with its lease.
 CLOSE_WAIT_S: Final = 5.0
+#: A size is written anew when it differs by more than this share.
+SIZE_STEP: Final = 0.25
 #: How long a failed load is told of when nothing comes after it.
 FAILURE_KEPT_MS: Final = 15 * 60_000
 
@@ -37,6 +39,7 @@ class _Own:
     """What is to be said of this instance in one model's record."""
 
     copy: CopyRecord | None = None
+    size_bytes: int = 0
     failure: FailureRecord | None = None
     used_ms: int = 0
 
@@ -52,9 +55,13 @@ class Reports:
         self._writing: asyncio.Task[None] | None = None
         self._closing = False
 
-    def copy(self, name: str, state: CopyState | None) -> None:
-        """The copy here is in this state from now on, or is none; a loaded one ends an earlier failure."""
+    def copy(self, name: str, state: CopyState | None, size_bytes: int = 0) -> None:
+        """The copy here is in this state from now on, or is none; a loaded one ends an earlier failure.
+
+        ``size_bytes`` is what a loaded one takes, by which others place it.
+        """
         own = self._own.setdefault(name, _Own())
+        own.size_bytes = size_bytes
         own.copy = CopyRecord(state=state.value, since_ms=self._clock_ms()) if state is not None else None
         if state is CopyState.LOADED:
             own.failure = None
@@ -105,6 +112,7 @@ class Reports:
             record,
             copies=_put(record.copies, instance, own.copy),
             failures=_put(record.failures, instance, own.failure),
+            size_bytes=_size(record.size_bytes, own.size_bytes),
             last_used_ms=max(record.last_used_ms, own.used_ms),
         )
 
@@ -159,6 +167,11 @@ class Reports:
             own = self._own.get(name)
             if own is not None and own.copy is None and own.failure is None and name not in self._unwritten:
                 del self._own[name]
+
+
+def _size(told_bytes: int, own_bytes: int) -> int:
+    """The size that is told, unless what was measured here differs by more than copies of a model do."""
+    return own_bytes if own_bytes and abs(own_bytes - told_bytes) > SIZE_STEP * own_bytes else told_bytes
 
 
 def _put(entries: dict[str, _R], instance: str, own: _R | None) -> dict[str, _R]:

@@ -521,10 +521,10 @@ class Router:
         if registration is None:
             self.cache.unload(copy)
             return
+        registration.place(copy.version, copy)
         if self._is_catalogs(registration):
             self._hold(registration)
             self.catalog.changed_state(copy.name, CopyState.LOADED, None)
-        registration.place(copy.version, copy)
         if registration.problems is not None:
             registration.problems.pop(copy.version, None)
         if registration.versions and copy.version == registration.versions[-1]:

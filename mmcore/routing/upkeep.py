@@ -97,6 +97,7 @@ class Upkeep:
         copies = self._router.copies()
         used = set(await self.usage.look(copies))
         cluster = self._cluster
+        cluster.expire(self._clock_ms())
         busy: list[placement.Model] = []
         for number, copy in enumerate(copies):
             if copy.name not in used and number % IDLE_LOOKS != self._look % IDLE_LOOKS:

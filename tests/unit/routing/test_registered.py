@@ -269,7 +269,8 @@ async def test_a_registered_model_that_is_not_loaded_costs_less_than_the_budget(
         before = tracemalloc.get_traced_memory()[0]
         for number in range(count):
             made = ModelRecord(type="mt:sklearn", path=f"sklearn/model-{number:08}", key=key, last_used_ms=number)
-            member.registry.models.put(f"a-model-of-usual-name-length-{number:08}", Entry(encode(made), number, 0))
+            key_of = member.registry.models.key(f"a-model-of-usual-name-length-{number:08}")
+            member.registry.models.put(key_of, Entry.of(encode(made), number + 1))
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
