@@ -8,6 +8,7 @@ import re
 import socket
 import ssl
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
@@ -64,6 +65,9 @@ def moto() -> Iterator[str]:
     server.start()
     try:
         host, port = server.get_host_and_port()
+        # What it keeps is this process's, whichever server put it there.
+        request = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+        urllib.request.urlopen(request, timeout=10).close()
         yield f"http://{host}:{port}"
     finally:
         server.stop()

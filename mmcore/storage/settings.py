@@ -168,7 +168,7 @@ def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
         parameters=reader.texts("parameters"),
         execution=execution,
         size_bytes=_size(reader, "size_bytes"),
-        device_bytes=_size(reader, "device_bytes"),
+        device_bytes=0 if reader.values.get("device_bytes") == 0 else _size(reader, "device_bytes"),
         preload=_flag(reader, "preload"),
         pinned=_flag(reader, "pinned"),
         min_residency_s=_duration(reader, "min_residency"),
