@@ -125,7 +125,9 @@ def test_interrupt_ends_a_pull_and_leaves_nothing(config: Path, bucket: Bucket, 
     proxy.faults = [hold, hold]
     (config / "slow").write_text(json.dumps({**bucket.entry, "endpoint_url": proxy.address}))
     call = command("pull", "--key", "slow", "--path", "m", tmp_path / "dest", "--storage-config", config)
-    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    # Where the tests run in the background of a shell, they and their children pass interrupts over.
+    heeding = ["env", "--default-signal=INT", *call]
+    with subprocess.Popen(heeding, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         assert stuck.wait(30)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
