@@ -1,10 +1,11 @@
 """Which allocator a serving process takes its memory from, and what that does with what is freed.
 
-``mmcore serve`` starts itself again under jemalloc where that is installed, with Python's small objects in it too. Of
+``mmcore serve`` starts itself again under jemalloc where that is installed, with Python's small objects in it too, but
+not where OpenVINO is: its libraries look for malloc past any that is preloaded, and free what came from the other. Of
 the allocators tried (glibc, jemalloc 5.3, mimalloc 2.0, with 400 mixed models) it is the one that counts what each
 thread takes, so that a model's size is what its load took, whatever other threads did meanwhile; it gives back what
 models took some seconds after they are unloaded, by a thread of its own, where glibc does so only on request and holds
-others up meanwhile; and requests take no longer. mimalloc gave nothing back.
+others up meanwhile. mimalloc gave nothing back.
 
 Under glibc freed memory is kept up to a bound. Left alone, it hands the top of the heap back to the kernel as soon as a
 large tensor is freed and takes it anew for the next one: for two buffers of 600 KB that is 300 µs of page faults in
@@ -15,6 +16,7 @@ mappings of their own, which go back to the kernel when they are freed.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -41,12 +43,12 @@ def choose_allocator() -> None:
     """Start this process again with the same arguments under the allocator that serves best; the pid stays.
 
     Returns where that has been done, or where LD_PRELOAD or PYTHONMALLOC is set, to whatever: then somebody has chosen.
-    Without jemalloc Python's objects are taken from glibc, so that it counts them.
+    Without jemalloc, or with OpenVINO, Python's objects are taken from glibc, so that it counts them.
     """
     if "LD_PRELOAD" in os.environ or "PYTHONMALLOC" in os.environ:
         return
     environment = {**os.environ, "PYTHONMALLOC": "malloc"}
-    library = find_jemalloc()
+    library = find_jemalloc() if importlib.util.find_spec("openvino") is None else None
     if library is not None:
         environment["LD_PRELOAD"] = str(library)
         environment.setdefault("MALLOC_CONF", _JEMALLOC)

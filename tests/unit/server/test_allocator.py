@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     for name in ("LD_PRELOAD", "PYTHONMALLOC", "MALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "execve", lambda program, argv, environment: calls.append((program, argv, environment)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "mmcore.cli.main", "serve", "--grpc-port", "0"])
     return calls
 
@@ -39,6 +41,14 @@ def test_options_of_the_library_that_are_set_stay(started: Started, monkeypatch:
     monkeypatch.setenv("MALLOC_CONF", "narenas:1")
     allocator.choose_allocator()
     assert started[0][2]["MALLOC_CONF"] == "narenas:1"
+
+
+def test_another_allocator_is_not_put_under_openvino(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "find_jemalloc", lambda: Path("/somewhere/libjemalloc.so.2"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "openvino" else None)
+    allocator.choose_allocator()
+    assert started[0][2]["PYTHONMALLOC"] == "malloc"
+    assert "LD_PRELOAD" not in started[0][2]
 
 
 def test_without_the_library_python_takes_its_objects_from_glibc(
