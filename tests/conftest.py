@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import uvloop
 
 from tests.serving import Instances, Serve
+
+# As mmcore.runtimes.loading does, for the tests that import OpenVINO themselves.
+sys.modules.setdefault("openvino_telemetry", None)
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 

@@ -7,6 +7,7 @@ written as somebody would who serves that one model by hand. Nothing of mmcore i
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -82,6 +83,8 @@ def torchscript(path: Path) -> Call:
 
 def openvino(path: Path) -> Call:
     """A compiled model with one stream of one thread, in full precision (the plugin may choose bfloat16 else)."""
+    # It tells its maker of its use otherwise.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}

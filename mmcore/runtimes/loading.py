@@ -57,6 +57,9 @@ _import_lock = threading.Lock()
 # XGBoost model took. The library reads this when a framework brings it in.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# OpenVINO tells its maker of its use, from a thread that forks this process, unless this module cannot be imported.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
 
 def load_model(source: ModelSource) -> LoadedModel:
     """Load one version of one model; blocks for as long as the framework takes, so call it in a loader thread.

@@ -261,3 +261,9 @@ def test_many_models_do_not_mean_many_threads(tmp_path: Path) -> None:
     path = saved(network(), tmp_path / "model.xml")
     done = subprocess.run([sys.executable, "-c", SERVE_ALONE, str(path)], capture_output=True, text=True, timeout=100)
     assert done.stdout.split() == ["0"], done.stdout + done.stderr
+
+
+def test_its_maker_is_not_told_of_its_use() -> None:
+    from openvino.tools.ovc import telemetry_stub, telemetry_utils
+
+    assert telemetry_utils.tm is telemetry_stub
