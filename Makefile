@@ -137,8 +137,10 @@ $(TEST_SYSTEM): | $(SYSTEM)
 	-$(call step,System packages of the tests,test_system)
 	@touch $@
 
+# Two processes even where there are more cores: some tests have ten processes of their own. A file's tests stay together,
+# for what they share.
 test: $(EXTENSIONS) $(DEV_PACKAGES) $(TEST_SYSTEM)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 test-fast: $(EXTENSIONS) $(DEV_PACKAGES)
 	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)

@@ -148,7 +148,10 @@ def test_an_idle_instance_is_small_and_soon_ready(serve: Serve, models: Path) ->
     started = time.monotonic()
     instance = serve(models)
     took_s = time.monotonic() - started
-    assert psutil.Process(instance.process.pid).memory_info().rss < 60e6
+    memory = psutil.Process(instance.process.pid).memory_info()
+    # 54 MB; how much of the libraries' files the kernel maps unasked differs by some MB from start to start.
+    assert memory.rss < 65e6
+    assert memory.rss - memory.shared < 38e6
     assert took_s < 3.0  # a second on an idle machine; tests share theirs
 
 
