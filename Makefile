@@ -1,6 +1,6 @@
 # Everything a person or CI runs; README.md says what each verb is for.
 #   make run [ONCE=1]    make test | test-fast    make bench [SUITE=transport]    make lint | format
-#   make build | protos | debug | sanitize | coverage | clean
+#   make build | protos | debug | sanitize | coverage | clean | kube-apiserver
 # PYTHON chooses the interpreter of a new virtual environment, VENV its folder, PYTEST_ARGS goes to pytest.
 
 PYTHON      ?= python3
@@ -15,7 +15,7 @@ SHELL       := /bin/bash
 MAKEFLAGS   += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := build
-.PHONY: run test test-fast bench bench-density lint format build protos debug sanitize coverage clean
+.PHONY: run test test-fast kube-apiserver bench bench-density lint format build protos debug sanitize coverage clean
 
 PY   := $(abspath $(VENV))/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet
@@ -99,7 +99,7 @@ $(RUN_PACKAGES): pyproject.toml | $(PY)
 # Every framework, so that every format is tested; of PyTorch the release that the tests were written with. All in one
 # call: pip looks at what it is given together, and not at what is there, for releases that agree on protobuf's.
 define STEP_packages_to_test
-MMCORE_EXT=none $(PIP) install --no-build-isolation --group test --group lint '$(TORCH)' -e '.[samples,client,all-formats,all-stores]'
+MMCORE_EXT=none $(PIP) install --no-build-isolation --group test --group lint '$(TORCH)' -e '.[samples,client,controller,all-formats,all-stores]'
 $(PIP) check
 endef
 $(DEV_PACKAGES): $(RUN_PACKAGES)
@@ -144,6 +144,11 @@ test: $(EXTENSIONS) $(DEV_PACKAGES) $(TEST_SYSTEM)
 
 test-fast: $(EXTENSIONS) $(DEV_PACKAGES)
 	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+# Once, in some minutes: a Kubernetes API server, without which the controller's tests with one are left out.
+STEP_kube_apiserver = tests/build_kube_apiserver.sh build/kubernetes
+kube-apiserver:
+	$(call step,Kubernetes API server in build/kubernetes,kube_apiserver)
 
 # The peers to compare with: a C++ gRPC server and h2load. Without them their rows are left out, with a word.
 define STEP_bench_system
@@ -262,4 +267,4 @@ clean:
 
 # The shell texts reach their shells through the environment: no quoting in between.
 export STEP_system STEP_venv STEP_packages_to_run STEP_packages_to_test STEP_extensions STEP_samples STEP_test_system STEP_bench_system
-export STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_coverage
+export STEP_kube_apiserver STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_coverage

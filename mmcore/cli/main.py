@@ -17,6 +17,7 @@ from mmcore.errors import MmcoreError, RpcError
 #: Sub-command to the module that holds it and one line on what it does.
 COMMANDS: Final = {
     "serve": ("mmcore.cli.serve", "Serve a folder of models over KServe v2, gRPC and REST."),
+    "controller": ("mmcore.cli.controller", "Run the Kubernetes controller, or check manifests for it."),
     "infer": ("mmcore.cli.infer", "Ask a running instance for one inference."),
     "pull": ("mmcore.cli.pull", "Pull a model's files from a store into a folder."),
     "models": ("mmcore.cli.models", "List the models of a running instance, register and unregister them."),

@@ -1,0 +1,96 @@
+"""``mmcore controller``: the Kubernetes controller, and a check of manifests that exist already."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Final
+
+import click
+
+from mmcore import log
+from mmcore.cli.serve import option
+
+_NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+def own_namespace() -> str:
+    """The pod's namespace; outside of a cluster ``model-serving``."""
+    try:
+        return _NAMESPACE_FILE.read_text().strip()
+    except OSError:
+        return "model-serving"
+
+
+@click.group("controller", invoke_without_command=True)
+@click.option(
+    "--namespace",
+    envvar="NAMESPACE",
+    show_envvar=True,
+    default=own_namespace,
+    show_default="the pod's",
+    help="The controller's own namespace, where its configuration is.",
+)
+@click.option(
+    "--namespace-scope",
+    is_flag=True,
+    envvar="NAMESPACE_SCOPE",
+    show_envvar=True,
+    help="Serve this namespace alone, without anything of the cluster.",
+)
+@click.option(
+    "--etcd-secret",
+    envvar="ETCD_SECRET_NAME",
+    show_envvar=True,
+    show_default=True,
+    default="model-serving-etcd",
+    help="Secret of the connection to etcd.",
+)
+@option(
+    "--kubeconfig",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    show_default="the pod's account, else kubectl's",
+    help="Where the API server is.",
+)
+@option("--leader-elect/--no-leader-elect", default=True, help="Work only while holding the lease.")
+@option("--probe-port", type=click.IntRange(0, 65535), default=8081, help="Port of /healthz and /readyz; 0: any.")
+@option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    namespace: str,
+    namespace_scope: bool,
+    etcd_secret: str,
+    kubeconfig: Path | None,
+    leader_elect: bool,
+    probe_port: int,
+    log_level: str,
+) -> int:
+    """Run the controller of Predictors, InferenceServices and ServingRuntimes."""
+    if ctx.invoked_subcommand is not None:
+        return 0
+    from mmcore.controller.api import Api
+    from mmcore.controller.app import Controller
+    from mmcore.controller.known import Installation
+    from mmcore.controller.probes import Probes
+
+    log.configure(log_level)
+    installation = Installation(namespace, cluster=not namespace_scope, etcd_secret=etcd_secret)
+    controller = Controller(Api(kubeconfig), installation, elect=leader_elect)
+
+    async def run() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, task.cancel)
+        server = await Probes(controller.is_ready).listen("", probe_port)
+        try:
+            await controller.run()
+        except asyncio.CancelledError:
+            return
+        finally:
+            server.close()
+
+    asyncio.run(run())
+    return 0

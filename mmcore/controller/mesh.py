@@ -1,0 +1,202 @@
+"""One namespace's instances, asked for the vmodels of its objects through their management API.
+
+One list of all vmodels tells what changed, so that ten thousand of them cost one request each time; the few that are
+in motion are asked for one by one, more often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from typing import Final, TypeVar
+
+from google.protobuf.message import Message
+
+from mmcore.config import TransportSettings
+from mmcore.controller.deployment import OWNERS
+from mmcore.errors import RpcError, Status, Unavailable
+from mmcore.pb import cluster_pb2
+from mmcore.pb import model_mesh_pb2 as pb
+from mmcore.transport import Channel
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S: Final = 10.0
+#: Between two lists of all vmodels, and between two looks at those in motion.
+_LIST_EVERY_S: Final = 10.0
+_LOOK_EVERY_S: Final = 0.3
+#: More in motion than this are looked at by a list.
+_ONE_BY_ONE: Final = 30
+_ANSWER_LIMIT: Final = 2**30
+
+_MANAGEMENT: Final = "/mmesh.ModelMesh"
+_CLUSTER: Final = "/mmcore.Cluster"
+
+ResponseT = TypeVar("ResponseT", bound=Message)
+
+
+class NoInstance(Unavailable):
+    """No instance of the namespace can be asked."""
+
+
+class Mesh:
+    """The instances of one namespace.
+
+    Attributes:
+        vmodels: the status of each vmodel as last told, by name.
+        listed: whether all of them have been told once by the instances there are now.
+    """
+
+    def __init__(self, namespace: str, changed: Callable[[Collection[str]], None]) -> None:
+        self.vmodels: dict[str, pb.VModelStatusInfo] = {}
+        self.listed = False
+        self._namespace = namespace
+        self._changed = changed
+        self._addresses: tuple[str, ...] = ()
+        self._channel: Channel | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._moved = asyncio.Event()
+        self._in_motion: set[str] = set()
+
+    @property
+    def reachable(self) -> bool:
+        """Whether there is an instance to ask."""
+        return bool(self._addresses)
+
+    def set_addresses(self, addresses: Collection[str]) -> None:
+        """Take these for the instances that can be asked."""
+        now = tuple(sorted(addresses))
+        if now == self._addresses:
+            return
+        self._addresses = now
+        if not now:
+            self.listed = False
+        elif self._following is None:
+            self._following = asyncio.get_running_loop().create_task(self._follow(), name=f"mesh {self._namespace}")
+        self._moved.set()
+
+    async def close(self) -> None:
+        """Ask no more."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
+        await self._leave()
+
+    async def set_vmodel(self, request: pb.SetVModelRequest) -> pb.VModelStatusInfo:
+        """Point a vmodel to its model.
+
+        Raises:
+            NoInstance: none answers.
+            RpcError: what the instance answered instead.
+        """
+        status = await self._call(f"{_MANAGEMENT}/setVModel", request, pb.VModelStatusInfo)
+        self._take(request.vModelId, status)
+        return status
+
+    async def delete_vmodel(self, name: str, owner: str) -> None:
+        """Let a vmodel of this owner go; raises as :meth:`set_vmodel` does."""
+        request = pb.DeleteVModelRequest(vModelId=name, owner=owner)
+        await self._call(f"{_MANAGEMENT}/deleteVModel", request, pb.DeleteVModelResponse)
+        self.vmodels.pop(name, None)
+        self._in_motion.discard(name)
+
+    async def _call(self, path: str, request: Message, response: type[ResponseT]) -> ResponseT:
+        body = request.SerializeToString()
+        # Another one takes over from an instance that has gone; each is tried once.
+        for _ in range(len(self._addresses) + 1):
+            channel = self._channel
+            if channel is None or channel.target not in self._addresses:
+                channel = await self._connect()
+            try:
+                return response.FromString(await channel.unary(path, body, timeout_s=_TIMEOUT_S))
+            except RpcError as error:
+                if error.status is not Status.UNAVAILABLE:
+                    raise
+                log.debug("%s: %s does not answer: %s", self._namespace, channel.target, error.details)
+                await self._leave(channel)
+        raise NoInstance(f"no instance of {self._namespace} answers")
+
+    async def _connect(self) -> Channel:
+        if not self._addresses:
+            raise NoInstance(f"{self._namespace} has no ready instance")
+        addresses = [one for one in self._addresses if self._last != one] or list(self._addresses)
+        channel = self._channel = Channel(addresses[0], settings=TransportSettings(max_message_bytes=_ANSWER_LIMIT))
+        self._last = channel.target
+        return channel
+
+    #: How long the last list took.
+    _list_s: float = 0.0
+    #: The instance asked last, which is not the first to be tried when it went away.
+    _last: str = ""
+
+    async def _leave(self, channel: Channel | None = None) -> None:
+        if self._channel is not None and channel in (None, self._channel):
+            left, self._channel = self._channel, None
+            await left.close()
+
+    async def _follow(self) -> None:
+        loop = asyncio.get_running_loop()
+        list_at = 0.0
+        while True:
+            try:
+                now = loop.time()
+                if now >= list_at or not self.listed or len(self._in_motion) > _ONE_BY_ONE:
+                    await self._list()
+                    list_at = loop.time() + _LIST_EVERY_S
+                else:
+                    await asyncio.gather(*map(self._look, list(self._in_motion)))
+            except (NoInstance, RpcError) as error:
+                log.debug("%s cannot be listed: %s", self._namespace, error)
+            self._moved.clear()
+            pause = max(list_at - loop.time(), 0.0)
+            if self._in_motion or not self.listed:
+                # A long list is not asked for all the time.
+                pause = min(pause, _LOOK_EVERY_S + self._list_s * 5) if pause else _LOOK_EVERY_S
+            try:
+                async with asyncio.timeout(pause if self._addresses else None):
+                    await self._moved.wait()
+            except TimeoutError:
+                continue
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _list(self) -> None:
+        started = asyncio.get_running_loop().time()
+        request = cluster_pb2.ListRequest()
+        answer = await self._call(f"{_CLUSTER}/ListVModels", request, cluster_pb2.ListVModelsResponse)
+        found = {row.name: row.status for row in answer.vmodels}
+        changed = {name for name, status in found.items() if self.vmodels.get(name) != status}
+        changed |= self.vmodels.keys() - found.keys()
+        self.vmodels = found
+        self._in_motion = {name for name, status in found.items() if in_motion(status)}
+        first, self.listed = not self.listed, True
+        self._list_s = asyncio.get_running_loop().time() - started
+        if first:
+            changed |= found.keys()
+        if changed or first:
+            self._changed(changed)
+
+    async def _look(self, name: str) -> None:
+        request = pb.GetVModelStatusRequest(vModelId=name)
+        status = await self._call(f"{_MANAGEMENT}/getVModelStatus", request, pb.VModelStatusInfo)
+        if self._take(name, status):
+            self._changed([name])
+
+    def _take(self, name: str, status: pb.VModelStatusInfo) -> bool:
+        changed = self.vmodels.get(name) != status
+        self.vmodels[name] = status
+        if in_motion(status):
+            self._in_motion.add(name)
+            self._moved.set()
+        else:
+            self._in_motion.discard(name)
+        return changed
+
+
+def in_motion(status: pb.VModelStatusInfo) -> bool:
+    """Whether it is on its way to another state."""
+    states = pb.ModelStatusInfo.ModelStatus
+    if status.status == pb.VModelStatusInfo.TRANSITIONING:
+        return True
+    newest = status.targetModelStatus if status.activeModelId != status.targetModelId else status.activeModelStatus
+    return status.owner in OWNERS and newest.status == states.LOADING

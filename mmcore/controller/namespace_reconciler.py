@@ -1,0 +1,289 @@
+"""Has everything in a namespace that its mesh needs and nothing else: runtimes, Service, policies, files."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final
+
+import orjson
+
+from mmcore.controller import mesh_manifests as manifests
+from mmcore.controller import pods
+from mmcore.controller.api import Api, ApiError
+from mmcore.controller.deployment import CONSTRAINTS_MAP, Place, claims_of, deployment, deployment_name
+from mmcore.controller.events import Events
+from mmcore.controller.informer import Informer
+from mmcore.controller.known import Known
+from mmcore.controller.mesh import Mesh
+from mmcore.controller.objects import (
+    AUTOSCALERS,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    DISRUPTION_BUDGETS,
+    NETWORK_POLICY,
+    PERSISTENT_VOLUME_CLAIM,
+    POD,
+    SECRET,
+    SERVICE,
+    SERVICE_LABEL,
+    SERVICE_MONITORS,
+    Kind,
+    Object,
+    Ref,
+    annotations_of,
+    at,
+    covers,
+    deleting,
+    labels_of,
+    ref,
+)
+from mmcore.controller.runtimes import Runtime, problems
+from mmcore.controller.scaling import IDLE_SINCE, scale
+from mmcore.controller.statuses import merge_conditions
+
+log = logging.getLogger(__name__)
+
+#: On what is applied: the digest of it. Without it an object is somebody else's.
+APPLIED: Final = "serving.kserve.io/applied"
+#: On pods: the digest of their mounted files. The kubelet brings those up to date when a pod's annotations change,
+#: instead of within a minute or two.
+FILES: Final = "serving.kserve.io/files"
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a namespace is to have: its objects by kind, names that stay as they are, and when to look again."""
+
+    wanted: dict[Kind, dict[str, Object]] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
+    look_again_s: float | None = None
+
+    def add(self, kind: Kind, item: Object) -> None:
+        self.wanted.setdefault(kind, {})[item["metadata"]["name"]] = item
+
+    def look_again(self, seconds: float | None) -> None:
+        if seconds is not None:
+            self.look_again_s = min(seconds, self.look_again_s or seconds)
+
+
+class NamespaceReconciler:
+    """Works on one namespace at a time."""
+
+    def __init__(self, api: Api, known: Known, events: Events) -> None:
+        self._api = api
+        self._known = known
+        self._events = events
+
+    async def reconcile(self, namespace: str, mesh: Mesh) -> float | None:
+        """Bring a namespace to where it is to be; the seconds after which to look again."""
+        known = self._known
+        mesh.set_addresses(self._addresses(namespace))
+        if known.ending(namespace):
+            return None
+        plan = await self._plan(namespace) if known.enabled(namespace) else _Plan()
+        for kind, informer in self._informers():
+            wanted = plan.wanted.get(kind, {})
+            for item in list(informer.of(namespace)):
+                name = item["metadata"]["name"]
+                if name not in wanted and name not in plan.kept and not deleting(item):
+                    await self._api.delete(kind, ref(item))
+            for item in wanted.values():
+                await self._apply(kind, informer, item)
+        await self._etcd_secret(namespace)
+        await self._refresh_files(namespace)
+        return plan.look_again_s
+
+    async def validate(self, kind: Kind, informer: Informer, where: Ref) -> None:
+        """Tell a runtime's user what is wrong with it, in its status and an Event."""
+        item = informer.items.get(where)
+        if item is None or deleting(item):
+            return
+        runtime = Runtime.of(item, kind)
+        found = problems(runtime, self._known.config) if runtime.multi_model and not runtime.disabled else []
+        condition = {
+            "type": "Valid",
+            "status": "False" if found else "True",
+            "reason": "InvalidSpec" if found else "Valid",
+            "message": "; ".join(found),
+            "observedGeneration": item["metadata"].get("generation", 0),
+        }
+        before = at(item, "status", "conditions") or []
+        conditions = merge_conditions(before, [condition], datetime.now(UTC))
+        if found:
+            self._events.warn(item, "InvalidSpec", condition["message"])
+        if not covers(before, conditions):
+            version = item["metadata"]["resourceVersion"]
+            change = {"metadata": {"resourceVersion": version}, "status": {"conditions": conditions}}
+            informer.put(await self._api.patch(kind, where, change, "status"))
+
+    # What is wanted.
+
+    async def _plan(self, namespace: str) -> _Plan:
+        known, plan = self._known, _Plan()
+        config = known.config
+        runtimes = known.effective_runtimes(namespace)
+        used, claims = self._used(namespace)
+        place = Place(namespace, known.installation.etcd_secret, await self._claims(namespace, claims))
+        served = False
+        for runtime in runtimes:
+            if runtime.disabled or not runtime.multi_model:
+                continue
+            served = True
+            if problems(runtime, config):
+                # What runs stays as it is until the runtime is mended.
+                plan.kept.add(deployment_name(config, runtime.name))
+                continue
+            if known.etcd_secrets.get(known.installation.namespace, known.installation.etcd_secret) is None:
+                message = f"the secret {known.installation.etcd_secret} is missing in {known.installation.namespace}"
+                self._events.warn(runtime.resource, "EtcdSecretMissing", message)
+            self._add_runtime(plan, runtime, place, wanted=runtime.name in used)
+        if not served:
+            return plan
+        plan.add(SERVICE, manifests.service(config, namespace))
+        plan.add(CONFIG_MAP, manifests.constraints_map(config, namespace, runtimes))
+        plan.add(NETWORK_POLICY, manifests.network_policy(config, namespace))
+        monitors, service = known.optional(SERVICE_MONITORS), known.services.get(namespace, config.service_name)
+        if monitors is not None and service is not None and config.metrics and config.service_monitor:
+            plan.add(monitors.kind, manifests.service_monitor(config, namespace, service, monitors.kind))
+        return plan
+
+    def _add_runtime(self, plan: _Plan, runtime: Runtime, place: Place, *, wanted: bool) -> None:
+        known, config, namespace = self._known, self._known.config, place.namespace
+        name = deployment_name(config, runtime.name)
+        found = known.deployments.get(namespace, name)
+        decided = scale(runtime, config, found, wanted=wanted, now=datetime.now(UTC))
+        plan.look_again(decided.look_again_s)
+        item = deployment(runtime, config, place, decided.replicas)
+        # Only digested is what is ours for good: an autoscaler may change the replicas.
+        marks = {APPLIED: _digest(item, "replicas" if manifests.scale_bounds(runtime) else "")}
+        if decided.idle_since:
+            marks[IDLE_SINCE] = decided.idle_since
+        item["metadata"]["annotations"] = marks
+        plan.add(DEPLOYMENT, item)
+        if budgets := known.optional(DISRUPTION_BUDGETS):
+            plan.add(budgets.kind, manifests.disruption_budget(runtime, config, namespace, budgets.kind))
+        scalers = known.optional(AUTOSCALERS)
+        if scalers is not None and decided.replicas:
+            scaler = manifests.autoscaler(runtime, config, namespace, scalers.kind)
+            if scaler is not None:
+                plan.add(scalers.kind, scaler)
+
+    def _used(self, namespace: str) -> tuple[set[str], set[str]]:
+        """The runtimes that models go to, and the volume claims that models name."""
+        runtimes, claims = set(), set()
+        for selected in self._known.users(namespace):
+            if isinstance(selected.runtime, Runtime):
+                runtimes.add(selected.runtime.name)
+            if selected.model is not None and selected.model.claim:
+                claims.add(selected.model.claim)
+        return runtimes, claims
+
+    async def _claims(self, namespace: str, named: Iterable[str]) -> tuple[str, ...]:
+        secret = self._known.storage_secrets.get(namespace, self._known.installation.storage_secret)
+        entries, broken = manifests.storage_entries(secret)
+        if broken and secret is not None:
+            self._events.warn(secret, "InvalidEntry", f"no JSON object: {', '.join(broken)}")
+        existing = None
+        if self._known.config.allow_any_pvc:
+            existing = [name for name in named if await self._exists(namespace, name)]
+        return claims_of(entries, named, existing)
+
+    async def _exists(self, namespace: str, claim: str) -> bool:
+        try:
+            await self._api.get(PERSISTENT_VOLUME_CLAIM, Ref(namespace, claim))
+        except ApiError as error:
+            if error.missing:
+                return False
+            raise
+        return True
+
+    # What is done.
+
+    def _informers(self) -> Iterable[tuple[Kind, Informer]]:
+        known = self._known
+        # Files before the pods that mount them.
+        yield from ((one.kind, one) for one in (known.config_maps, known.services, known.network_policies))
+        yield DEPLOYMENT, known.deployments
+        for versions in (AUTOSCALERS, DISRUPTION_BUDGETS, SERVICE_MONITORS):
+            if informer := known.optional(versions):
+                yield informer.kind, informer
+
+    async def _apply(self, kind: Kind, informer: Informer, item: Object) -> None:
+        marks = item["metadata"].setdefault("annotations", {})
+        marks.setdefault(APPLIED, _digest(item))
+        found = informer.items.get(ref(item))
+        if found is not None and covers(found, item) and (IDLE_SINCE in marks) == (IDLE_SINCE in annotations_of(found)):
+            return
+        if found is None and kind is DEPLOYMENT:
+            await self._make_room(ref(item))
+        await self._api.apply(kind, item)
+
+    async def _make_room(self, where: Ref) -> None:
+        """Delete a Deployment of this name that is not ours: the archived release's has other containers."""
+        try:
+            found = await self._api.get(DEPLOYMENT, where)
+        except ApiError as error:
+            if error.missing:
+                return
+            raise
+        if APPLIED not in annotations_of(found):
+            log.warning("replacing the deployment %s, which is not of this controller", where)
+            await self._api.delete(DEPLOYMENT, where)
+
+    async def _etcd_secret(self, namespace: str) -> None:
+        installation, secrets = self._known.installation, self._known.etcd_secrets
+        if namespace == installation.namespace:
+            return
+        where = Ref(namespace, installation.etcd_secret)
+        found = secrets.items.get(where)
+        source = secrets.get(installation.namespace, installation.etcd_secret)
+        if not self._known.enabled(namespace) or source is None:
+            if found is not None and source is not None and APPLIED in annotations_of(found):
+                await self._api.delete(SECRET, where)
+            return
+        try:
+            item = manifests.etcd_secret(source, namespace)
+        except ValueError as error:
+            self._events.warn(source, "InvalidSecret", str(error))
+            return
+        await self._apply(SECRET, secrets, item)
+
+    async def _refresh_files(self, namespace: str) -> None:
+        """Have pods that run see changed files at once."""
+        known = self._known
+        constraints = known.config_maps.get(namespace, CONSTRAINTS_MAP)
+        secret = known.storage_secrets.get(namespace, known.installation.storage_secret)
+        if constraints is None:
+            return
+        digest = _digest({"files": [constraints["data"], (secret or {}).get("data")]})
+        for pod in list(known.pods.of(namespace)):
+            stated = annotations_of(pod).get(FILES)
+            if stated != digest and not deleting(pod):
+                await self._annotate(ref(pod), digest)
+
+    async def _annotate(self, where: Ref, digest: str) -> None:
+        try:
+            await self._api.patch(POD, where, {"metadata": {"annotations": {FILES: digest}}})
+        except ApiError as error:
+            if not error.missing:
+                raise
+
+    def _addresses(self, namespace: str) -> list[str]:
+        config = self._known.config
+        found = [
+            pods.address(pod, config.grpc_port)
+            for pod in self._known.pods.of(namespace)
+            if labels_of(pod).get(SERVICE_LABEL) == config.service_name and pods.is_ready(pod)
+        ]
+        return [config.endpoint] if config.endpoint and found else found
+
+
+def _digest(item: Object, without: str = "") -> str:
+    content = item
+    if without:
+        content = {**item, "spec": {key: value for key, value in item["spec"].items() if key != without}}
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]

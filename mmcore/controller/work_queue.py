@@ -1,0 +1,87 @@
+"""What is to be looked at: each thing once however often it changes, failures with growing pauses of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Final, Generic, TypeVar
+
+log = logging.getLogger(__name__)
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 300.0
+
+
+class WorkQueue(Generic[KeyT]):
+    """Keys that are to be worked on; a key is never worked on twice at the same time.
+
+    ``work`` answers in how many seconds the key is to be looked at again, None for not before it changes.
+    """
+
+    def __init__(self, work: Callable[[KeyT], Awaitable[float | None]]) -> None:
+        self._work = work
+        self._waiting: dict[KeyT, None] = {}
+        self._running: set[KeyT] = set()
+        self._timers: dict[KeyT, asyncio.TimerHandle] = {}
+        self._failures: dict[KeyT, int] = {}
+        self._arrived = asyncio.Event()
+
+    def add(self, key: KeyT) -> None:
+        """Look at it as soon as possible."""
+        self._waiting[key] = None
+        self._arrived.set()
+
+    def add_after(self, key: KeyT, seconds: float) -> None:
+        """Look at it in a while; the earlier of two such times counts."""
+        loop = asyncio.get_running_loop()
+        timer = self._timers.get(key)
+        due = loop.time() + seconds
+        if timer is not None:
+            if timer.when() <= due:
+                return
+            timer.cancel()
+        self._timers[key] = loop.call_at(due, self._due, key)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be done now."""
+        return not self._waiting and not self._running
+
+    async def run(self, workers: int) -> None:
+        """Work until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(self._worker())
+
+    def _due(self, key: KeyT) -> None:
+        self._timers.pop(key, None)
+        self.add(key)
+
+    async def _worker(self) -> None:
+        while True:
+            key = next((one for one in self._waiting if one not in self._running), None)
+            if key is None:
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            del self._waiting[key]
+            self._running.add(key)
+            try:
+                again = await self._work(key)
+            except Exception as error:  # one object's failure stops no other
+                failures = self._failures[key] = self._failures.get(key, 0) + 1
+                pause = min(_FIRST_PAUSE_S * 2**failures, _LONGEST_PAUSE_S) * random.uniform(0.8, 1.2)  # noqa: S311
+                log.warning("%s: %s; again in %.1f s", key, error or type(error).__name__, pause)
+                log.debug("%s", key, exc_info=True)
+                self.add_after(key, pause)
+            else:
+                self._failures.pop(key, None)
+                if again is not None:
+                    self.add_after(key, again)
+            finally:
+                self._running.discard(key)
+                self._arrived.set()

@@ -1,0 +1,184 @@
+"""The Deployment of a runtime: what stands in its pods, and what leaves them alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from kubernetes_validate import validate
+
+from mmcore.controller.deployment import (
+    Place,
+    capacity_bytes,
+    claims_of,
+    deployment,
+    models_limit,
+    runtime_address,
+    with_architectures,
+)
+from mmcore.controller.objects import Object
+from mmcore.controller.runtimes import Runtime
+from mmcore.controller.serving_config import ServingConfig
+from tests.unit.controller.objects import own_runtime, runtime
+
+CONFIG = ServingConfig()
+PLACE = Place("models", "model-serving-etcd")
+
+
+def made(item: Runtime, config: ServingConfig = CONFIG, place: Place = PLACE) -> Object:
+    found = deployment(item, config, place, 2)
+    validate(found, "1.33", strict=True)
+    return found
+
+
+def pod(item: Runtime, config: ServingConfig = CONFIG, place: Place = PLACE) -> Object:
+    spec: Object = made(item, config, place)["spec"]["template"]["spec"]
+    return spec
+
+
+def container(spec: Object, name: str = "mmcore") -> Object:
+    found: Object = next(one for one in spec["containers"] if one["name"] == name)
+    return found
+
+
+def environment(spec: Object) -> dict[str, Any]:
+    return {entry["name"]: entry.get("value") for entry in container(spec)["env"]}
+
+
+def test_a_runtime_of_our_formats_is_one_container() -> None:
+    spec = pod(own_runtime())
+    assert [one["name"] for one in spec["containers"]] == ["mmcore"]
+    # The runtime's own resources are the instance's, and its capacity follows from them.
+    assert container(spec)["resources"] == {"limits": {"memory": "2Gi"}, "requests": {"cpu": "1"}}
+    assert environment(spec)["MMCORE_CAPACITY"] == str(int(2 * 2**30 * 0.8))
+    assert "MMCORE_RUNTIME" not in environment(spec)
+
+
+def test_another_server_has_one_instance_beside_it_and_nothing_else() -> None:
+    spec = pod(runtime())
+    assert [one["name"] for one in spec["containers"]] == ["triton", "mmcore"]
+    assert environment(spec)["MMCORE_RUNTIME"] == "triton://127.0.0.1:8001?repo=/models/_triton_models"
+    assert environment(spec)["MMCORE_CAPACITY"] == str(2**30 - 134217728)
+
+
+def test_labels_and_names_are_those_that_services_and_dashboards_ask_for() -> None:
+    found = made(runtime())
+    assert found["metadata"]["name"] == "modelmesh-serving-triton-2.x"
+    assert found["spec"]["selector"]["matchLabels"] == {
+        "modelmesh-service": "modelmesh-serving",
+        "name": "modelmesh-serving-triton-2.x",
+    }
+    assert found["metadata"]["ownerReferences"][0]["uid"] == "1"
+    labels = environment(found["spec"]["template"]["spec"])["MMCORE_LABEL"]
+    assert labels == "mt:onnx mt:onnx:1 pv:grpc-v2 pv:v2 rt:triton-2.x"
+
+
+def test_our_container_needs_no_rights() -> None:
+    security = container(pod(runtime()))["securityContext"]
+    assert security["runAsNonRoot"] and security["readOnlyRootFilesystem"]
+    assert security["capabilities"] == {"drop": ["ALL"]} and not security["allowPrivilegeEscalation"]
+
+
+def test_a_rollout_keeps_serving() -> None:
+    found = made(runtime())
+    assert found["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": "75%", "maxUnavailable": "15%"}
+    spec = found["spec"]["template"]["spec"]
+    one = container(spec)
+    assert one["readinessProbe"]["httpGet"]["path"] == "/ready"
+    assert one["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
+    grace = int(environment(spec)["MMCORE_GRACE"].removesuffix("s"))
+    assert 5 + grace < spec["terminationGracePeriodSeconds"]
+
+
+def test_the_folder_of_models_has_room_before_the_kubelet_evicts_the_pod() -> None:
+    spec = pod(runtime())
+    volumes = {one["name"]: one for one in spec["volumes"]}
+    assert volumes["models-dir"]["emptyDir"] == {"sizeLimit": "1536Mi"}
+    assert int(environment(spec)["MMCORE_MODEL_CACHE_LIMIT"]) < 1536 * 2**20
+    without = runtime(containers=[{"name": "triton", "image": "t"}])
+    assert models_limit(without, CONFIG) == 0
+    assert {"name": "models-dir", "emptyDir": {}} in pod(without)["volumes"]
+
+
+def test_the_secret_of_stores_may_be_missing() -> None:
+    volumes = {one["name"]: one for one in pod(runtime())["volumes"]}
+    assert volumes["storage-config"]["secret"] == {"secretName": "storage-config", "optional": True}
+
+
+def test_claims_are_mounted_in_every_container_each_with_mounts_of_its_own() -> None:
+    item = runtime(
+        containers=[{"name": "triton", "image": "t", "volumeMounts": [{"name": "x", "mountPath": "/x"}]}],
+        volumes=[{"name": "x", "emptyDir": {}}],
+    )
+    spec = pod(item, place=Place("models", "etcd", ("claim.a", "claim-b")))
+    for name in ("triton", "mmcore"):
+        paths = [one["mountPath"] for one in container(spec, name)["volumeMounts"]]
+        assert {"/models", "/pvc_mounts/claim.a", "/pvc_mounts/claim-b"} <= set(paths)
+        assert len(paths) == len(set(paths))
+    assert "/x" in [one["mountPath"] for one in container(spec, "triton")["volumeMounts"]]
+    assert "/x" not in [one["mountPath"] for one in container(spec)["volumeMounts"]]
+
+
+def test_a_users_affinity_is_narrowed_and_never_widened() -> None:
+    zone = {"key": "zone", "operator": "In", "values": ["a"]}
+    terms = {"nodeSelectorTerms": [{"matchExpressions": [zone]}, {"matchExpressions": [zone]}]}
+    found = with_architectures({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}})
+    made_terms = found["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert len(made_terms) == 2
+    for term in made_terms:
+        assert [one["key"] for one in term["matchExpressions"]] == ["zone", "kubernetes.io/arch"]
+
+
+def test_what_the_user_sets_goes_into_the_pods() -> None:
+    config = ServingConfig.read(
+        "runtimePodLabels: {team: a, name: not-this}\nimagePullSecrets: [{name: one}, {name: two}]\n"
+        "serviceAccountName: models\ninternalModelMeshEnvVars: [{name: A, value: b}, {name: MMCORE_HOST, value: x}]\n"
+    )
+    item = runtime(
+        labels={"team": "b"}, nodeSelector={"gpu": "yes"}, imagePullSecrets=[{"name": "two"}, {"name": "three"}]
+    )
+    found = made(item, config)
+    template = found["spec"]["template"]
+    assert template["metadata"]["labels"]["team"] == "b"
+    assert template["metadata"]["labels"]["name"] == "modelmesh-serving-triton-2.x"
+    spec = template["spec"]
+    assert [one["name"] for one in spec["imagePullSecrets"]] == ["one", "two", "three"]
+    assert spec["nodeSelector"] == {"gpu": "yes"} and spec["serviceAccountName"] == "models"
+    # Ours go before, so that an old setting cannot cut an instance off.
+    assert environment(spec)["A"] == "b" and environment(spec)["MMCORE_HOST"] == "0.0.0.0"
+
+
+def test_a_custom_runtime_is_reached_by_its_endpoint() -> None:
+    item = runtime(
+        builtInAdapter=None, grpcEndpoint="unix:///tmp/mm/grpc.sock", containers=[{"name": "c", "image": "c"}]
+    )
+    assert runtime_address(item) == "unix:/tmp/mm/grpc.sock"
+    spec = pod(item)
+    for name in ("c", "mmcore"):
+        assert {"name": "domain-socket", "mountPath": "/tmp/mm"} in container(spec, name)["volumeMounts"]
+    assert runtime_address(runtime(builtInAdapter=None, grpcEndpoint="port:8085")) == "127.0.0.1:8085"
+
+
+def test_nothing_of_the_controller_itself_is_in_the_pods() -> None:
+    # An upgrade of the controller rolls pods only where the image that they run changes.
+    config = ServingConfig.read("mmcoreImage: {name: mine, tag: fixed}")
+    assert "0.1" not in str(made(own_runtime(), config)["spec"])
+
+
+@pytest.mark.parametrize(
+    ("containers", "capacity"),
+    [
+        ([{"name": "triton", "resources": {"requests": {"memory": "2Gi"}}}], 2 * 2**30 - 134217728),
+        ([{"name": "triton", "resources": {"limits": {"memory": "100Mi"}}}], 1),
+        ([{"name": "triton"}], None),
+        ([{"name": "triton", "resources": {"limits": {"memory": "1Gi"}}}, {"name": "log"}], 2**30 - 134217728),
+    ],
+)
+def test_capacity_follows_from_the_servers_memory(containers: list[Object], capacity: int | None) -> None:
+    assert capacity_bytes(runtime(containers=containers), {}) == capacity
+
+
+def test_which_claims_are_mounted() -> None:
+    entries = [{"type": "pvc", "name": "b"}, {"type": "s3"}, {"type": "pvc"}]
+    assert claims_of(entries, ["a"], None) == ("b",)
+    assert claims_of(entries, ["a", "missing"], ["a"]) == ("a", "b")

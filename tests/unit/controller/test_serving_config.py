@@ -1,0 +1,72 @@
+"""model-serving-config: defaults, merging, and what is said of what cannot be used."""
+
+from __future__ import annotations
+
+import pytest
+
+import mmcore
+from mmcore.controller.serving_config import ConfigError, ServingConfig
+
+
+def test_without_a_configuration_everything_has_its_default() -> None:
+    config = ServingConfig.read()
+    assert config == ServingConfig()
+    assert (config.service_name, config.grpc_port, config.rest_port) == ("modelmesh-serving", 8033, 8008)
+    assert (config.pods_per_runtime, config.scale_to_zero, config.grace_s) == (2, True, 60)
+    assert config.image == f"mmcore:{mmcore.__version__}"
+
+
+def test_keys_are_known_in_any_case_and_names_of_labels_keep_theirs() -> None:
+    config = ServingConfig.read(
+        "PodsPerRuntime: 3\nSCALETOZERO: {Enabled: false}\nruntimePodLabels: {example.com/Team: A.b}\n"
+    )
+    assert (config.pods_per_runtime, config.scale_to_zero) == (3, False)
+    assert config.pod_labels == {"example.com/Team": "A.b"}
+
+
+def test_a_users_file_goes_before_the_defaults() -> None:
+    config = ServingConfig.read(
+        "podsPerRuntime: 3\nrestProxy: {enabled: false, port: 9}", "restProxy: {enabled: true}\n"
+    )
+    assert (config.pods_per_runtime, config.rest_port) == (3, 9)
+    assert ServingConfig.read("restProxy: {enabled: false}").rest_port is None
+
+
+def test_a_tag_of_the_user_ends_a_digest_of_the_defaults() -> None:
+    defaults = "mmcoreImage: {name: mine, digest: 'sha256:1'}"
+    assert ServingConfig.read(defaults).image == "mine@sha256:1"
+    assert ServingConfig.read(defaults, "mmcoreImage: {tag: v2}").image == "mine:v2"
+
+
+def test_an_image_with_a_port_in_its_name() -> None:
+    assert ServingConfig.read("mmcoreImage: {name: 'host:5000/mmcore', tag: v2}").image == "host:5000/mmcore:v2"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("podsPerRuntime: many", "podsperruntime must be a whole number"),
+        ("podsPerRuntime: true", "podsperruntime must be a whole number"),
+        ("podsPerRuntime: -1", "must not be negative"),
+        ("inferenceServicePort: 70000", "must be a port"),
+        ("metrics: {port: 8033}", "must differ"),
+        ("tls: {clientAuth: sometimes}", "must be one of optional, require"),
+        ("mmcoreResources: {limits: {memory: lots}}", "mmcoreResources.limits.memory"),
+        ("- a", "must be a mapping"),
+        ("a: [", "is not YAML"),
+        ("internalModelMeshEnvVars: [A]", "list of name and value"),
+    ],
+)
+def test_what_cannot_be_used_is_named(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        ServingConfig.read(text)
+
+
+def test_what_has_no_effect_any_more_is_told() -> None:
+    config = ServingConfig.read(
+        "modelMeshImage: {name: kserve/modelmesh}\nrestProxy: {image: {name: x}}\nmetrics: {scheme: https}\nnope: 1\n"
+    )
+    told = "\n".join(config.notices)
+    for name in ("modelmeshimage", "restProxy.image", "metrics.scheme", "nope has no effect: it is not known"):
+        assert name in told
+    assert config.image == ServingConfig().image
