@@ -25,6 +25,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.tree import BaseDecisionTree, DecisionTreeClassifier
 
+from mmcore._ext.trees import MeanForest
 from mmcore.runtimes.interface import Array
 
 log = logging.getLogger(__name__)
@@ -271,14 +272,14 @@ def _trees(estimator: Any, own: object) -> _Step | None:
     if own in (ForestClassifier.predict, ForestClassifier.predict_proba):
         if not all(type(tree).predict_proba is DecisionTreeClassifier.predict_proba for tree in estimator.estimators_):
             return None
-        shares = _mean_of([_tree_shares(tree) for tree in estimator.estimators_], int(estimator.n_classes_))
+        shares = _mean_of(estimator, int(estimator.n_classes_))
         if own is ForestClassifier.predict_proba:
             return _Step("forest", "f", shares)
         return _Step("forest classes", "f", _classes_of(estimator, shares))
     if own is ForestRegressor.predict:
         if not all(type(tree).predict is BaseDecisionTree.predict for tree in estimator.estimators_):
             return None
-        values = _mean_of([_tree_shares(tree) for tree in estimator.estimators_], 1)
+        values = _mean_of(estimator, 1)
         return _Step("forest values", "f", lambda features: values(features)[:, 0])
     return None
 
@@ -294,7 +295,16 @@ def _tree_shares(estimator: Any) -> Callable[[Array], Array]:
     return shares
 
 
-def _mean_of(trees: Sequence[Callable[[Array], Array]], columns: int) -> Callable[[Array], Array]:
+def _mean_of(forest: Any, columns: int) -> Callable[[Array], Array]:
+    """The mean of the trees' shares, by a walk down the trees where they lie if they are laid out as is known here."""
+    try:
+        states = [tree.tree_.__getstate__() for tree in forest.estimators_]
+        grown = [(state["nodes"], state["values"][:, 0, :columns]) for state in states]
+        return MeanForest(int(forest.n_features_in_), columns, grown).means
+    except (AttributeError, KeyError, ValueError) as error:
+        log.info("the trees of a forest are asked one by one: %s", error)
+    trees = [_tree_shares(tree) for tree in forest.estimators_]
+
     def mean(features: Array) -> Array:
         found = np.zeros((len(features), columns))
         for tree in trees:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmcore._ext.trees import Forest
+from mmcore._ext.trees import Forest, MeanForest
 
 NAN = float("nan")
 
@@ -102,3 +102,54 @@ def test_columns_and_lengths_are_checked() -> None:
         Forest(2, 1, [tree()], [0.0, 0.0], "identity")
     with pytest.raises(ValueError, match="differ in length"):
         Forest(2, 1, [(*tree()[:5], np.zeros(2, np.uint8))], [0.0], "identity")
+
+
+#: As scikit-learn lays nodes out, with one field more.
+NODE = np.dtype(
+    [("left_child", "i8"), ("right_child", "i8"), ("feature", "i8"), ("threshold", "f8"), ("impurity", "f8")]
+)
+
+
+def grown(low: float = -1.0, high: float = 2.0, **changed: Any) -> tuple[Any, Any]:
+    """Feature 1 up to 0.5: ``low`` and its double, beyond ``high`` and its double."""
+    nodes = np.array([(1, 2, 1, 0.5, 0), (-1, -1, -2, -2, 0), (-1, -1, -2, -2, 0)], NODE)
+    for name, value in changed.items():
+        nodes[0][name] = value
+    return nodes, np.array([[0.0, 0.0], [low, 2 * low], [high, 2 * high]])
+
+
+def test_a_forest_answers_the_mean_of_its_trees_leaves() -> None:
+    rows = np.array([[0, 0.5], [0, 0.6]], np.float32)
+    forest = MeanForest(2, 2, [grown(), grown(low=4.0), grown(high=5.0)])
+    assert forest.means(rows).tolist() == [[2 / 3, 4 / 3], [3.0, 6.0]]
+    many = MeanForest(2, 2, [grown()] * 600)
+    assert many.means(rows).tolist() == [[-1.0, -2.0], [2.0, 4.0]]
+
+
+def test_a_forest_answers_some_columns_of_its_leaves_and_no_rows_at_all() -> None:
+    nodes, leaves = grown()
+    forest = MeanForest(2, 1, [(nodes, leaves[:, :1])])
+    assert forest.means(np.ones((2, 2))).tolist() == [[2.0], [2.0]]
+    assert forest.means(np.ones((0, 2))).shape == (0, 1)
+
+
+@pytest.mark.parametrize("changed", [{"left_child": 0}, {"left_child": 3}, {"right_child": -1}, {"feature": 2}])
+def test_nodes_that_lead_out_of_a_tree_or_back_are_refused(changed: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="node 0 of tree 1"):
+        MeanForest(2, 2, [grown(), grown(**changed)])
+
+
+def test_trees_of_other_arrays_are_refused() -> None:
+    nodes, leaves = grown()
+    with pytest.raises(ValueError, match="left_child"):
+        MeanForest(2, 2, [(np.zeros(3), leaves)])
+    with pytest.raises(ValueError, match="the leaves of tree 0"):
+        MeanForest(2, 2, [(nodes, leaves[:2])])
+    with pytest.raises(ValueError, match="the leaves of tree 0"):
+        MeanForest(2, 2, [(nodes, leaves.astype(np.float32))])
+    with pytest.raises(ValueError, match="the nodes of tree 0"):
+        MeanForest(2, 2, [(nodes[::2], leaves[:2])])
+    with pytest.raises(ValueError, match="without trees"):
+        MeanForest(2, 2, [])
+    with pytest.raises(ValueError, match="rows have 3 features, the forest takes 2"):
+        MeanForest(2, 2, [grown()]).means(np.zeros((1, 3)))

@@ -64,6 +64,8 @@ FITTED = [
     network(MLPClassifier, NAMES, "tanh"),
     network(MLPClassifier, NAMES == "sun", "logistic"),
 ]
+MISSING = np.where(_RANDOM.random(ROWS.shape) < 0.1, np.nan, ROWS)
+FITTED.append(RandomForestRegressor(5, random_state=1, max_leaf_nodes=9).fit(MISSING, VALUES))
 PAIRS = [
     pytest.param(estimator, method, id=f"{at}-{type(estimator).__name__}-{method}")
     for at, estimator in enumerate(FITTED)
