@@ -30,8 +30,10 @@ from asyncio import _get_running_loop
 cnp.import_array()
 
 cdef enum:
-    # Every so many requests one goes the way that measures the model and decides anew.
-    MEASURED_EVERY = 32
+    # After so many requests one goes the way that measures the model and decides anew; twice as many each time that it
+    # decides as before. (One that turns out slow is noticed at once.)
+    FIRST_MEASURED = 32
+    LAST_MEASURED = 1024
     SLOW_NS = 300000
     # A merged inference may take the loop longer than one request: alone, its requests would take it longer still.
     SLOW_MERGED_NS = 3000000
@@ -135,7 +137,8 @@ cdef class Prepared:
     cdef str name
     cdef str version
     cdef uint64_t allowed
-    cdef int left
+    cdef int left                   # until the next measurement
+    cdef int interval               # between the last two
 
     def __init__(self, copy, merging=None, int64_t most_rows=0, Shelf shelf=None, free=None):
         self.free = free
@@ -165,9 +168,10 @@ cdef class Prepared:
         cdef uint64_t bit = <uint64_t> 1 << size_class(rows)
         if allowed:
             self.allowed |= bit
-            self.left = MEASURED_EVERY
+            self.left = self.interval = min(2 * self.interval, LAST_MEASURED) if self.interval else FIRST_MEASURED
         else:
             self.allowed &= ~bit
+            self.interval = 0
 
     cdef bytes answered(self, InferRequest request):
         """The answer that the same request got before, None where there is none."""
@@ -328,7 +332,7 @@ cdef class CommonPath:
         )
         prepared.learn(rows, inferred - bound)
         if inferred - bound > SLOW_NS:
-            prepared.left = 0
+            prepared.left = prepared.interval = 0
             self.slow(copy, rows, inferred - bound)
         if prepared.shelf is not None:
             prepared.keep(request, message)
@@ -454,7 +458,7 @@ cdef class CommonPath:
             prepared.slow_turns = prepared.slow_turns + 1 if inferred - began > SLOW_MERGED_NS else 0
             if prepared.slow_turns >= SLOW_TURNS:
                 self.slow(copy, first.rows, inferred - began)
-                prepared.left = 0
+                prepared.left = prepared.interval = 0
             return 0
         members = [one.inputs for one in group]
         if check or len(group) == 1:
@@ -467,7 +471,7 @@ cdef class CommonPath:
             if ran_rows == one.rows and error is None:
                 prepared.learn(one.rows, infer_ns)
                 if len(group) == 1 and infer_ns > SLOW_NS:
-                    prepared.left = 0
+                    prepared.left = prepared.interval = 0
                     self.slow(copy, one.rows, infer_ns)
             self.answer(prepared, one, outputs, error, ran_rows, began, infer_ns, leads)
         return 0

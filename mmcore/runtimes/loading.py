@@ -52,6 +52,8 @@ FORMATS: Final[tuple[str, ...]] = tuple(_FORMATS)
 OWN_BYTES: Final = 6 * 1024
 
 _import_lock = threading.Lock()
+#: Modules of ours that are there whole.
+_imported: Final[set[str]] = set()
 
 # OpenMP's threads sleep when they have nothing to do, and do not spin, which burnt 6 of the 8 ms that loading a small
 # XGBoost model took. The library reads this when a framework brings it in.
@@ -105,6 +107,11 @@ def _loader(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
         raise LoadFailed(
             f"model {source.name!r}: the format {source.format!r} is not served; these are: {', '.join(FORMATS)}"
         )
+    module = sys.modules.get(served.module)
+    load: Callable[[ModelSource], LoadedModel]
+    if module is not None and served.module in _imported:
+        load = module.load
+        return load
     try:
         # Frameworks are imported one at a time: they import one another (xgboost takes sklearn in), and two threads
         # in a cycle of imports see half-made modules.
@@ -115,5 +122,6 @@ def _loader(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
             f"model {source.name!r}: the format {source.format!r} needs a framework that cannot be imported ({error});"
             f" install it with: pip install 'mmcore[{served.extra}]'"
         ) from error
-    load: Callable[[ModelSource], LoadedModel] = module.load
+    _imported.add(served.module)
+    load = module.load
     return load

@@ -293,6 +293,9 @@ class UnderWay:
             # What it waited for a thread lies after the binding; it is moved to the front with the rest of the queue.
             self.queue_ns += ran.queue_ns
             self.started -= ran.queue_ns
+            rows = rows_of(self.inputs)
+            # One measurement may be enough to let the next request take the compiled path.
+            self.copy.prepared.allow(rows, self.copy.lane.runs_inline(self.copy.lane.pace(rows)))
             self.call.reply(self._inference.answer(self, outputs, ran.infer_ns, ran))
         except Exception as failure:
             self.copy.statistics.fail(now_ns() - self.started)

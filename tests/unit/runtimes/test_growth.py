@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mmcore.runtimes.size import _Mallinfo2, _ProcessCounter
 from mmcore.server.allocator import find_jemalloc
 
 PROGRAM = """
@@ -87,3 +88,30 @@ def test_glibc_tells_what_the_process_took_unless_two_are_measured() -> None:
 @pytest.mark.slow
 def test_nothing_is_told_while_python_keeps_its_own_memory() -> None:
     assert set(run().values()) == {None}
+
+
+def test_a_count_that_takes_long_is_not_made_at_every_load() -> None:
+    """glibc's count of a heap with many models in it takes milliseconds, for which everybody waits."""
+    now, walks, takes_s = 0.0, 0, 0.005
+
+    def mallinfo2() -> _Mallinfo2:
+        nonlocal now, walks
+        now, walks = now + takes_s, walks + 1
+        return _Mallinfo2(uordblks=1000 * walks)
+
+    counter = _ProcessCounter(mallinfo2, lambda: now)
+    told = []
+    for _ in range(1000):
+        before = counter.begin()
+        now += 0.003  # the load
+        after = counter.end()
+        told.append(after is not None and after - before)
+    assert walks == 2 * sum(map(bool, told))
+    assert walks * takes_s < 0.1 * now
+    assert set(told) == {1000, False}
+    takes_s = 0.00002
+    now += 1
+    for _ in range(10):
+        before = counter.begin()
+        after = counter.end()
+        assert after == before + 1000

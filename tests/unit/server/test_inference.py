@@ -265,3 +265,26 @@ async def test_a_model_that_turns_slow_moves_to_a_thread() -> None:
         assert model.threads[-1].startswith("mmcore-infer")
     finally:
         await bench.router.close()
+
+
+async def test_a_model_found_fast_takes_the_compiled_path_at_once_and_is_measured_ever_more_rarely() -> None:
+    bench = Bench(ModelSettings())
+    measured: list[Copy] = []
+    infer = bench.router.infer
+
+    def counting(copy: Copy, *args: Any, **more: Any) -> Any:
+        measured.append(copy)
+        return infer(copy, *args, **more)
+
+    bench.router.infer = counting  # type: ignore[method-assign]
+    try:
+        await bench.load()
+        await bench.ask(body())
+        for _ in range(10):
+            assert bench.infer(FakeCall(), body()) is not None
+        assert len(measured) == 1
+        for _ in range(4000):
+            await bench.ask(body())
+        assert len(measured) <= 10
+    finally:
+        await bench.router.close()
