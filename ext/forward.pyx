@@ -132,6 +132,7 @@ cdef class Forwarded:
         self.peer = peer
         self.began = now()
         peer.in_flight += 1
+        self.owner.sent += 1
         self.call.on_cancel = self.cancel
         return 0
 
@@ -191,8 +192,10 @@ cdef class Forwards:
         choose: given the usable ones of several holders, returns the one to be asked; None: the one with the fewest
             requests in flight from here, of several the one that answers fastest.
         first_hop: encoded metadata of a common request.
+        sent: requests sent to a peer, each time that they were.
     """
 
+    cdef readonly int64_t sent
     cdef public object choose
     cdef public list first_hop
     cdef dict methods

@@ -132,13 +132,20 @@ cdef bint is_internal(const uint8_t *name, size_t size) noexcept:
 
 @cython.final
 cdef class Method:
-    """One gRPC method: its path and, on a server, what answers it."""
+    """One gRPC method: its path and, on a server, what answers it.
+
+    Attributes:
+        handler: what answers calls from now on.
+        counted, from_peers: the calls of clients, and those of other instances.
+    """
 
     def __init__(self, str path not None, object handler=None, bint streaming=False):
         self.path = path
         self.raw_path = path.encode("ascii")
         self.handler = handler
         self.streaming = streaming
+        self.counted = CallCounters()
+        self.from_peers = CallCounters()
 
 
 @cython.no_gc  # its references to Python callables are cleared in forget(); cycles end there
@@ -357,6 +364,7 @@ cdef class Stream:
                 return 0
             if self.inbox is None and not self.session.client:
                 self.packed = packed
+        self.message_bytes += PyBytes_GET_SIZE(self.body)
         if self.inbox is not None:
             self.inbox.append(self.body)
             self.inbox_bytes += PyBytes_GET_SIZE(self.body) + MESSAGE_COST
@@ -413,6 +421,7 @@ cdef class Stream:
             size = (<Part>message).view.len
         if size > <Py_ssize_t>0xFFFFFFFF:
             raise ValueError(f"a gRPC message holds at most 4294967295 bytes, this one has {size}")
+        self.answer_bytes += size
         head[0] = flag
         head[1] = (size >> 24) & 0xFF
         head[2] = (size >> 16) & 0xFF

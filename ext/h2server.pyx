@@ -97,6 +97,7 @@ cdef class ServerCall(Stream):
         if category != NGHTTP2_HCAT_REQUEST:
             return 0
         session.calls += 1
+        self.began = now()
         if self.header_flood:
             return self.refuse(RESOURCE_EXHAUSTED, f"metadata is above the limit of {session.max_header} bytes")
         if not self.http_ok:
@@ -267,9 +268,18 @@ cdef class ServerCall(Stream):
         self.on_cancel = None
         self.grpc_status = OK
         self.out_end = True
+        self.count(OK)
         self.send_headers(False)
         self.session.want_flush()
         return 0
+
+    cdef void count(self, int status) noexcept:
+        """Count the call, which has just ended."""
+        if self.target is not None:
+            if (<ServerSession>self.session).internal:
+                self.target.from_peers.add(status, now() - self.began, self.message_bytes, self.answer_bytes)
+            else:
+                self.target.counted.add(status, now() - self.began, self.message_bytes, self.answer_bytes)
 
     def reply(self, message not None):
         """Answer a unary call: one message and status OK. Nothing happens when the call is over.
@@ -294,6 +304,7 @@ cdef class ServerCall(Stream):
     cdef int conclude(self, int status, str details) except -1:
         """Settle the status; it leaves after what is queued, or with the headers where nothing was sent yet."""
         self.finished = True
+        self.count(status)
         self.grpc_status = status
         self.grpc_message = details
         self.out_end = True
@@ -354,6 +365,7 @@ cdef class ServerCall(Stream):
 
     cdef int on_close(self, uint32_t code, str reason) except -1:
         if not self.finished:
+            self.count(CANCELLED)
             if self.dispatched:
                 self.queue_ready()
         elif code == NGHTTP2_NO_ERROR and self.session.control_tokens < self.session.control_burst:

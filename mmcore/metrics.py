@@ -14,6 +14,8 @@ from typing import Final, Literal
 SECONDS: Final = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0,
 )  # fmt: skip
+#: Of how long what is unloaded was not used, in seconds: half a minute to 90 days.
+AGES: Final = (30.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0, 86400.0, 604800.0, 2592000.0, 7776000.0)
 SIZES: Final = tuple(float(2**18 * 4**step) for step in range(8))
 
 CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
@@ -48,6 +50,13 @@ class Histogram:
         return Histogram([bound * factor for bound in self.bounds], self.counts, self.total * factor)
 
 
+def merged(histograms: Iterable[Histogram]) -> Histogram:
+    """All values of histograms, at least one, that have the same bounds."""
+    first, *others = histograms
+    counts = [sum(column) for column in zip(first.counts, *(other.counts for other in others), strict=True)]
+    return Histogram(first.bounds, counts, first.total + sum(other.total for other in others))
+
+
 class Exposition:
     """The text of one scrape, written family by family."""
 
@@ -66,14 +75,18 @@ class Exposition:
 
     def histogram(self, name: str, text: str, histogram: Histogram, labels: Labels | None = None) -> None:
         """A family of one histogram."""
+        self.histograms(name, text, [(labels or {}, histogram)])
+
+    def histograms(self, name: str, text: str, histograms: Iterable[tuple[Labels, Histogram]]) -> None:
+        """A family of histograms that differ in their labels."""
         self._head(name, "histogram", text)
-        told = labels or {}
-        seen = 0
-        for bound, count in zip((*histogram.bounds, None), histogram.counts, strict=True):
-            seen += count
-            self._sample(f"{name}_bucket", {**told, "le": "+Inf" if bound is None else f"{bound:.12g}"}, seen)
-        self._sample(f"{name}_sum", told, histogram.total)
-        self._sample(f"{name}_count", told, seen)
+        for labels, histogram in histograms:
+            seen = 0
+            for bound, count in zip((*histogram.bounds, None), histogram.counts, strict=True):
+                seen += count
+                self._sample(f"{name}_bucket", {**labels, "le": "+Inf" if bound is None else f"{bound:.12g}"}, seen)
+            self._sample(f"{name}_sum", labels, histogram.total)
+            self._sample(f"{name}_count", labels, seen)
 
     def text(self) -> bytes:
         """All of it."""

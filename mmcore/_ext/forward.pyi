@@ -38,6 +38,7 @@ class Forwarded:
 class Forwards:
     choose: Callable[..., Any] | None
     first_hop: list[tuple[bytes, bytes]]
+    sent: int
     def __init__(self) -> None: ...
     def unary(
         self,

@@ -5,6 +5,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.string cimport memcmp, strlen
 
+from mmcore._ext.calls cimport CallCounters
 from mmcore._ext.nghttp2 cimport (
     NGHTTP2_NV_FLAG_NO_COPY_NAME,
     NGHTTP2_NV_FLAG_NO_COPY_VALUE,
@@ -76,8 +77,10 @@ cdef nghttp2_data_source_read_callback read_callback
 cdef class Method:
     cdef readonly str path
     cdef bytes raw_path
-    cdef object handler
+    cdef public object handler
     cdef bint streaming
+    cdef readonly CallCounters counted
+    cdef readonly CallCounters from_peers
 
 
 @cython.no_gc  # for subclasses in other modules, which see this declaration only
@@ -124,6 +127,9 @@ cdef class Stream:
     cdef object out_next       # after out_data; then out_queue
     cdef object out_queue
     cdef Py_ssize_t out_bytes  # not yet in a frame, all together
+    cdef double began          # of a server's call: when its headers came
+    cdef int64_t message_bytes # of messages received, decompressed
+    cdef int64_t answer_bytes  # of messages sent, before what is not sent yet
     cdef bint out_end
     cdef bint deferred
     cdef bint want_writable

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from mmcore._ext.calls import CallCounters
 from mmcore._ext.outbuf import Buffers
 from mmcore.config import TransportSettings
 
@@ -11,6 +12,9 @@ def live_objects() -> dict[str, int]: ...
 
 class Method:
     path: str
+    handler: Callable[..., Any] | None
+    counted: CallCounters
+    from_peers: CallCounters
     def __init__(self, path: str, handler: Callable[..., Any] | None = None, streaming: bool = False) -> None: ...
 
 class Stream:

@@ -12,6 +12,7 @@ cdef class ServerCall(Stream):
     cdef list extra_trailers
     cdef list extra_headers
     cdef public object on_cancel
+    cdef void count(self, int status) noexcept
     cdef int answer(self, object message) except -1
     cdef int answer_as(self, object message, uint8_t flag) except -1
     cdef int send_headers(self, bint end) except -1

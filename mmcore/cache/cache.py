@@ -105,7 +105,7 @@ class Cache:
         self.failures: Final = Failures(clock)
         self.sizes: Final = Sizes(sizes_file)
         self._eviction = POLICIES[eviction](self.lru)
-        self.room: Final = Room(self.lru, Footprint(capacity_bytes, device_bytes), self._eviction, self.unload)
+        self.room: Final = Room(self.lru, Footprint(capacity_bytes, device_bytes), self._eviction, self._evict)
         self.on_loaded: Callable[[Copy], None] = lambda copy: None
         self.on_gone: Callable[[Copy], None] = lambda copy: None
         self.on_state: Callable[[str, CopyState | None, MmcoreError | None], None] = lambda name, state, error: None
@@ -147,6 +147,12 @@ class Cache:
     def used_bytes(self) -> int:
         """Loaded, being loaded and being unloaded together, of the host's memory."""
         return self.room.used.host
+
+    @property
+    def oldest_idle_s(self) -> float | None:
+        """For how long the least recently used copy has not been used; None without copies."""
+        oldest = self.lru.oldest()
+        return self._idle_s(oldest) if isinstance(oldest, Copy) else None
 
     @property
     def loading(self) -> int:
@@ -448,6 +454,10 @@ class Cache:
 
     # Unloading.
 
+    def _evict(self, copy: Copy) -> None:
+        self.counted.evicted_idle_seconds.observe(self._idle_s(copy))
+        self.unload(copy)
+
     def unload(self, copy: Copy) -> None:
         """Give the copy no more requests, and close it when its last lease is returned."""
         if copy.state is CopyState.LOADED:
@@ -490,7 +500,7 @@ class Cache:
 
     def _close(self, model: LoadedModel, size: Footprint, copy: Copy | None) -> None:
         """Close a model in a thread; its space, counted as being unloaded, is free when that is done."""
-        closing = self._unloaders.run(_close, model, size.host)
+        closing = self._unloaders.run(_close, model, size.host, self.counted)
         self._closing.add(closing)
 
         def closed(_: object) -> None:
@@ -548,10 +558,13 @@ def _find(load: Load) -> tuple[ModelSource, bytes, Files]:
     return source, stamp, Files(source)
 
 
-def _close(model: LoadedModel, size: int) -> None:
+def _close(model: LoadedModel, size: int, counted: Counters) -> None:
     """In a thread of its own: let the framework free its memory."""
+    began = time.monotonic()
     try:
         model.close()
     except Exception:
+        counted.unload_failures += 1
         log.exception("closing a model of platform %s", model.platform)
+    counted.unload_seconds.observe(time.monotonic() - began)
     give_back_freed(size)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
@@ -68,6 +69,19 @@ class Registry:
         self._waiting: dict[asyncio.Future[None], int] = {}
         #: Keys of instances that a store which came back empty does not know yet.
         self._missed: set[str] = set()
+        self._returned_s = 0.0
+        self._away_since: float | None = None
+
+    @property
+    def lag_s(self) -> float:
+        """How old what is known here may be, in seconds.
+
+        While the store is away that is the time since it went; otherwise what the last write of this instance, once
+        the store had taken it, needed to come back with the changes that are followed.
+        """
+        if self._away_since is not None:
+            return time.monotonic() - self._away_since
+        return self._returned_s
 
     @property
     def leader(self) -> bool:
@@ -222,6 +236,7 @@ class Registry:
                             if away:
                                 log.info("the registry is back, at version %d", changes.version)
                                 away = False
+                            self._away_since = None
                         self._apply(changes)
                         self._reached(changes.version)
             except Compacted:
@@ -231,6 +246,8 @@ class Registry:
                 if not away:
                     log.warning("the registry is away: %s; going on with what is known", error)
                 away = True
+                if self._away_since is None:
+                    self._away_since = time.monotonic()
                 self._following.clear()
                 await asyncio.sleep(RETRY_S)
             except Exception:
@@ -364,11 +381,14 @@ class Registry:
     async def _returned(self, outcome: Outcome) -> None:
         """Wait until a change made here is in the tables; it is made whether or not it gets there in time."""
         if outcome.version <= self._version:
+            self._returned_s = 0.0
             return
         waiter = asyncio.get_running_loop().create_future()
         self._waiting[waiter] = outcome.version
+        began = time.monotonic()
         await asyncio.wait([waiter], timeout=WAIT_S)
         del self._waiting[waiter]
+        self._returned_s = time.monotonic() - began
 
     def _tell_leader(self, leader: bool) -> None:
         log.info("instance %s is %s the leader", self.instance, "now" if leader else "no longer")

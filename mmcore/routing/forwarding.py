@@ -62,6 +62,8 @@ class Forwarding(Forwards):
     Attributes:
         choose: given the usable ones of several holders, returns the one to be asked; None: by requests in flight.
         on_not_here: told (model, instance) when a holder has no copy any more, so that the table is corrected.
+        passed_over: holders that were asked and have not answered a request, so that another one had to be found.
+        unanswered: requests for which no holder was left.
 
     Args:
         instance: this one's id; it is never among the holders that are asked.
@@ -87,6 +89,8 @@ class Forwarding(Forwards):
         self._settings = settings
         self._peers: dict[str, Peer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.passed_over = 0
+        self.unanswered = 0
 
     # Who there is.
 
@@ -206,6 +210,7 @@ class Forwarding(Forwards):
         return hop_headers(mode, hops, (*tried, self.instance), model)
 
     def _pass_over(self, request: Forwarded, peer: Peer, status: Status, details: str) -> None:
+        self.passed_over += 1
         request.tried = (*request.tried, peer.instance)
         request.last = (status, details)
 
@@ -222,6 +227,7 @@ class Forwarding(Forwards):
         return False
 
     def _exhausted(self, request: Forwarded) -> None:
+        self.unanswered += 1
         status, details = request.last or (
             Status.UNAVAILABLE, f"no instance that holds model {request.model!r} can be reached"
         )  # fmt: skip

@@ -57,6 +57,7 @@ class Mesh(Loads):
     Attributes:
         members: who there is; their :class:`mmcore.placement.Cluster` is what is decided on.
         upkeep: what is done every few seconds.
+        forwarding: passes requests on.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Mesh(Loads):
         self._registry = registry
         self._router = router
         self._registered = registered
+        self.forwarding: Final = forwarding
         self._forwarding = forwarding
         self._clock_ms = clock_ms
         registry.models.listen(self._model_changed)

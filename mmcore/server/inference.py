@@ -157,7 +157,9 @@ class Inference:
             ):
                 raise
             return None
-        return self._bind_and_run(call, request, copy, started, now_ns() - started)
+        waited_ns = now_ns() - started
+        self._router.cache.counted.miss_seconds.observe(waited_ns * 1e-9)
+        return self._bind_and_run(call, request, copy, started, waited_ns)
 
     def _bind_and_run(
         self, call: Answer, request: InferRequest, copy: Copy, started: int, queue_ns: int

@@ -14,6 +14,7 @@ import secrets
 import signal
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Final, TypeVar
 import mmcore
 from mmcore import log as logs
 from mmcore import pb, placement
+from mmcore._ext.calls import CallCounters
 from mmcore.cache import Cache
 from mmcore.config import ServeSettings, StorageSettings
 from mmcore.errors import InvalidSetting, Unavailable
@@ -33,7 +35,8 @@ from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.allocator import keep_freed_memory, release_freed_memory
 from mmcore.server.dataplane import parse_dataplane_config
-from mmcore.server.observed import Observed, Parts
+from mmcore.server.observed import Observed
+from mmcore.server.parts import Parts
 from mmcore.server.peer import add_peer_methods, listen_for_peers
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
@@ -107,10 +110,12 @@ class Node:
             cluster.Cluster(self._registry, self._router, self._registered, self._vmodels, self.record).register(server)
         add_reflection(self._server, pb.descriptor_protos(), list(_SERVICES))
         add_reflection(self._management_server, pb.descriptor_protos(), [management.SERVICE, cluster.SERVICE])
+        self._rest_counted = defaultdict[str, CallCounters](CallCounters)
         self._rest = Listener(self._first_rest_request, settings.transport)
         observed = Observed(
             Parts(
                 self.instance, self._router, self._registry, self._registered, self._puller, self._server, self._rest,
+                self._rest_counted, self._mesh.forwarding if self._mesh is not None else None,
                 lambda: self._service.ready,
             ),
             per_model=settings.metrics_per_model,
@@ -251,7 +256,7 @@ class Node:
         """Take over for REST when there is a client of it: what it imports is not in an instance's idle memory."""
         from mmcore.server.rest.routes import Routes
 
-        routes = Routes(self._server.unary, self._settings.transport.max_message_bytes)
+        routes = Routes(self._server.unary, self._settings.transport.max_message_bytes, self._rest_counted)
         self._rest.handle = routes.handle
         routes.handle(request)
 

@@ -45,7 +45,11 @@ else:
 
 
 class Connection(_Base):
-    """What server and client connections have in common; mixed into either kind of session, before it."""
+    """What server and client connections have in common; mixed into either kind of session, before it.
+
+    Attributes:
+        dropped: whether it was closed from here since its peer was gone or stuck.
+    """
 
     def __init__(self, buffers: Buffers, settings: TransportSettings, loop: asyncio.AbstractEventLoop) -> None:
         self._settings = settings
@@ -56,6 +60,7 @@ class Connection(_Base):
         self._made_at = self._heard_at = self._progress_at = time.monotonic()
         self._heard_bytes = self._sent_seen = 0
         self._pinged_at: float | None = None
+        self.dropped = False
 
     # -- asyncio.BufferedProtocol; get_buffer, buffer_updated, pause_writing and resume_writing are the session's
 
@@ -162,6 +167,7 @@ class Connection(_Base):
 
     def _drop(self, reason: str) -> str:
         log.info("connection dropped: %s", reason, extra={"peer": self.peer})
+        self.dropped = True
         self.abort()
         return reason
 

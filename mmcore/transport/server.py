@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from mmcore._ext.h2 import Method
 from mmcore._ext.h2server import ServerCall, ServerSession
@@ -29,6 +29,8 @@ INTERNAL_STREAMS = 2**20
 UnaryHandler = Callable[[ServerCall, bytes], Message | None]
 #: Serves a streaming call; returning ends it with OK, raising with an error.
 StreamHandler = Callable[[StreamCall], Awaitable[None]]
+#: Given a path and its handler, the handler that is to take its place.
+Around = Callable[[str, UnaryHandler], UnaryHandler]
 
 
 def status_of(error: BaseException) -> tuple[Status, str]:
@@ -65,7 +67,7 @@ class ServerConnection(Connection, ServerSession, asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Leave the server's connections."""
         super().connection_lost(error)
-        self._server.left(self)
+        self._server.left(self, error)
 
     def handler_failed(self, call: ServerCall, error: Exception) -> None:
         """Answer a unary handler's exception."""
@@ -104,14 +106,25 @@ class ServerConnection(Connection, ServerSession, asyncio.BufferedProtocol):
         return super().tick(now)
 
 
+#: Ends of connections that are errors: the peer broke the protocol, was gone or stuck, or the network failed.
+CONNECTION_ERRORS: Final = ("protocol", "stalled", "lost")
+
+
 class Server:
-    """Serves methods on any number of TCP and Unix listeners of one event loop."""
+    """Serves methods on any number of TCP and Unix listeners of one event loop.
+
+    Attributes:
+        accepted: connections since the beginning.
+        errors: those that ended with an error, by :data:`CONNECTION_ERRORS`.
+    """
 
     def __init__(self, *, settings: TransportSettings | None = None) -> None:
         self._settings = settings or TransportSettings()
         self._internal_settings = replace(self._settings, max_concurrent_streams=INTERNAL_STREAMS)
         self._methods: dict[bytes, Method] = {}
-        self._unary: dict[str, UnaryHandler] = {}
+        self._unary: dict[str, Method] = {}
+        self._around: Around | None = None
+        self._bare: dict[str, UnaryHandler] = {}
         self._listeners: list[asyncio.Server] = []
         self._unix_paths: list[Path] = []
         self._connections: set[ServerConnection] = set()
@@ -120,6 +133,24 @@ class Server:
         self._none_open = asyncio.Event()
         self._none_open.set()
         self._draining = self._closed = False
+        self.accepted = 0
+        self.errors = dict.fromkeys(CONNECTION_ERRORS, 0)
+        self._received = self._sent = 0
+
+    @property
+    def received_bytes(self) -> int:
+        """Received since the beginning."""
+        return self._received + sum(connection.bytes_received for connection in self._connections)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Sent since the beginning."""
+        return self._sent + sum(connection.bytes_sent for connection in self._connections)
+
+    @property
+    def methods(self) -> list[Method]:
+        """What is served, with its counters."""
+        return list(self._methods.values())
 
     @property
     def connections(self) -> int:
@@ -133,8 +164,9 @@ class Server:
 
     def add_unary(self, path: str, handler: UnaryHandler) -> None:
         """Serve a unary method, ``/package.Service/Method``; see UnaryHandler."""
-        self._add(Method(path, handler, False))
-        self._unary[path] = handler
+        self._bare[path] = handler
+        self._unary[path] = method = Method(path, self._surrounded(path), False)
+        self._add(method)
 
     def unary(self, path: str) -> Callable[[Any, bytes], Message | None]:
         """The handler of a unary method, for calls that come in another way and answer as a ServerCall does.
@@ -142,7 +174,22 @@ class Server:
         Raises:
             KeyError: there is no such method.
         """
-        return self._unary[path]
+        handler = self._unary[path].handler
+        assert handler is not None
+        return handler
+
+    def surround(self, around: Around | None) -> None:
+        """Have unary calls answered by what ``around(path, handler)`` returns from now on; None: by the handlers alone.
+
+        What is not surrounded costs nothing.
+        """
+        self._around = around
+        for path, method in self._unary.items():
+            method.handler = self._surrounded(path)
+
+    def _surrounded(self, path: str) -> UnaryHandler:
+        handler = self._bare[path]
+        return handler if self._around is None else self._around(path, handler)
 
     def add_stream(self, path: str, handler: StreamHandler) -> None:
         """Serve a method that streams either way or both; see StreamHandler."""
@@ -216,15 +263,24 @@ class Server:
         """A connection was accepted."""
         self._connections.add(connection)
         self._none_open.clear()
+        self.accepted += 1
         # The loop may hand over connections that were accepted before the listeners closed.
         if self._closed:
             connection.abort()
         elif self._draining:
             connection.leave()
 
-    def left(self, connection: ServerConnection) -> None:
+    def left(self, connection: ServerConnection, error: Exception | None) -> None:
         """A connection has ended."""
         self._connections.discard(connection)
+        self._received += connection.bytes_received
+        self._sent += connection.bytes_sent
+        if connection.broken:
+            self.errors["protocol"] += 1
+        elif connection.dropped:
+            self.errors["stalled"] += 1
+        elif error is not None:
+            self.errors["lost"] += 1
         if not self._connections:
             self._none_open.set()
 

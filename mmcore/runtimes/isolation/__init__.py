@@ -8,5 +8,6 @@ whatever it answers is checked. It is no sandbox for the file system or the netw
 from mmcore.runtimes.isolation.group import Isolated, IsolatedGroup
 from mmcore.runtimes.isolation.model import IsolatedModel
 from mmcore.runtimes.isolation.policy import policy_loader
+from mmcore.runtimes.isolation.totals import totals as worker_totals
 
-__all__ = ["Isolated", "IsolatedGroup", "IsolatedModel", "policy_loader"]
+__all__ = ["Isolated", "IsolatedGroup", "IsolatedModel", "policy_loader", "worker_totals"]

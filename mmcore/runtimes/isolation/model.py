@@ -35,6 +35,7 @@ from mmcore.runtimes.isolation.frames import (
     unpack,
 )
 from mmcore.runtimes.isolation.process import LOOK_S, WorkerEnded, WorkerProcess
+from mmcore.runtimes.isolation.totals import totals
 
 log = logging.getLogger(__name__)
 
@@ -332,6 +333,7 @@ class IsolatedModel:
             self._give_up(LoadFailed(str(worker.refused)))
         elif worker.overdue:
             log.warning("model %s: its worker process did not answer in time and is restarted", self.name)
+            totals.failed(overdue=True)
             self._pause()
         elif self._broken is None:
             self._crashed(worker.reason if not ended else f"{worker.reason} while it loaded")
@@ -339,6 +341,7 @@ class IsolatedModel:
     def _crashed(self, how: str) -> None:
         """Decide what follows an end that nobody wanted."""
         log.warning("model %s: its worker process %s", self.name, how)
+        totals.failed(overdue=False)
         now = time.monotonic()
         self._crashes.append(now)
         if self._described is None:

@@ -25,6 +25,7 @@ from mmcore.errors import MmcoreError
 from mmcore.model import ModelSource
 from mmcore.runtimes.isolation.frames import BrokenFrame, Described, Kind, description_in, error_in, frame, receive
 from mmcore.runtimes.isolation.segment import Segment
+from mmcore.runtimes.isolation.totals import totals
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class WorkerProcess:
             self.pid = self._process.pid
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
+        totals.begun(self)
         with contextlib.suppress(OSError):
             # An OSError is its end, which is noticed by watching it.
             self._sock.sendall(frame(Kind.LOAD, pickle.dumps((source, memory_bytes))))
@@ -163,6 +165,7 @@ class WorkerProcess:
         while self._output.take(stdout.fileno()):
             pass
         self._output.finish()
+        totals.ended(self)
         with self._ending:
             self.reason = _how(self._process.wait())
             os.close(self._pidfd)

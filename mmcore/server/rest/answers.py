@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import contextlib
+import re
 from collections.abc import Callable
+from typing import Final
 
 from mmcore.errors import RpcError, Status
 from mmcore.server.calls import Answer, Body
@@ -11,6 +16,17 @@ from mmcore.server.rest.request import HTTP_STATUS, Request
 
 #: A gRPC method's handler: ``(call, encoded request)`` to the encoded answer, or None when it comes through the call.
 UnaryHandler = Callable[[Answer, bytes], Body | None]
+
+#: Headers of the HTTP request itself, which would mislead the instance that it is passed on to.
+_OF_HTTP: Final = frozenset({
+    *(b"accept", b"accept-charset", b"accept-encoding", b"accept-language", b"cache-control", b"connection"),
+    *(b"content-encoding", b"content-length", b"content-type", b"cookie", b"expect", b"host", b"keep-alive", b"origin"),
+    *(b"inference-header-content-length", b"pragma", b"proxy-connection", b"referer", b"te", b"trailer"),
+    *(b"transfer-encoding", b"upgrade", b"user-agent"),
+})  # fmt: skip
+#: What names and values of metadata may be (gRPC over HTTP/2).
+_NAME: Final = re.compile(rb"[0-9a-z_.-]+")
+_TEXT: Final = re.compile(rb"[\x20-\x7e]*")
 
 
 class HttpAnswer:
@@ -51,6 +67,7 @@ class HttpAnswer:
 
     def fail(self, status: int, details: str) -> None:
         """Answer with an error."""
+        self._request.code = status
         self._request.fail(HTTP_STATUS[status], details or Status(status).name)
 
 
@@ -112,5 +129,19 @@ def joined(message: Body) -> bytes:
 
 
 def metadata_of(request: Request) -> tuple[tuple[str, str | bytes], ...]:
-    """The headers as gRPC metadata: that is where a client names a model in another way, and who it is."""
-    return tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.items())
+    """The headers as gRPC metadata: that is where a client names a model in another way, and who it is.
+
+    Without those that are about the HTTP request itself, those that only instances send each other, and what no
+    metadata can be; values of names that end in ``-bin`` are base64.
+    """
+    found: list[tuple[str, str | bytes]] = []
+    for raw_name, raw_value in request.headers.items():
+        if raw_name in _OF_HTTP or raw_name.startswith((b"mmcore-", b"grpc-")) or _NAME.fullmatch(raw_name) is None:
+            continue
+        name = raw_name.decode("ascii")
+        if raw_name.endswith(b"-bin"):
+            with contextlib.suppress(binascii.Error):
+                found.append((name, base64.b64decode(raw_value + b"=" * (-len(raw_value) % 4))))
+        elif _TEXT.fullmatch(raw_value) is not None:
+            found.append((name, raw_value.decode("ascii")))
+    return tuple(found)

@@ -34,6 +34,7 @@ class Owner(Protocol):
     settings: TransportSettings
     handle: Callable[[Request], None]
     draining: bool
+    refused: int
 
     def joined(self, connection: Connection) -> None:
         """A connection was accepted."""
@@ -90,8 +91,8 @@ class Connection(asyncio.Protocol):
         self.lost = True
         self._owner.left(self)
         self._ready.clear()
-        if self._current is not None and self._current.on_cancel is not None:
-            self._current.on_cancel()
+        if self._current is not None:
+            self._current.left()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes, and answer the requests that are complete."""
@@ -237,6 +238,7 @@ class Connection(asyncio.Protocol):
         """Answer what cannot be read as a request, behind those that could; nothing more is read."""
         self._deaf = True
         self._receiving = False
+        self._owner.refused += 1
         self._refusal = refusal
         self._ready.append(Request(self, "", "", {}, b"", keep_alive=False))
 

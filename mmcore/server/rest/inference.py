@@ -94,10 +94,10 @@ class InferAnswer(HttpAnswer):
 class RestInference:
     """Serves ``/v2/models/NAME/infer``.
 
-    ``infer`` is the gRPC method's handler, ``describe(request, name, version)`` tells a model's metadata.
+    ``infer`` gives the gRPC method's handler, ``describe(request, name, version)`` tells a model's metadata.
     """
 
-    def __init__(self, infer: UnaryHandler, describe: Describe, waiting: Waiting, max_bytes: int) -> None:
+    def __init__(self, infer: Callable[[], UnaryHandler], describe: Describe, waiting: Waiting, max_bytes: int) -> None:
         self._infer = infer
         self._describe = describe
         self._waiting = waiting
@@ -113,7 +113,7 @@ class RestInference:
                 return
             body = memoryview(request.body)
             message, call.wanted = message_of(name, version, loads(body[:document_bytes]), body[document_bytes:])
-            answer = self._infer(call, message)
+            answer = self._infer()(call, message)
         except Exception as error:
             refuse(call, error, "infer")
         else:
@@ -135,7 +135,7 @@ class RestInference:
             call.wanted = {"": True}
         else:
             message, call.wanted = await asyncio.to_thread(_large_message, name, version, body, document_bytes)
-        return self._infer(call, message)
+        return self._infer()(call, message)
 
 
 def message_of(

@@ -20,12 +20,16 @@ class Listener:
     Attributes:
         handle: takes each request and answers it with ``request.send``, now or later, on the loop.
         draining: whether connections end with their next answer.
+        accepted: connections since the beginning.
+        refused: requests that could not be read as such, or were too long.
     """
 
     def __init__(self, handle: Callable[[Request], None], settings: TransportSettings | None = None) -> None:
         self.handle = handle
         self.settings = settings or TransportSettings()
         self.draining = False
+        self.accepted = 0
+        self.refused = 0
         self._server: asyncio.Server | None = None
         self._connections: set[Connection] = set()
         self._none_open = asyncio.Event()
@@ -76,6 +80,7 @@ class Listener:
 
     def joined(self, connection: Connection) -> None:
         """A connection was accepted."""
+        self.accepted += 1
         self._connections.add(connection)
         self._none_open.clear()
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
+
+from mmcore._ext.calls import CallCounters
+from mmcore.errors import Status
 
 if TYPE_CHECKING:
     from mmcore.server.rest.connection import Connection
@@ -16,6 +20,15 @@ JSON: Final = b"application/json"
 
 #: gRPC status to HTTP status as google/rpc/code.proto gives it; the archived stack's REST proxy went by it as well.
 HTTP_STATUS: Final = (200, 499, 500, 400, 504, 404, 409, 403, 429, 400, 409, 400, 501, 500, 503, 500, 401)
+
+#: The gRPC status that an answer is counted under where no gRPC method has given it.
+_CODES: Final[dict[int, Status]] = {
+    200: Status.OK,
+    400: Status.INVALID_ARGUMENT,
+    413: Status.RESOURCE_EXHAUSTED,
+    500: Status.INTERNAL,
+    503: Status.UNAVAILABLE,
+}
 
 _PHRASES: Final = {status.value: status.phrase for status in HTTPStatus} | {499: "Client Closed Request"}
 _STATUS_LINES: Final = {
@@ -31,9 +44,14 @@ class Request:
         headers: names in lower case; of a repeated one the last value.
         body: as it came, not decompressed.
         on_cancel: called when the client goes away before it has its answer.
+        counters: what the answer is counted in; None: nothing.
+        code: the gRPC status that the answer is counted under; None: the one that belongs to the HTTP status.
     """
 
-    __slots__ = ("_connection", "answered", "body", "headers", "keep_alive", "method", "on_cancel", "target")
+    __slots__ = (
+        *("_began", "_connection", "_received_bytes", "answered", "body", "code", "counters", "headers", "keep_alive"),
+        *("method", "on_cancel", "target"),
+    )
 
     def __init__(
         self, connection: Connection, method: str, target: str, headers: dict[bytes, bytes], body: bytes,
@@ -47,6 +65,10 @@ class Request:
         self.keep_alive = keep_alive
         self.answered = False
         self.on_cancel: Callable[[], object] | None = None
+        self.counters: CallCounters | None = None
+        self.code: int | None = None
+        self._began = time.monotonic()
+        self._received_bytes = len(body)
 
     @property
     def gone(self) -> bool:
@@ -72,7 +94,19 @@ class Request:
         head = b"%bcontent-type: %b\r\ncontent-length: %d\r\n" % (_STATUS_LINES[status], content_type, length)
         for name, value in headers:
             head += b"%b: %b\r\n" % (name, value)
+        self._count(_CODES.get(status, Status.UNKNOWN) if self.code is None else self.code, length)
         self._connection.answer(self, head, [] if self.method == "HEAD" else parts)
+
+    def left(self) -> None:
+        """The client is gone."""
+        if not self.answered:
+            self._count(Status.CANCELLED, 0)
+        if self.on_cancel is not None:
+            self.on_cancel()
+
+    def _count(self, code: int, length: int) -> None:
+        if self.counters is not None:
+            self.counters.count(code, time.monotonic() - self._began, self._received_bytes, length)
 
     def fail(self, status: int, text: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """Answer with an HTTP status and ``{"error": text}``."""

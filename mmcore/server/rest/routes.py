@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Final
 from urllib.parse import unquote
 
 import orjson
 
+from mmcore._ext.calls import CallCounters
 from mmcore.server.calls import Body, Waiting
 from mmcore.server.rest.answers import HttpAnswer, UnaryHandler
 from mmcore.server.rest.encodings import TooLong
@@ -65,17 +68,49 @@ _PAGES: Final[dict[str, tuple[bytes, Callable[[], bytes]]]] = {
     "/docs": (b"text/html; charset=utf-8", try_page),
 }  # fmt: skip
 
+_INFER: Final = "ModelInfer"
+#: What requests are counted under: the gRPC method that they stand for.
+_CALLED: Final = {
+    "live": "ServerLive",
+    "ready": "ServerReady",
+    "server_metadata": "ServerMetadata",
+    "models": "RepositoryIndex",
+    "index": "RepositoryIndex",
+    "load": "RepositoryModelLoad",
+    "unload": "RepositoryModelUnload",
+    "model_ready": "ModelReady",
+    "model_metadata": "ModelMetadata",
+    "model_config": "ModelConfig",
+    "model_statistics": "ModelStatistics",
+    "predict": _INFER,
+    "infer": _INFER,
+    "trace_settings": "TraceSetting",
+    "log_settings": "LogSettings",
+    "region_status": "SystemSharedMemoryStatus",
+    "register_region": "SystemSharedMemoryRegister",
+    "unregister_region": "SystemSharedMemoryUnregister",
+    "cuda_status": "CudaSharedMemoryStatus",
+    "register_cuda": "CudaSharedMemoryRegister",
+    "unregister_cuda": "CudaSharedMemoryUnregister",
+}
+
 _PATTERNS: Final = tuple((tuple(path.split("/")), methods) for path, methods in ROUTES)
 
 
 class Routes:
-    """The handler of the REST port. ``handler`` gives the gRPC handler of a method's full path."""
+    """The handler of the REST port. ``handler`` gives the gRPC handler of a method's full path.
 
-    def __init__(self, handler: Callable[[str], UnaryHandler], max_bytes: int) -> None:
+    Requests are counted in ``counted`` by the gRPC methods' names; ``max_bytes`` is what a body may decompress to.
+    """
+
+    def __init__(
+        self, handler: Callable[[str], UnaryHandler], max_bytes: int, counted: defaultdict[str, CallCounters]
+    ) -> None:
         self._waiting = Waiting()
         self._methods = Methods(handler, max_bytes)
+        self._counted = counted
         self._inference = RestInference(
-            handler(f"/{SERVICE}/ModelInfer"), self._methods.describe, self._waiting, max_bytes
+            partial(handler, f"/{SERVICE}/ModelInfer"), self._methods.describe, self._waiting, max_bytes
         )
 
     def handle(self, request: Request) -> None:
@@ -86,9 +121,11 @@ class Routes:
             segments = [unquote(segment) for segment in segments]
         match segments:
             case ["v2", "models", name, "infer"] if request.method == "POST":
+                request.counters = self._counted[_INFER]
                 self._inference.serve(request, name, "")
                 return
             case ["v2", "models", name, "versions", version, "infer"] if request.method == "POST":
+                request.counters = self._counted[_INFER]
                 self._inference.serve(request, name, version)
                 return
         wanted = "GET" if request.method == "HEAD" else request.method
@@ -104,6 +141,7 @@ class Routes:
             allowed = ", ".join(methods or ("GET",))
             request.fail(405, f"{path} takes {allowed}, got {request.method}", ((b"allow", allowed.encode()),))
         else:
+            request.counters = self._counted[_CALLED[methods[wanted]]]
             call = HttpAnswer(request)
             work = getattr(self._methods, methods[wanted])(request, *names)
             self._waiting.start(call, _answered(request, work), methods[wanted])
