@@ -26,7 +26,7 @@ SANITIZE = os.environ.get("MMCORE_SANITIZE") == "1"
 COVERAGE = os.environ.get("MMCORE_COVERAGE") == "1"
 ONLY = {name for name in os.environ.get("MMCORE_EXT", "").split(",") if name}
 
-NGHTTP2_MODULES = {"forward", "h2", "h2client", "h2memory", "h2server"}
+NGHTTP2_MODULES = {"forward", "h2", "h2client", "h2memory", "h2server", "passing"}
 
 DIRECTIVES = {
     "binding": True,

@@ -68,6 +68,9 @@ cdef class ServerCall(Stream):
                     PyBytes_GET_SIZE(session.latest.raw_path),
                 ):
                     session.latest = session.methods.get((<const char *>value)[:value_size])
+                    if session.latest is None:
+                        found = session.find_method((<const char *>value)[:value_size])
+                        session.latest = <Method?>found if found is not None else None
                 self.target = session.latest
             elif name_size == 7 and name[1] == c"m":  # :method
                 self.http_ok = is_text(value, value_size, b"POST", 4)
@@ -414,6 +417,9 @@ cdef class ServerSession(Session):
     def __cinit__(self, buffers, settings, dict methods not None, *args, **kwargs):
         self.methods = methods
         self.open(False, callbacks, settings)
+
+    def find_method(self, bytes path not None):
+        """A :class:`Method` that is not in ``methods``, or None."""
 
     def shut(self, str reason not None):
         """The connection is gone: cancel every call, and let go of the handlers, which may hold calls."""

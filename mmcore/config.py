@@ -110,6 +110,19 @@ class StorageSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RuntimeSettings:
+    """A runtime of its own process that loads and answers all models.
+
+    Attributes:
+        address: ``unix:PATH`` or ``host:port``.
+        capacity_bytes: what its models may take together; None: as it says itself.
+    """
+
+    address: str
+    capacity_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServeSettings:
     """All that one serving instance is told.
 
@@ -144,6 +157,7 @@ class ServeSettings:
         event_loop: ``uvloop`` or ``asyncio``.
         transport: limits of its connections.
         storage: where registered models come from.
+        runtime: what loads and answers the models instead of this process; None: this process.
     """
 
     models: Path | None = None
@@ -178,6 +192,7 @@ class ServeSettings:
     event_loop: str = "uvloop"
     transport: TransportSettings = TransportSettings()
     storage: StorageSettings = StorageSettings()
+    runtime: RuntimeSettings | None = None
 
 
 def parse_size(text: str) -> int:

@@ -134,6 +134,19 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """How a model is registered (mmesh.ModelInfo): a type, a path in some store, and the key to that.
+
+    ``type`` is a format, or a label such as ``mt:sklearn:1`` or ``rt:RUNTIME``; ``key`` is a JSON object with
+    ``storage_key``, ``storage_params``, ``model_type`` and ``schema_path``, all optional, or empty.
+    """
+
+    type: str
+    path: str
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """One version of one model on the local disk, ready to be loaded.
 
@@ -146,17 +159,7 @@ class ModelSource:
     format: str
     path: Path
     settings: ModelSettings = ModelSettings()
+    #: What it is registered as, and the schema that came with it, where its files are handed to a runtime unread.
+    info: ModelInfo | None = None
+    schema: Path | None = None
     lease: object = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """How a model is registered (mmesh.ModelInfo): a type, a path in some store, and the key to that.
-
-    ``type`` is a format, or a label such as ``mt:sklearn:1`` or ``rt:RUNTIME``; ``key`` is a JSON object with
-    ``storage_key``, ``storage_params``, ``model_type`` and ``schema_path``, all optional, or empty.
-    """
-
-    type: str
-    path: str
-    key: str = ""

@@ -82,7 +82,9 @@ class Cache:
     ``capacity_bytes`` and ``device_bytes`` are what copies may take together, of the host's memory and of a device's.
     ``eviction`` is one of :data:`mmcore.cache.eviction.POLICIES`. A new copy stays for ``min_residency_s`` while others
     can go, and one that is not used for ``idle_timeout_s`` (0: never) is unloaded; a model's settings may say otherwise
-    for it. ``sizes_file`` keeps what was learned of sizes from one start to the next.
+    for it. ``sizes_file`` keeps what was learned of sizes from one start to the next; ``predict``, called in a thread,
+    tells what a model will take that was not loaded before, None where it cannot. ``warm`` has a loaded model answer
+    what its settings say before it serves.
     """
 
     def __init__(
@@ -99,6 +101,9 @@ class Cache:
         min_residency_s: float = MIN_RESIDENCY_S,
         idle_timeout_s: float = 0.0,
         sizes_file: Path | None = None,
+        predict: Callable[[ModelSource], int | None] = lambda source: None,
+        warm: Callable[[ModelSource, LoadedModel, Signature], None] = warm_up,
+        unloader_threads: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lru: Final = Lru()
@@ -114,11 +119,14 @@ class Cache:
         self.counted: Final = Counters()
         self._load_model = load
         self._bind = bind
-        self.loader_threads: Final = loader_threads
+        self._warm = warm
+        self.loader_threads = loader_threads
+        self._most_loads = loader_threads
+        self._predict = predict
         self._finders = LoaderThreads(FINDER_THREADS, "mmcore-find")
         self._loaders = LoaderThreads(loader_threads, "mmcore-load")
         # Its own, so that space is given back although all others are at long loads.
-        self._unloaders = LoaderThreads(1, "mmcore-unload")
+        self._unloaders = LoaderThreads(unloader_threads, "mmcore-unload")
         self._finding = LoadQueue(FINDER_THREADS)
         self._opening = LoadQueue(loader_threads)
         self._room_wait_s = room_wait_s
@@ -135,6 +143,17 @@ class Cache:
         self._unloading: set[Copy] = set()
         self._closing: set[asyncio.Future[None]] = set()
         self._closed = False
+
+    def resize(self, capacity_bytes: int, loads_at_once: int) -> None:
+        """Take what a runtime has told of itself: it is known only when the runtime is there.
+
+        At most as many loads are made at once as there are loader threads.
+        """
+        self.room.capacity = self.room.capacity._replace(host=capacity_bytes)
+        loads_at_once = min(loads_at_once, self._most_loads)
+        self._opening.resize(loads_at_once - self.loader_threads)
+        self.loader_threads = loads_at_once
+        self.room.wake()
 
     # What is there.
 
@@ -293,7 +312,7 @@ class Cache:
                 raise Unavailable("this instance is shutting down")
             load.spent("queue_s")
             self._enter(load, CopyState.PULLING)
-            source, stamp, files = await self._finders.run(_find, load)
+            source, stamp, files = await self._finders.run(_find, load, self._predict)
         load.spent("find_s")
         load.check_wanted()
         serving = self.lru.get((load.name, load.version))
@@ -360,7 +379,7 @@ class Cache:
         try:
             load.origin.confirm(load.name)
             bound = self._bind(model)
-            warm_up(source, model, bound)
+            self._warm(source, model, bound)
             return model, bound
         except BaseException:
             model.close()
@@ -547,7 +566,7 @@ def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args
         loop.call_soon_threadsafe(call, *args)
 
 
-def _find(load: Load) -> tuple[ModelSource, bytes, Files]:
+def _find(load: Load, predict: Callable[[ModelSource], int | None]) -> tuple[ModelSource, bytes, Files]:
     """In a finder thread: where the files are, their signature, and what their size in memory can be told by.
 
     The signature is empty where the version has no folder of its own, so that its files cannot be told from others.
@@ -555,7 +574,9 @@ def _find(load: Load) -> tuple[ModelSource, bytes, Files]:
     source = load.origin.source(load.name, load.version)
     folder = next((parent for parent in (source.path, source.path.parent) if parent.name == load.version), None)
     stamp = signature(folder).digest if folder is not None else b""
-    return source, stamp, Files(source)
+    files = Files(source)
+    files.predicted = predict(source)
+    return source, stamp, files
 
 
 def _close(model: LoadedModel, size: int, counted: Counters) -> None:

@@ -119,6 +119,11 @@ class LoadQueue:
         """How many wait."""
         return len(self._waiting)
 
+    def resize(self, more: int) -> None:
+        """Have so many more slots, or fewer."""
+        self._free += more - 1
+        self._release()
+
     @asynccontextmanager
     async def turn(self, load: Load) -> AsyncIterator[None]:
         """Hold a slot inside the block.

@@ -34,13 +34,15 @@ class Files:
     Attributes:
         length: their bytes together.
         digest: equal for equal files.
+        predicted: what a runtime says that they will take; None where none says anything.
     """
 
-    __slots__ = ("digest", "length")
+    __slots__ = ("digest", "length", "predicted")
 
     def __init__(self, source: ModelSource) -> None:
         digest = hashlib.blake2b(source.format.encode(), digest_size=_DIGEST_BYTES)
         self.length = 0
+        self.predicted: int | None = None
         for file in files_of(source.path):
             with file.open("rb") as content:
                 length = os.fstat(content.fileno()).st_size
@@ -75,6 +77,8 @@ class Sizes:
         if known is not None:
             self._known.move_to_end(files.digest)
             return known
+        if files.predicted is not None:
+            return files.predicted
         return max(0, int(files.length + self._overhead.get(source.format, 0.0)))
 
     def learn(self, source: ModelSource, files: Files, size: int) -> None:

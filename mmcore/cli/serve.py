@@ -19,6 +19,7 @@ from mmcore.config import (
     ISOLATION_POLICIES,
     THREAD_POOLS,
     CacheSettings,
+    RuntimeSettings,
     ServeSettings,
     StorageSettings,
     TransportSettings,
@@ -123,6 +124,12 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     show_default="as it listens",
     help="Where other instances reach the peer port.",
 )
+@option(
+    "--runtime",
+    metavar="ADDRESS",
+    show_default="this process",
+    help="Load models into this runtime (unix:PATH or HOST:PORT, speaking mmesh.ModelRuntime) and pass requests to it.",
+)
 @option("--workers", type=click.IntRange(1), default=1, help="Serving processes that share the ports and the memory.")
 @option("--zone", default="", show_default="none", help="Where this instance runs; copies are spread over zones.")
 @option("--label", multiple=True, help="What this instance is fit for, as type constraints name it; repeat it.")
@@ -211,6 +218,7 @@ def command(
     uds: Path | None,
     peer_port: int | None,
     advertise: str | None,
+    runtime: str | None,
     workers: int,
     zone: str,
     label: tuple[str, ...],
@@ -246,6 +254,10 @@ def command(
     One line of JSON on standard output says when the instance is ready and on which addresses. SIGTERM and SIGINT
     finish the calls in flight before leaving, a second signal leaves at once.
     """
+    if runtime is not None:
+        if workers > 1:
+            raise click.UsageError("--workers: one instance alone can have a --runtime")
+        _check_runtime(runtime)
     # Before numpy is imported, whose library starts its threads then.
     for pool in THREAD_POOLS:
         os.environ.setdefault(pool, "1")
@@ -266,6 +278,7 @@ def command(
             zone=zone,
             labels=label,
             capacity_bytes=capacity or default_capacity(),
+            runtime=RuntimeSettings(runtime, capacity) if runtime is not None else None,
             registry=registry,
             management_port=management_port,
             vmodel_owner=vmodel_owner,
@@ -297,3 +310,12 @@ def command(
             ),
         )
     )
+
+
+def _check_runtime(address: str) -> None:
+    from mmcore.adapters.opening import open_runtime
+
+    try:
+        open_runtime(address)
+    except ValueError as error:
+        raise click.UsageError(f"--runtime: {error}") from None

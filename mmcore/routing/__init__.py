@@ -10,6 +10,7 @@ from mmcore.routing.forwarding import Forwarding
 from mmcore.routing.members import Members
 from mmcore.routing.mesh import Mesh
 from mmcore.routing.names import Kind, Names
+from mmcore.routing.refilling import Refilling
 from mmcore.routing.registered import Loads, LocalLoads, Registered
 from mmcore.routing.router import IndexRow, Router
 from mmcore.routing.status import ModelState, ModelStatus
@@ -30,6 +31,7 @@ __all__ = [
     "ModelState",
     "ModelStatus",
     "Names",
+    "Refilling",
     "Registered",
     "Router",
     "Transitions",

@@ -24,25 +24,29 @@ import mmcore
 from mmcore import log as logs
 from mmcore import pb, placement
 from mmcore._ext.calls import CallCounters
+from mmcore._ext.v2codec import Signature
+from mmcore.adapters import External, open_runtime
 from mmcore.cache import Cache
 from mmcore.config import ServeSettings, StorageSettings
 from mmcore.errors import InvalidSetting, Unavailable
 from mmcore.placement import TypeConstraints
 from mmcore.registry import InstanceRecord, Registry, open_registry
-from mmcore.routing import Forwarding, Members, Mesh, Names, Registered, Router, Transitions, VModels
+from mmcore.routing import Forwarding, Members, Mesh, Names, Refilling, Registered, Router, Transitions, VModels
 from mmcore.routing.watched_file import WatchedFile
 from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.allocator import keep_freed_memory, release_freed_memory
+from mmcore.server.calls import Waiting
 from mmcore.server.dataplane import parse_dataplane_config
 from mmcore.server.observed import Observed
 from mmcore.server.parts import Parts
+from mmcore.server.passing import PassThrough
 from mmcore.server.peer import add_peer_methods, listen_for_peers
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
 from mmcore.server.v2 import SERVICE, V2Service
 from mmcore.server.workers import run_workers
-from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig
+from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig, WholeOrigin
 from mmcore.transport import Server, add_health, add_reflection
 
 log = logging.getLogger(__name__)
@@ -51,6 +55,9 @@ ValueT = TypeVar("ValueT")
 
 #: The share of the grace that handing models over may take; the rest is for the calls in flight.
 HANDOVER_SHARE: Final = 0.6
+
+#: Loads, and unloads, that wait for a runtime at once; each has a thread that does nothing else.
+RUNTIME_LOADS: Final = 16
 
 #: The services that reflection tells of.
 _SERVICES: Final = (SERVICE, management.SERVICE, cluster.SERVICE, "grpc.health.v1.Health")
@@ -77,14 +84,17 @@ class Node:
         self._following: list[asyncio.Task[None]] = []
         self._server = Server(settings=settings.transport)
         self._health = add_health(self._server)
+        self._external = _external(settings)
         self._router = Router(
             capacity_bytes=settings.capacity_bytes,
             folder=ModelFolder(settings.models) if settings.models else None,
-            cache=_cache(settings),
+            cache=_cache(settings, self._external),
         )
+        self._refilling = Refilling(self._router)
         self._registry = _open(settings.registry, self.instance)
         self._puller = _puller(settings.storage)
-        self._registered = Registered(self._registry, self._router, partial(PulledOrigin, self._puller))
+        origin = WholeOrigin if self._external is not None else PulledOrigin
+        self._registered = Registered(self._registry, self._router, partial(origin, self._puller))
         self._constraints = self._watched(settings.type_constraints, _read_constraints)
         self._mesh = self._joined() if settings.peer_port is not None or settings.peer_uds is not None else None
         if self._mesh is not None:
@@ -94,15 +104,23 @@ class Node:
         self._static = StaticModels(self._registered, self._vmodels)
         self._static_file = self._watched(settings.static_models, parse_static_models)
         dataplane = self._watched(settings.dataplane_config, parse_dataplane_config)
+        config = (lambda: dataplane.value) if dataplane is not None else None
+        names = Names(self._router.table, self._registry, self._router.knows)
         self._service = V2Service(
             self._router,
-            Names(self._router.table, self._registry, self._router.knows),
+            names,
             server_name=settings.server_name,
             response_cache_bytes=settings.response_cache_bytes,
-            config=(lambda: dataplane.value) if dataplane is not None else None,
+            config=config,
             mesh=self._mesh,
+            passes_through=self._external is not None,
         )
         self._service.register(self._server)
+        if self._external is not None:
+            self._passing = PassThrough(self._external, self._router, names, Waiting(), config=config, mesh=self._mesh)
+            self._passing.register(self._server)
+            self._external.on_down = self._runtime_lost
+            self._external.on_up = self._runtime_back
         add_peer_methods(self._server, self._router)
         self._management_server = Server(settings=settings.transport)
         for server in (self._server, self._management_server):
@@ -131,6 +149,9 @@ class Node:
             MmcoreError: a static model could not be registered or loaded.
         """
         settings = self._settings
+        if self._external is not None:
+            await self._external.start()
+            self._take_capacity(self._external)
         await self._router.start()
         try:
             await self._registry.start()
@@ -209,6 +230,24 @@ class Node:
             published_ms=time.time_ns() // 1_000_000,
         )
 
+    def _take_capacity(self, external: External) -> None:
+        assert self._settings.runtime is not None
+        capacity_bytes = self._settings.runtime.capacity_bytes or external.status.capacityInBytes
+        if not capacity_bytes:
+            raise InvalidSetting("--capacity: the runtime does not say what its models may take together")
+        self._router.cache.resize(capacity_bytes, external.loads_at_once)
+
+    def _runtime_lost(self) -> None:
+        self._refilling.lost()
+        self._set_health(serving=False)
+
+    def _runtime_back(self) -> None:
+        assert self._external is not None
+        self._take_capacity(self._external)
+        self._passing.forget_methods()
+        self._refilling.back()
+        self._set_health(serving=self._serving)
+
     def _joined(self) -> Mesh:
         """This instance's part of the mesh."""
         forwarding = Forwarding(self.instance)
@@ -248,7 +287,10 @@ class Node:
         if self._mesh is not None:
             await self._mesh.close()
         self._puller.close()
+        await self._refilling.close()
         await self._router.close()
+        if self._external is not None:
+            await self._external.close()
         await self._registered.close()
         await self._registry.close()
 
@@ -261,6 +303,10 @@ class Node:
         routes.handle(request)
 
     def _set_serving(self, *, serving: bool) -> None:
+        self._serving = serving
+        self._set_health(serving=serving and (self._external is None or self._external.up))
+
+    def _set_health(self, *, serving: bool) -> None:
         self._service.ready = serving
         for service in ("", SERVICE):
             self._health.set(service, serving)
@@ -287,7 +333,30 @@ def _puller(settings: StorageSettings) -> Puller:
     return Puller(StorageConfig(settings.entries), cache, pvc_mounts=settings.pvc_mounts)
 
 
-def _cache(settings: ServeSettings) -> Cache:
+def _external(settings: ServeSettings) -> External | None:
+    if settings.runtime is None:
+        return None
+    try:
+        return External(open_runtime(settings.runtime.address))
+    except ValueError as error:
+        raise InvalidSetting(f"--runtime: {error}") from None
+
+
+def _cache(settings: ServeSettings, external: External | None) -> Cache:
+    if external is not None:
+        return Cache(
+            # What it says itself is known when it is ready.
+            capacity_bytes=settings.capacity_bytes,
+            load=external.load,
+            bind=lambda model: Signature(()),
+            warm=lambda source, model, signature: None,
+            predict=external.predict,
+            loader_threads=RUNTIME_LOADS,
+            unloader_threads=RUNTIME_LOADS,
+            eviction=settings.cache.eviction,
+            min_residency_s=settings.cache.min_residency_s,
+            idle_timeout_s=settings.cache.idle_timeout_s,
+        )
     storage = settings.storage.cache.expanduser()
     return Cache(
         capacity_bytes=settings.capacity_bytes,

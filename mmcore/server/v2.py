@@ -51,6 +51,8 @@ RequestT = TypeVar("RequestT", bound=Message)
 class V2Service:
     """The service of one instance. ``config`` says what is served and where requests name their model; None: as usual.
 
+    ``passes_through``: what a model answers itself is answered by a runtime, see :mod:`mmcore.server.passing`.
+
     Attributes:
         ready: what ServerReady answers; the node sets it when models asked for at start are loaded, and takes it back
             when it drains.
@@ -65,6 +67,7 @@ class V2Service:
         response_cache_bytes: int,
         config: Callable[[], DataplaneConfig] | None = None,
         mesh: Mesh | None = None,
+        passes_through: bool = False,
     ) -> None:
         self.ready = False
         self._name = server_name
@@ -78,12 +81,14 @@ class V2Service:
         self._config = config
         self._naming = Naming(names, self._waiting, config or DataplaneConfig)
         self._mesh = mesh
+        self._passes_through = passes_through
         self._streams = StreamInference(self._infer("ModelStreamInfer"))
 
     def register(self, server: Server) -> None:
         """Add every method to ``server``."""
-        server.add_unary(f"/{SERVICE}/ModelInfer", self._infer("ModelInfer"))
-        server.add_stream(f"/{SERVICE}/ModelStreamInfer", self._serve_stream)
+        if not self._passes_through:
+            server.add_unary(f"/{SERVICE}/ModelInfer", self._infer("ModelInfer"))
+            server.add_stream(f"/{SERVICE}/ModelStreamInfer", self._serve_stream)
 
         def at_once(name: str, request_type: type[RequestT], method: Callable[[RequestT], Message]) -> None:
             self._add(server, name, immediate(request_type, method))
@@ -112,6 +117,8 @@ class V2Service:
             ("ModelMetadata", pb.ModelMetadataRequest, repository.model_metadata, None, self._passed_on),
             ("ModelConfig", pb.ModelConfigRequest, repository.model_config, None, self._passed_on),
         ):
+            if self._passes_through and passed_on is not None:
+                continue
             method = f"{SERVICE}/{name}"
             handler = self._naming.handler(method, request, answer, absent=absent, passed_on=passed_on)
             server.add_unary(f"/{method}", handler)

@@ -2,7 +2,8 @@
 
 The surface: :func:`detect` and :func:`inspect` look at one model, :class:`ModelFolder` watches a root of many, and an
 :class:`Origin` gives the source of a version when it is to be loaded. :class:`PulledOrigin` is that of registered
-models: a :class:`Puller` finds them by a :class:`StorageConfig` and keeps them in a :class:`DiskCache`.
+models: a :class:`Puller` finds them by a :class:`StorageConfig` and keeps them in a :class:`DiskCache`. Where a runtime
+reads the files itself it is :class:`WholeOrigin`.
 """
 
 from mmcore.storage.disk_cache import DiskCache
@@ -12,6 +13,7 @@ from mmcore.storage.origin import FileOrigin, Origin
 from mmcore.storage.places import StorageConfig
 from mmcore.storage.pulled import PulledOrigin
 from mmcore.storage.puller import Pulled, Puller
+from mmcore.storage.whole import WholeOrigin
 
 __all__ = [
     "Change",
@@ -24,6 +26,7 @@ __all__ = [
     "PulledOrigin",
     "Puller",
     "StorageConfig",
+    "WholeOrigin",
     "detect",
     "inspect",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import ssl
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -24,6 +26,10 @@ log = logging.getLogger(__name__)
 
 #: Calls that another instance may have open on one connection: those of all its clients.
 INTERNAL_STREAMS = 2**20
+
+#: Methods that are served without having been added and are remembered.
+OTHERS_KEPT = 256
+_METHOD = re.compile(rb"/[A-Za-z_][\w.]*/[A-Za-z_]\w*")
 
 #: Answers a unary call at once with its message, or returns None and calls ``call.reply`` or ``call.fail`` later.
 UnaryHandler = Callable[[ServerCall, bytes], Message | None]
@@ -75,6 +81,10 @@ class ServerConnection(Connection, ServerSession, asyncio.BufferedProtocol):
         if not isinstance(error, MmcoreError | RpcError):
             log.error("handler failed", exc_info=error, extra={"method": call.method})
         call.fail(status, text)
+
+    def find_method(self, path: bytes) -> Method | None:
+        """What serves a method that was not added."""
+        return self._server.other(path)
 
     def open_stream_call(self, call: ServerCall, handler: StreamHandler) -> StreamCall:
         """Start a streaming handler in a task of its own."""
@@ -133,6 +143,9 @@ class Server:
         self._none_open = asyncio.Event()
         self._none_open.set()
         self._draining = self._closed = False
+        self._serve_others: StreamHandler | None = None
+        #: Methods that were not added, those called last.
+        self._others: OrderedDict[bytes, Method] = OrderedDict()
         self.accepted = 0
         self.errors = dict.fromkeys(CONNECTION_ERRORS, 0)
         self._received = self._sent = 0
@@ -194,6 +207,19 @@ class Server:
     def add_stream(self, path: str, handler: StreamHandler) -> None:
         """Serve a method that streams either way or both; see StreamHandler."""
         self._add(Method(path, handler, True))
+
+    def serve_others(self, handler: StreamHandler) -> None:
+        """Serve all methods that are not added as streams either way, which a unary call is one kind of."""
+        self._serve_others = handler
+
+    def other(self, path: bytes) -> Method | None:
+        """A method that was not added, where others are served."""
+        found = self._others.get(path)
+        if found is None and self._serve_others is not None and _METHOD.fullmatch(path):
+            found = self._others[path] = Method(path.decode("ascii"), self._serve_others, True)
+            if len(self._others) > OTHERS_KEPT:
+                self._others.popitem(last=False)
+        return found
 
     def _add(self, method: Method) -> None:
         raw = method.path.encode()

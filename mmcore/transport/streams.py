@@ -9,6 +9,7 @@ from typing import Self
 from mmcore._ext.forward import pass_head, pass_stream, pass_trailers
 from mmcore._ext.h2client import ClientCall, ClientSession
 from mmcore._ext.h2server import ServerCall
+from mmcore._ext.passing import Target, pass_stream_to
 from mmcore.errors import RpcError, Status
 from mmcore.transport.connection import Message, Metadata
 
@@ -130,6 +131,12 @@ class StreamCall(MessageStream):
         """
         stream = ClientStream(self._loop)
         stream.attach(pass_stream(self._call, session, headers, stream))
+        return stream
+
+    def pass_through(self, session: ClientSession, target: Target, path: str) -> ClientStream:
+        """Start a call like this one at a runtime; raises as :meth:`pass_on` does."""
+        stream = ClientStream(self._loop)
+        stream.attach(pass_stream_to(self._call, session, target, path, stream))
         return stream
 
     def begin_like(self, stream: ClientStream) -> None:

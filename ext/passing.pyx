@@ -1,0 +1,337 @@
+"""A unary request passed through to the runtime that holds its model, and the answer passed back: no task or decoding.
+
+What is sent on are the request's own bytes and metadata; only the model's id is put where the runtime wants it. Which
+copy, and what is to be done when the runtime does not answer, is decided in ``mmcore/server``. Memory: the request's
+message is sent from where it lies, as is the answer's. Threads: that of one event loop.
+"""
+
+import cython
+
+from libc.stdint cimport int64_t, uint8_t
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from mmcore._ext.h2 cimport CANCELLED, OK, RESOURCE_EXHAUSTED, Method, encode_metadata
+from mmcore._ext.h2client cimport ClientCall, ClientSession
+from mmcore._ext.h2server cimport ServerCall
+
+import base64
+from collections import deque
+
+from mmcore._ext.pbwire import replace_string
+from mmcore.errors import Overloaded
+
+#: Requests that may wait for a model that answers only so many at once.
+MOST_WAITING = 1000
+
+#: What HTTP/1.1 says of its own message, where a request came by REST.
+HTTP_HEADERS = frozenset({
+    "accept", "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host",
+    "inference-header-content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "user-agent",
+})
+
+
+cdef inline int64_t now() noexcept nogil:
+    cdef timespec time
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return <int64_t> time.tv_sec * 1000000000 + time.tv_nsec
+
+
+def kept_pairs(list pairs not None):
+    """The encoded metadata that a runtime may see: not what clients, instances and connections tell each other."""
+    return [
+        pair for pair in pairs
+        if not (<bytes>pair[0]).startswith((b"mm-", b"mmcore-", b"grpc-"))
+        and pair[0] != b"user-agent" and pair[0] != b"tas-model-id"
+    ]
+
+
+@cython.final
+cdef class Target:
+    """A copy as its runtime knows it.
+
+    Attributes:
+        copy: what requests take a lease of.
+        id: the runtime's name for it.
+        headers: encoded metadata that tell the runtime which model is asked for, as ModelMesh writes them.
+        limit: requests that may be there at once; 0: any number.
+        running: how many are.
+    """
+
+    cdef readonly object copy
+    cdef readonly str id
+    cdef readonly list headers
+    cdef readonly Py_ssize_t limit
+    cdef readonly Py_ssize_t running
+    cdef object waiting
+
+    def __init__(self, copy not None, str known_as not None, Py_ssize_t limit=0):
+        self.copy = copy
+        self.id = known_as
+        self.limit = limit
+        self.headers = [(b"mm-model-id-bin", base64.b64encode(known_as.encode()))]
+        if known_as.isascii() and known_as.isprintable():
+            self.headers.append((b"mm-model-id", known_as.encode()))
+        self.waiting = deque()
+
+    def close(self):
+        """The copy takes no more requests; those that wait are still answered, which is what their leases are for."""
+
+
+@cython.final
+@cython.freelist(256)
+cdef class Passed:
+    """One unary request on its way to the runtime. Made by :class:`Passing` only.
+
+    Attributes:
+        call, body, target, again: as they were given.
+        over: it is answered, or nobody waits for the answer any more.
+    """
+
+    cdef readonly object call
+    cdef readonly bytes body
+    cdef readonly Target target
+    cdef readonly object again
+    cdef readonly bint over
+    cdef Passing owner
+    cdef ServerCall asked     # the call, where the transport itself has it
+    cdef bytes message
+    cdef uint8_t flag
+    cdef Method method
+    cdef ClientCall sent
+    cdef int64_t began
+    cdef int64_t sent_at
+    cdef bint running
+
+    def cancel(self):
+        """Nobody waits for the answer any more."""
+        self.over = True
+        if self.sent is not None:
+            self.sent.stop(CANCELLED, "the caller has gone")
+
+    def send(self):
+        """Send it, now that there is a connection; for one that was handed to :meth:`Passing.connect`."""
+        if self.over:
+            self.owner.ended(self)
+        else:
+            self.owner.submit(self)
+
+    def answered(self, ClientCall call not None):
+        """The transport's callback: the runtime has answered, or never will."""
+        cdef int64_t ended = now()
+        self.sent = None
+        if call.grpc_status == OK and not self.over:
+            self.target.copy.statistics.record(1, self.sent_at - self.began, 0, ended - self.sent_at, 0)
+            self.owner.ended(self)
+            self.answer(call)
+            return
+        if not self.over:
+            self.target.copy.statistics.fail(ended - self.began)
+        self.owner.ended(self)
+        if not self.over:
+            self.owner.failed(self, call)
+
+    cdef int answer(self, ClientCall call) except -1:
+        cdef ServerCall asked = self.asked
+        self.over = True
+        if asked is None:
+            self.call.reply(call.body)
+            return 0
+        if call.metadata_bytes:
+            self.take_metadata(call)
+        if call.packed is None:
+            return asked.answer(call.body)
+        asked.send_encoding = call.encoding
+        return asked.answer_as(call.packed, 1)
+
+    def refuse(self, ClientCall call not None):
+        """Pass on an answer that is an error."""
+        self.over = True
+        if self.asked is not None and call.metadata_bytes:
+            self.take_metadata(call)
+        self.call.fail(call.grpc_status, call.grpc_message or "")
+
+    cdef int take_metadata(self, ClientCall call) except -1:
+        self.asked.extra_headers = call.pairs_between(0, call.initial_bytes) or None
+        self.asked.extra_trailers = call.pairs_between(call.initial_bytes, call.metadata_bytes) or None
+        return 0
+
+
+cdef class Passing:
+    """Passes unary requests through to one runtime.
+
+    Attributes:
+        session: the connection to it; None while there is none.
+        in_flight: requests sent and not answered.
+    """
+
+    cdef public ClientSession session
+    cdef readonly Py_ssize_t in_flight
+    cdef dict methods
+
+    def __init__(self):
+        self.methods = {}
+
+    def unary(
+        self, call not None, bytes body not None, Target target not None, str path not None, *,
+        tuple injection=None, str named=None, again=None, int64_t began=0,
+    ):
+        """Have a request answered by the runtime; the answer comes later through ``call``.
+
+        Args:
+            call: a ServerCall, or what has its metadata, deadline, cancelled, on_cancel, reply and fail.
+            body: the message.
+            target: the copy that answers.
+            path: the method, ``/package.Service/Method``.
+            injection: the fields that lead to where the model's id is to be; None: nowhere.
+            named: what the message holds there, where that is known.
+            again: what :meth:`failed` needs to ask once more.
+            began: nanoseconds of the monotonic clock when it came; 0: now.
+
+        Raises:
+            Overloaded: too many wait for this model already.
+            InvalidRequest: the message is malformed.
+        """
+        cdef Passed passed = Passed.__new__(Passed)
+        passed.owner = self
+        passed.call = call
+        passed.body = passed.message = body
+        passed.target = target
+        passed.again = again
+        passed.began = began or now()
+        if isinstance(call, ServerCall):
+            passed.asked = <ServerCall>call
+        if injection is not None and (named is None or named != target.id):
+            passed.message = replace_string(body, injection, target.id)
+        elif passed.asked is not None and passed.asked.packed is not None and body is passed.asked.body:
+            passed.message = passed.asked.packed
+            passed.flag = 1
+        passed.method = self.method(path)
+        if target.limit and target.running >= target.limit:
+            if len(target.waiting) >= MOST_WAITING:
+                raise Overloaded(f"Model queue overload: {MOST_WAITING} requests wait for model '{target.id}'")
+            target.copy.acquire()
+            call.on_cancel = passed.cancel
+            target.waiting.append(passed)
+            return
+        target.copy.acquire()
+        self.start(passed)
+
+    cdef int start(self, Passed passed) except -1:
+        passed.target.running += 1
+        passed.running = True
+        self.in_flight += 1
+        passed.call.on_cancel = passed.cancel
+        if self.session is None or not self.session.takes_calls():
+            self.connect(passed)
+            return 0
+        return self.submit(passed)
+
+    cdef int submit(self, Passed passed) except -1:
+        cdef ClientCall call = ClientCall.__new__(ClientCall)
+        cdef ServerCall asked = passed.asked
+        cdef list encoded = passed.target.headers
+        if asked is not None:
+            if asked.closed or asked.finished or asked.target is None:
+                passed.over = True
+                return self.ended(passed)
+            if asked.metadata_bytes:
+                encoded = encoded + kept_pairs(asked.pairs_between(0, asked.metadata_bytes))
+            if asked.accept_encoding is not None:
+                call.as_came = True
+                encoded = encoded + [(b"grpc-accept-encoding", asked.accept_encoding.encode("latin-1", "replace"))]
+            if passed.flag:
+                encoded = encoded + [(b"grpc-encoding", asked.encoding.encode("ascii"))]
+            deadline = asked.deadline
+        else:
+            if passed.call.cancelled:
+                passed.over = True
+                return self.ended(passed)
+            try:
+                encoded = encoded + kept_pairs(encode_metadata(
+                    [pair for pair in passed.call.metadata if pair[0] not in HTTP_HEADERS]
+                ))
+            except ValueError as error:
+                return self.refused(passed, str(error))
+            deadline = passed.call.deadline
+        call.on_done = passed.answered
+        passed.sent_at = now()
+        try:
+            # The deadline is watched where the request came in, which takes it back from here.
+            self.session.submit(call, passed.method, passed.message, passed.flag, encoded, deadline)
+        except ConnectionError:
+            self.connect(passed)
+            return 0
+        except ValueError as error:
+            return self.refused(passed, str(error))
+        passed.sent = call
+        return 0
+
+    cdef int refused(self, Passed passed, str reason) except -1:
+        passed.over = True
+        self.ended(passed)
+        passed.call.fail(RESOURCE_EXHAUSTED, f"the request cannot be passed on: {reason}")
+        return 0
+
+    cdef int ended(self, Passed passed) except -1:
+        """It is at the runtime no more: return its lease, and let the next one in."""
+        cdef Target target = passed.target
+        cdef Passed other
+        if not passed.running:
+            return 0
+        passed.running = False
+        target.running -= 1
+        self.in_flight -= 1
+        target.copy.release()
+        while target.waiting and target.running < target.limit:
+            other = <Passed>target.waiting.popleft()
+            if other.over:
+                target.copy.release()
+            else:
+                self.start(other)
+        return 0
+
+    cdef Method method(self, str path):
+        method = self.methods.get(path)
+        if method is None:
+            method = self.methods[path] = Method(path)
+        return method
+
+    def give_up(self, Passed passed not None, int status, str details not None):
+        """Answer a request that was handed to :meth:`connect` with an error."""
+        self.ended(passed)
+        if not passed.over:
+            passed.over = True
+            passed.call.fail(status, details)
+
+    def connect(self, Passed passed not None):
+        """There is no connection that takes it: get one and call its ``send``, or :meth:`give_up`."""
+
+    def failed(self, Passed passed not None, ClientCall answer not None):
+        """The runtime's answer is not OK; the lease is returned already."""
+        passed.refuse(answer)
+
+
+def pass_stream_to(
+    ServerCall asked not None, ClientSession session not None, Target target not None, str path not None, sink,
+):
+    """Start a streaming call at the runtime for the one that was asked: same metadata, deadline and compression.
+
+    Raises:
+        ConnectionError: the session takes no new call, or the call that asked is over.
+        ValueError: it has more metadata than can be sent.
+    """
+    cdef ClientCall call = ClientCall.__new__(ClientCall)
+    cdef list encoded = target.headers + kept_pairs(asked.pairs_between(0, asked.metadata_bytes))
+    if not session.takes_calls():
+        raise ConnectionError("the connection takes no new calls")
+    if asked.closed or asked.finished:
+        raise ConnectionError("the call is over")
+    call.sink = sink
+    call.inbox = []
+    if asked.encoding is not None and asked.encoding != "identity":
+        call.send_encoding = asked.encoding
+        encoded = encoded + [(b"grpc-encoding", asked.encoding.encode("ascii"))]
+    if asked.accept_encoding is not None:
+        encoded = encoded + [(b"grpc-accept-encoding", asked.accept_encoding.encode("latin-1", "replace"))]
+    session.submit(call, Method(path), None, 0, encoded, asked.deadline)
+    return call

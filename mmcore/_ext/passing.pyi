@@ -1,0 +1,57 @@
+"""A unary request passed through to the runtime that holds its model."""
+
+from typing import Any, final
+
+from mmcore._ext.h2client import ClientCall, ClientSession
+from mmcore._ext.h2server import ServerCall
+
+HTTP_HEADERS: frozenset[str]
+MOST_WAITING: int
+
+def kept_pairs(pairs: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]: ...
+
+@final
+class Target:
+    copy: Any
+    id: str
+    headers: list[tuple[bytes, bytes]]
+    limit: int
+    running: int
+    def __init__(self, copy: Any, known_as: str, limit: int = 0) -> None: ...
+    def close(self) -> None: ...
+
+@final
+class Passed:
+    call: Any
+    body: bytes
+    target: Target
+    again: Any
+    over: bool
+    def cancel(self) -> None: ...
+    def send(self) -> None: ...
+    def answered(self, call: ClientCall) -> None: ...
+    def refuse(self, call: ClientCall) -> None: ...
+
+class Passing:
+    session: ClientSession | None
+    in_flight: int
+    def __init__(self) -> None: ...
+    def unary(
+        self,
+        call: Any,
+        body: bytes,
+        target: Target,
+        path: str,
+        *,
+        injection: tuple[int, ...] | None = None,
+        named: str | None = None,
+        again: Any = None,
+        began: int = 0,
+    ) -> None: ...
+    def give_up(self, passed: Passed, status: int, details: str) -> None: ...
+    def connect(self, passed: Passed) -> None: ...
+    def failed(self, passed: Passed, answer: ClientCall) -> None: ...
+
+def pass_stream_to(
+    asked: ServerCall, session: ClientSession, target: Target, path: str, sink: object
+) -> ClientCall: ...

@@ -1,0 +1,422 @@
+"""Requests passed through to an external runtime: by which method, for which model, and what follows a failure.
+
+The bytes go as they came; only the model's id is put where the runtime wants it. A runtime that has lost a model, or
+was itself lost, is given the model again and the request is sent once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, NamedTuple
+
+from mmcore._ext.h2client import ClientCall
+from mmcore._ext.passing import Passed, Passing, Target
+from mmcore._ext.pbwire import find_string, replace_string
+from mmcore._ext.rates import now_ns
+from mmcore.adapters import SERVICE as SPI
+from mmcore.adapters import External, ExternalModel, has_forgotten
+from mmcore.cache import Copy
+from mmcore.errors import InvalidRequest, LoadFailed, MmcoreError, NotFound, RpcError, Status, Unimplemented
+from mmcore.routing import Kind, Mesh, Names, Router
+from mmcore.routing.hops import arrival_of
+from mmcore.server.calls import Answer, Body, Waiting
+from mmcore.server.dataplane import DataplaneConfig
+from mmcore.server.headers import asked, names_models
+from mmcore.transport import ClientStream, Server, StreamCall
+from mmcore.transport.server import UnaryHandler, status_of
+
+log = logging.getLogger(__name__)
+
+V2: Final = "inference.GRPCInferenceService"
+_NAME: Final = (1,)
+_VERSION: Final = (2,)
+#: Where requests of well-known services name their model. They are unary, which others may be or not.
+KNOWN: Final = {
+    f"{V2}/ModelInfer": _NAME,
+    f"{V2}/ModelMetadata": _NAME,
+    f"{V2}/ModelConfig": _NAME,
+    "tensorflow.serving.PredictionService/Predict": (1, 1),
+    "tensorflow.serving.PredictionService/GetModelMetadata": (1, 1),
+    "org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions": _NAME,
+}
+_STREAM_INFER: Final = f"{V2}/ModelStreamInfer"
+#: Methods whose requests state a version of the model behind its name.
+_VERSIONED: Final = frozenset(f"{V2}/{name}" for name in ("ModelInfer", "ModelMetadata", "ModelConfig"))
+#: A request is sent so often at most.
+_SENT_AT_MOST: Final = 3
+#: A model that is said to be unknown again so soon after it was loaded for that reason is not loaded again for it.
+_FORGOTTEN_AGAIN_S: Final = 10.0
+_RELOADS_KEPT: Final = 1000
+
+
+class _Method(NamedTuple):
+    """One method: where its requests name the model, where the id is to be put (None: nowhere)."""
+
+    name: str
+    path: str
+    extraction: tuple[int, ...]
+    injection: tuple[int, ...] | None
+
+
+class _Request(NamedTuple):
+    """What is needed to ask once more."""
+
+    method: _Method
+    name: str
+    kind: Kind
+    version: str
+    began: int
+    sent: int
+
+
+class PassThrough(Passing):
+    """Answers requests by passing them to the runtime behind ``external``; ``config`` as for the v2 service."""
+
+    def __init__(
+        self,
+        external: External,
+        router: Router,
+        names: Names,
+        waiting: Waiting,
+        *,
+        config: Callable[[], DataplaneConfig] | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        super().__init__()
+        self._external = external
+        self._router = router
+        self._names = names
+        self._waiting = waiting
+        self._config = config
+        self._mesh = mesh
+        self._described: dict[str, _Method] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: When models were loaded again because the runtime did not know them.
+        self._reloaded: dict[str, float] = {}
+
+    def register(self, server: Server) -> None:
+        """Serve the well-known methods, and all others as streams."""
+        for method in KNOWN:
+            server.add_unary(f"/{method}", self.handler(method))
+        server.add_stream(f"/{_STREAM_INFER}", self.stream)
+        server.serve_others(self.stream)
+
+    # Unary calls.
+
+    def handler(self, method: str) -> UnaryHandler:
+        """What answers a unary method."""
+
+        def handle(call: Any, body: bytes) -> None:
+            began = now_ns()
+            described = self._described.get(method) or self._describe(method)
+            kind = Kind.ANY
+            if self._config is not None:
+                rpc = self._config().of(method)
+                kind = rpc.kind
+                if rpc.path:
+                    described = described._replace(extraction=rpc.path)
+            name = find_string(body, described.extraction) if described.extraction else ""
+            version = find_string(body, _VERSION) if method in _VERSIONED else ""
+            if name and kind is Kind.ANY:
+                copy = self._router.lookup(name, version)
+                if copy is not None:
+                    self._send(call, body, copy, _Request(described, name, kind, version, began, 1))
+                    return
+            self._ask(call, body, _Request(described, name, kind, version, began, 0))
+
+        return handle
+
+    def _describe(self, method: str) -> _Method:
+        """What is known of a method; from the runtime, which may be another one after its return.
+
+        Raises:
+            Unimplemented: the runtime is not to be asked by it.
+        """
+        if method.partition("/")[0] == SPI or not self._external.allows(method):
+            raise Unimplemented(f"Method not found or not permitted: {method}")
+        extraction = KNOWN.get(method, _NAME if method == _STREAM_INFER else ())
+        injection = self._external.injection(method)
+        if injection is None and method not in self._external.status.methodInfos:
+            injection = extraction or None
+        described = self._described[method] = _Method(method, f"/{method}", extraction or injection or (), injection)
+        return described
+
+    def forget_methods(self) -> None:
+        """The runtime has come back and may have said something else of its methods."""
+        self._described.clear()
+
+    def _send(self, call: Any, body: bytes, copy: Copy, request: _Request) -> None:
+        method = request.method
+        named = request.name if method.extraction == method.injection and request.name else None
+        self.unary(
+            call, body, target_of(copy), method.path,
+            injection=method.injection, named=named, again=request, began=request.began,
+        )  # fmt: skip
+
+    def _ask(self, call: Any, body: bytes, request: _Request) -> None:
+        """A request whose copy is not here, or that names its model in the metadata."""
+        name, kind = request.name, request.kind
+        arrival = arrival_of(call) if self._mesh is not None else None
+        if arrival is not None and arrival.model:
+            name, kind = arrival.model, Kind.MODEL
+        elif not name:
+            name, kind = _named_by_metadata(call)
+        request = request._replace(name=request.name and name, kind=kind)
+        try:
+            model = self._names.model(name, kind)
+        except NotFound:
+            pass
+        else:
+            copy = self._router.lookup_model(model, request.version)
+            if copy is not None:
+                self._send(call, body, copy, request._replace(sent=request.sent + 1))
+                return
+            if self._passed_on(call, body, model, request):
+                return
+        self._waiting.start(call, self._find_and_send(call, body, name, kind, request), request.method.name)
+
+    def _passed_on(self, call: Any, body: bytes, model: str, request: _Request) -> bool:
+        """Whether another instance answers, or has been asked to."""
+        if self._mesh is None or self._router.in_folder(model):
+            return False
+
+        def here() -> None:
+            self._waiting.start(call, self._load_and_send(call, body, model, request), request.method.name)
+
+        return self._mesh.pass_on(call, body, model, here, resolved=model != request.name, path=request.method.path)
+
+    async def _find_and_send(self, call: Any, body: bytes, name: str, kind: Kind, request: _Request) -> Body | None:
+        model = await self._names.find(name, kind)
+        if not self._passed_on(call, body, model, request):
+            await self._load_and_send(call, body, model, request)
+        return None
+
+    async def _load_and_send(self, call: Any, body: bytes, model: str, request: _Request) -> Body | None:
+        """The way of a request whose model is to be loaded here."""
+        try:
+            copy = await self._router.load(model, request.version)
+        except LoadFailed:
+            resolved = model != request.name
+            if self._mesh is None or not self._mesh.load_elsewhere(
+                call, body, model, resolved=resolved, path=request.method.path
+            ):
+                raise
+            return None
+        self._send(call, body, copy, request._replace(sent=request.sent + 1))
+        return None
+
+    # When the runtime does not answer.
+
+    def connect(self, passed: Passed) -> None:
+        """Wait for the connection and send the request then; or ask anew, if the runtime is lost."""
+        connection = self._external.channel.pick()
+        if connection is not None and self._external.up:
+            self.session = connection
+            passed.send()
+            return
+        self._start(self._connect(passed), "connect to the runtime")
+
+    async def _connect(self, passed: Passed) -> None:
+        try:
+            if self._external.up and self._external.channel.pick() is None:
+                await self._external.decided()
+            if self._external.up:
+                await self._external.channel.connect()
+                self.session = self._external.channel.pick()
+                passed.send()
+                return
+            error = (Status.UNAVAILABLE, "the runtime is away")
+        except RpcError as failure:
+            error = (failure.status, failure.details)
+        request = passed.again
+        if passed.over or request is None or request.sent >= _SENT_AT_MOST:
+            self.give_up(passed, *error)
+            return
+        call, body, model = passed.call, passed.body, passed.target.copy.name
+        self._leave(passed)
+        self._waiting.start(call, self._once_more(call, body, model, request), request.method.name)
+
+    def _leave(self, passed: Passed) -> None:
+        """Take back a request that was not sent, without an answer."""
+        passed.cancel()
+        passed.send()
+
+    def failed(self, passed: Passed, answer: ClientCall) -> None:
+        """The runtime's answer is not OK: have it load the model again, or wait for it, or pass the answer on."""
+        request = passed.again
+        copy = passed.target.copy
+        forgotten = has_forgotten(answer.status, answer.details)
+        if request is None or request.sent >= _SENT_AT_MOST or not (answer.lost or answer.refused or forgotten):
+            passed.refuse(answer)
+            return
+        if forgotten and not self._may_reload(copy):
+            passed.refuse(answer)
+            return
+        if answer.lost:
+            self.session = None
+        self._waiting.start(
+            passed.call, self._once_more(passed.call, passed.body, copy.name, request), request.method.name
+        )
+
+    def _may_reload(self, copy: Copy) -> bool:
+        """Give up a copy that the runtime does not know; False where that has just been done in vain."""
+        if not isinstance(self._model_of(copy), ExternalModel):
+            return True  # somebody was faster
+        loop = asyncio.get_running_loop()
+        last = self._reloaded.get(copy.name)
+        if last is not None and loop.time() - last < _FORGOTTEN_AGAIN_S:
+            return False
+        if len(self._reloaded) >= _RELOADS_KEPT:
+            self._reloaded.clear()
+        self._reloaded[copy.name] = loop.time()
+        log.warning("the runtime does not know model %s any more; loading it again", copy.name)
+        self._router.cache.unload(copy)
+        return True
+
+    @staticmethod
+    def _model_of(copy: Copy) -> object:
+        return copy.model if copy.state == "LOADED" else None
+
+    async def _once_more(self, call: Any, body: bytes, model: str, request: _Request) -> Body | None:
+        await self._external.decided()
+        if not self._external.up and self._passed_on(call, body, model, request):
+            return None
+        return await self._load_and_send(call, body, model, request)
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Streams.
+
+    async def stream(self, call: StreamCall) -> None:
+        """Pass a stream through, message by message, as fast as the slower side takes them.
+
+        Which model it is for is told by its first message or the metadata; where later ones name another model, that
+        one is loaded first.
+
+        Raises:
+            RpcError: what the runtime ended it with.
+            MmcoreError: the method is not allowed, or the model is not to be had.
+        """
+        method = call.method.removeprefix("/")
+        kind = Kind.ANY
+        described = self._described.get(method) or self._describe(method)
+        if self._config is not None:
+            rpc = self._config().of(method)
+            kind = rpc.kind
+            if rpc.path:
+                described = described._replace(extraction=rpc.path)
+        first: bytes | None = None
+        async for message in call:
+            first = message
+            break
+        if first is None:
+            raise InvalidRequest("half-closed without a request")
+        leases: dict[str, Copy] = {}
+        try:
+            copy, first = await self._lease(call, described, kind, first, leases)
+            await self._external.decided()
+            connection = self._external.channel.pick()
+            if connection is None:
+                await self._external.channel.connect()
+                connection = self._external.channel.pick()
+            if connection is None:
+                raise RpcError(Status.UNAVAILABLE, "the runtime is away")
+            try:
+                out = call.pass_through(connection, target_of(copy), described.path)
+            except (ConnectionError, ValueError) as error:
+                raise RpcError(Status.UNAVAILABLE, str(error)) from error
+
+            async def prepared(message: bytes) -> bytes:
+                return (await self._lease(call, described, kind, message, leases))[1]
+
+            await _Stream(call, out, first, prepared).run()
+        finally:
+            for copy in leases.values():
+                copy.release()
+
+    async def _lease(
+        self, call: StreamCall, method: _Method, kind: Kind, message: bytes, leases: dict[str, Copy]
+    ) -> tuple[Copy, bytes]:
+        """The copy that a message is for, with a lease that is kept in ``leases``, and the message for the runtime."""
+        name = find_string(message, method.extraction) if method.extraction else ""
+        if not name:
+            if leases and not method.extraction:
+                return next(iter(leases.values())), message
+            name, kind = _named_by_metadata(call)
+        copy = leases.get(name)
+        if copy is None:
+            model = await self._names.find(name, kind)
+            copy = await self._router.load(model)
+            copy.acquire()
+            leases[name] = copy
+        known_as = target_of(copy).id
+        if method.injection is not None and (method.injection != method.extraction or name != known_as):
+            message = replace_string(message, method.injection, known_as)
+        return copy, message
+
+
+class _Stream:
+    """One stream between its client and the runtime; ``prepare`` makes of a message what the runtime is to get."""
+
+    def __init__(
+        self, call: StreamCall, out: ClientStream, first: bytes, prepare: Callable[[bytes], Awaitable[bytes]]
+    ) -> None:
+        self._call = call
+        self._out = out
+        self._first = first
+        self._prepare = prepare
+
+    async def run(self) -> None:
+        """Pass messages both ways until the runtime ends the stream; RpcError where its status is not OK."""
+        call, out = self._call, self._out
+        sending = asyncio.get_running_loop().create_task(self._send(), name=f"pass {call.method} through")
+        try:
+            async for message in out:
+                call.begin_like(out)
+                await call.send(message)
+            call.end_like(out)
+        except RpcError:
+            call.end_like(out)
+            raise
+        finally:
+            sending.cancel()
+            out.cancel()
+            await asyncio.wait([sending])
+
+    async def _send(self) -> None:
+        call, out = self._call, self._out
+        try:
+            await out.send(self._first)
+            async for message in call:
+                await out.send(await self._prepare(message))
+            await out.end()
+        except (RpcError, MmcoreError) as error:  # what the client sends cannot be taken
+            status, text = status_of(error)
+            call.fail(status, text)
+            out.cancel()
+
+
+def target_of(copy: Copy) -> Target:
+    """The copy as its runtime knows it."""
+    target = copy.prepared
+    if target is None:
+        model = copy.model
+        assert isinstance(model, ExternalModel)
+        target = copy.prepared = Target(copy, model.id, model.max_concurrency)
+    assert isinstance(target, Target)
+    return target
+
+
+def _named_by_metadata(call: Answer | StreamCall) -> tuple[str, Kind]:
+    metadata = call.metadata
+    if not names_models(metadata):
+        raise InvalidRequest("the request names no model: must include mm-model-id header, or a name in its message")
+    models = asked(metadata)
+    if len(models.ids) > 1:
+        raise InvalidRequest("only an inference of the built-in formats can be for several models")
+    return models.ids[0], models.kind
