@@ -124,12 +124,14 @@ run: $(EXTENSIONS) $(SAMPLES)
 	@exec $(PY) deploy/samples/first_inference.py build/samples $(if $(ONCE),--once)
 
 # h2load is one of the clients that the tests call the server with; without it they leave it out. The registry is tested
-# with a real etcd.
+# with a real etcd, the dashboard in a real browser.
 define STEP_test_system
 wanted=
 command -v h2load || wanted="$$wanted nghttp2-client"
 command -v etcd || wanted="$$wanted etcd-server"
 command -v etcdctl || wanted="$$wanted etcd-client"
+command -v chromium || wanted="$$wanted chromium"
+command -v chromedriver || wanted="$$wanted chromium-driver"
 command -v openssl || wanted="$$wanted openssl"
 $(INSTALL_WANTED)
 endef

@@ -77,15 +77,17 @@ cdef inline int bucket(const int64_t* bounds, int count, int64_t value) noexcept
     return low
 
 
-cdef inline void count_together(int64_t rows, int64_t queue_ns, int64_t infer_ns, int64_t total_ns) noexcept nogil:
-    """One request that was answered by an inference."""
+cdef inline int count_together(int64_t rows, int64_t queue_ns, int64_t infer_ns, int64_t total_ns) noexcept nogil:
+    """One request that was answered by an inference; the place of its whole time among the bounds."""
+    cdef int place = bucket(TIME_BOUND_NS, TIME_BOUNDS, total_ns)
     together.rows += rows
     together.queue_ns += queue_ns
     together.infer_ns += infer_ns
     together.total_ns += total_ns
     together.queue[bucket(TIME_BOUND_NS, TIME_BOUNDS, queue_ns)] += 1
     together.infer[bucket(TIME_BOUND_NS, TIME_BOUNDS, infer_ns)] += 1
-    together.total[bucket(TIME_BOUND_NS, TIME_BOUNDS, total_ns)] += 1
+    together.total[place] += 1
+    return place
 
 
 cdef inline void count_batch(int64_t rows) noexcept nogil:
@@ -146,6 +148,7 @@ cdef class ModelStatistics:
     cdef int64_t rows
     cdef int64_t executions
     cdef int64_t last_ms
+    cdef int64_t[TIME_BOUNDS + 1] times
     cdef BatchCounters* batches
     cdef Py_ssize_t batch_count
     cdef Py_ssize_t batch_room
@@ -199,7 +202,7 @@ cdef class ModelStatistics:
         self.output_ns += output_ns
         self.success_ns += queue_ns + input_ns + infer_ns + output_ns
         self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
-        count_together(batch, queue_ns, infer_ns, queue_ns + input_ns + infer_ns + output_ns)
+        self.times[count_together(batch, queue_ns, infer_ns, queue_ns + input_ns + infer_ns + output_ns)] += 1
         count_batch(batch)
         counters = self.counters(batch)
         if counters != NULL:
@@ -226,7 +229,7 @@ cdef class ModelStatistics:
         self.output_ns += output_ns
         self.success_ns += queue_ns + input_ns + infer_ns + output_ns
         self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
-        count_together(rows, queue_ns, infer_ns, queue_ns + input_ns + infer_ns + output_ns)
+        self.times[count_together(rows, queue_ns, infer_ns, queue_ns + input_ns + infer_ns + output_ns)] += 1
         if leads:
             self.executions += 1
             count_batch(batch)
@@ -247,6 +250,7 @@ cdef class ModelStatistics:
         self.success_ns += total_ns
         self.hits += 1
         self.hit_ns += total_ns
+        self.times[bucket(TIME_BOUND_NS, TIME_BOUNDS, total_ns)] += 1
         together.hits += 1
         self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
 
@@ -262,6 +266,10 @@ cdef class ModelStatistics:
         self.fail_ns += total_ns
         together.failed += 1
         self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
+
+    def times_by_bound(self):
+        """The requests that were answered, by their whole time: a count for each bound of TIME_BOUNDS_NS and the rest."""
+        return [self.times[at] for at in range(TIME_BOUNDS + 1)]
 
     def snapshot(self):
         """All counters at this moment, batch sizes ascending."""

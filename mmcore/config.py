@@ -133,6 +133,7 @@ class ServeSettings:
         rest_port: the port of REST on the same address; 0 picks a free one.
         metrics_port: the port of metrics and probes; 0 picks a free one.
         metrics_per_model: how many models, those used last, have metrics of their own.
+        dashboard: whether the REST port serves the dashboard, to everybody who reaches that port.
         uds: path of a Unix socket to listen on as well.
         peer_port: port for other instances, on the same address; 0 picks a free one, None: no other instances.
         peer_uds: path of a Unix socket for them instead, between the workers of one machine.
@@ -166,6 +167,7 @@ class ServeSettings:
     rest_port: int = 8008
     metrics_port: int = 2112
     metrics_per_model: int = 0
+    dashboard: bool = True
     uds: Path | None = None
     peer_port: int | None = None
     peer_uds: Path | None = None

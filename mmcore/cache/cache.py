@@ -77,6 +77,7 @@ class Cache:
         on_state: called with a model's name and the state of its load when one begins, and with None and the error when
             it has ended without a copy.
         on_changed: called with name, version and state, as :meth:`state` gives it, whenever that has changed.
+        on_evicted: called with each copy that is about to be unloaded to make room.
         on_failed: called with name, version and error of each failure that is remembered.
 
     ``capacity_bytes`` and ``device_bytes`` are what copies may take together, of the host's memory and of a device's.
@@ -115,6 +116,7 @@ class Cache:
         self.on_gone: Callable[[Copy], None] = lambda copy: None
         self.on_state: Callable[[str, CopyState | None, MmcoreError | None], None] = lambda name, state, error: None
         self.on_changed: Callable[[str, str, CopyState | None], None] = lambda name, version, state: None
+        self.on_evicted: Callable[[Copy], None] = lambda copy: None
         self.on_failed: Callable[[str, str, MmcoreError], None] = lambda name, version, error: None
         self.counted: Final = Counters()
         self._load_model = load
@@ -475,6 +477,7 @@ class Cache:
 
     def _evict(self, copy: Copy) -> None:
         self.counted.evicted_idle_seconds.observe(self._idle_s(copy))
+        self.on_evicted(copy)
         self.unload(copy)
 
     def unload(self, copy: Copy) -> None:

@@ -57,7 +57,7 @@ REGISTRY: Final = Parsed("url", registry_url)
 
 def option(flag: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A click option with its environment variable, and its default shown."""
-    name = flag.removeprefix("--").replace("-", "_")
+    name = flag.partition("/")[0].removeprefix("--").replace("-", "_")
     attributes.setdefault("show_default", True)
     return click.option(flag, name, envvar=f"MMCORE_{name.upper()}", show_envvar=True, **attributes)
 
@@ -116,6 +116,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     metavar="N",
     help="Metrics with labels of their own for the N models used last.",
 )
+@option("--dashboard/--no-dashboard", default=True, help="Serve the dashboard, /dashboard on the REST port.")
 @option("--uds", type=click.Path(path_type=Path), help="Listen for gRPC on this Unix socket as well.")
 @option("--peer-port", type=click.IntRange(0, 65535), help="Port for other instances; 0 picks a free one.")
 @option(
@@ -215,6 +216,7 @@ def command(
     rest_port: int,
     metrics_port: int,
     metrics_per_model: int,
+    dashboard: bool,
     uds: Path | None,
     peer_port: int | None,
     advertise: str | None,
@@ -271,6 +273,7 @@ def command(
             rest_port=rest_port,
             metrics_port=metrics_port,
             metrics_per_model=metrics_per_model,
+            dashboard=dashboard,
             uds=uds,
             peer_port=peer_port,
             advertise=advertise,

@@ -24,6 +24,7 @@ class Table(Generic[R]):
     Attributes:
         name: the first part of its keys in the store.
         kind: the class of its records.
+        on_added: called with the id of each record that comes to be, before the listeners are.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Table(Generic[R]):
         #: By key in the store.
         self._held: dict[str, bytes] = {}
         self._listeners: list[Listener] = []
+        self.on_added: Listener = lambda name: None
 
     def __len__(self) -> int:
         return len(self._held)
@@ -106,6 +108,8 @@ class Table(Generic[R]):
         """Hold another entry, and tell the listeners when it has another value."""
         before = self._held.get(key)
         self._held[key] = entry.packed
+        if before is None:
+            self.on_added(key[len(self._prefix) :])
         if self._listeners and (before is None or Entry(before).value != entry.value):
             self._tell(key)
 

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import mmcore
 from mmcore import log as logs
@@ -37,6 +37,8 @@ from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.allocator import keep_freed_memory, release_freed_memory
 from mmcore.server.calls import Waiting
+from mmcore.server.dashboard.events import Events
+from mmcore.server.dashboard.recent import Recent
 from mmcore.server.dataplane import parse_dataplane_config
 from mmcore.server.observed import Observed
 from mmcore.server.parts import Parts
@@ -48,6 +50,9 @@ from mmcore.server.v2 import SERVICE, V2Service
 from mmcore.server.workers import run_workers
 from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig, WholeOrigin
 from mmcore.transport import Server, add_health, add_reflection
+
+if TYPE_CHECKING:
+    from mmcore.server.dashboard.dashboard import Dashboard
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +96,8 @@ class Node:
             cache=_cache(settings, self._external),
         )
         self._refilling = Refilling(self._router)
+        self._events = Events(self._router.cache)
+        self._recent = Recent(self._router.copies)
         self._registry = _open(settings.registry, self.instance)
         self._puller = _puller(settings.storage)
         origin = WholeOrigin if self._external is not None else PulledOrigin
@@ -157,6 +164,8 @@ class Node:
             await self._registry.start()
         except Unavailable as error:
             raise Unavailable(f"{error}; see --registry {settings.registry}") from error
+        if settings.dashboard:
+            self._note_events()
         self._registered.start()
         self._transitions.start()
         await self._start_files()
@@ -191,6 +200,11 @@ class Node:
             raise Unavailable(
                 f"cannot listen on {host}:{port}: {reason}; choose another --host or {option} (0 picks a free port)"
             ) from error
+
+    def _note_events(self) -> None:
+        """Note for the dashboard what happens from now on."""
+        self._events.follow(self._registry.models)
+        self._following.append(asyncio.get_running_loop().create_task(self._recent.run(), name="note recent use"))
 
     def _watched(self, path: Path | None, parse: Callable[[str], ValueT]) -> WatchedFile[ValueT] | None:
         if path is None:
@@ -298,9 +312,21 @@ class Node:
         """Take over for REST when there is a client of it: what it imports is not in an instance's idle memory."""
         from mmcore.server.rest.routes import Routes
 
-        routes = Routes(self._server.unary, self._settings.transport.max_message_bytes, self._rest_counted)
+        dashboard = self._dashboard().handle if self._settings.dashboard else None
+        limit = self._settings.transport.max_message_bytes
+        routes = Routes(self._server.unary, limit, self._rest_counted, dashboard)
         self._rest.handle = routes.handle
         routes.handle(request)
+
+    def _dashboard(self) -> Dashboard:
+        from mmcore.server.dashboard.dashboard import Dashboard, Shown
+
+        return Dashboard(
+            Shown(
+                self._registry, self._router, self._registered, self._events, self._recent, self.record,
+                lambda: self._service.ready,
+            )
+        )  # fmt: skip
 
     def _set_serving(self, *, serving: bool) -> None:
         self._serving = serving

@@ -14,6 +14,7 @@ import pytest
 import mmcore
 
 ROOT = Path(__file__).parents[2]
+PAGE = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mmcore/server/dashboard/page").iterdir()}
 SOURCES = sorted(path.stem for path in (ROOT / "ext").glob("*.pyx"))
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -41,7 +42,7 @@ def test_sdist_carries_all_sources_and_nothing_generated(published: Path) -> Non
     for source in SOURCES:
         assert f"ext/{source}.pyx" in names
     declared = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mmcore").rglob("*.p[xy][di]")}
-    assert declared <= names
+    assert declared | PAGE <= names
     assert {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "setup.py", "pyproject.toml"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc")) or (name[:4] == "ext/" and name[-2:] == ".c")]
 
@@ -50,7 +51,7 @@ def test_wheel_holds_the_package_alone(published: Path) -> None:
     names = zipfile.ZipFile(only(published, "*.whl")).namelist()
     for source in SOURCES:
         assert [name for name in names if name.startswith(f"mmcore/_ext/{source}.cpython-") and name.endswith(".so")]
-    assert {"mmcore/py.typed", "mmcore/pb/descriptors.binpb", "mmcore/server/rest/try.html"} <= set(names)
+    assert {"mmcore/py.typed", "mmcore/pb/descriptors.binpb", "mmcore/server/rest/try.html", *PAGE} <= set(names)
     assert {name.split("/", 1)[0] for name in names} == {"mmcore", f"mmcore-{mmcore.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".c", ".pyx", ".pxd", ".h"))]
 

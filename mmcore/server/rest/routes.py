@@ -101,11 +101,17 @@ class Routes:
     """The handler of the REST port. ``handler`` gives the gRPC handler of a method's full path.
 
     Requests are counted in ``counted`` by the gRPC methods' names; ``max_bytes`` is what a body may decompress to.
+    ``dashboard`` answers what is below ``/dashboard``, if anything does.
     """
 
     def __init__(
-        self, handler: Callable[[str], UnaryHandler], max_bytes: int, counted: defaultdict[str, CallCounters]
+        self,
+        handler: Callable[[str], UnaryHandler],
+        max_bytes: int,
+        counted: defaultdict[str, CallCounters],
+        dashboard: Callable[[Request], None] | None = None,
     ) -> None:
+        self._dashboard = dashboard
         self._waiting = Waiting()
         self._methods = Methods(handler, max_bytes)
         self._counted = counted
@@ -128,6 +134,9 @@ class Routes:
                 request.counters = self._counted[_INFER]
                 self._inference.serve(request, name, version)
                 return
+        if self._dashboard is not None and segments[0] == "dashboard":
+            self._dashboard(request)
+            return
         wanted = "GET" if request.method == "HEAD" else request.method
         page = _PAGES.get(path)
         if page is not None and wanted == "GET":

@@ -7,7 +7,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcore._ext.rates import Duration, ModelStatistics, now_ns
+from mmcore._ext.rates import TIME_BOUNDS_NS, Duration, ModelStatistics, now_ns
 
 NS = st.integers(0, 10**12)
 
@@ -67,3 +67,18 @@ def test_the_clock_is_the_monotonic_one() -> None:
     before = time.monotonic_ns()
     now = now_ns()
     assert before <= now <= time.monotonic_ns()
+
+
+def test_requests_are_counted_by_their_whole_time() -> None:
+    statistics = ModelStatistics()
+    statistics.record(1, 1_000_000, 0, 3_000_000, 0)
+    statistics.record_part(8, 2, True, 0, 0, 400_000_000_000, 0)
+    statistics.hit(10_000)
+    statistics.fail(10_000)
+    counts = statistics.times_by_bound()
+    assert len(counts) == len(TIME_BOUNDS_NS) + 1
+    assert {at: count for at, count in enumerate(counts) if count} == {
+        0: 1,
+        TIME_BOUNDS_NS.index(5_000_000): 1,
+        len(TIME_BOUNDS_NS): 1,
+    }
