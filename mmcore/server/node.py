@@ -40,6 +40,7 @@ from mmcore.server.calls import Waiting
 from mmcore.server.dashboard.events import Events
 from mmcore.server.dashboard.recent import Recent
 from mmcore.server.dataplane import parse_dataplane_config
+from mmcore.server.interpreter import Collections, take_short_turns
 from mmcore.server.observed import Observed
 from mmcore.server.parts import Parts
 from mmcore.server.passing import PassThrough
@@ -98,6 +99,7 @@ class Node:
         self._refilling = Refilling(self._router)
         self._events = Events(self._router.cache)
         self._recent = Recent(self._router.copies)
+        self._collections = Collections(self._router.cache)
         self._registry = _open(settings.registry, self.instance)
         self._puller = _puller(settings.storage)
         origin = WholeOrigin if self._external is not None else PulledOrigin
@@ -159,6 +161,7 @@ class Node:
         if self._external is not None:
             await self._external.start()
             self._take_capacity(self._external)
+        self._collections.start()
         await self._router.start()
         try:
             await self._registry.start()
@@ -307,6 +310,7 @@ class Node:
             await self._external.close()
         await self._registered.close()
         await self._registry.close()
+        self._collections.stop()
 
     def _first_rest_request(self, request: Request) -> None:
         """Take over for REST when there is a client of it: what it imports is not in an instance's idle memory."""
@@ -405,6 +409,7 @@ def run(settings: ServeSettings) -> int:
 def run_one(settings: ServeSettings) -> int:
     """The same for one instance in this process."""
     keep_freed_memory()
+    take_short_turns()
     logs.configure(settings.log_level)
     log.info("mmcore %s, capacity %d bytes", mmcore.__version__, settings.capacity_bytes)
     with asyncio.Runner(loop_factory=_loop_factory(settings.event_loop)) as runner:
