@@ -43,8 +43,6 @@ UNLOAD_S: Final = 30.0
 #: Pauses between attempts to unload a model: the first and the longest, each twice the last.
 UNLOAD_PAUSE_S: Final = 0.5
 UNLOAD_LONGEST_PAUSE_S: Final = 10.0
-#: From a copy's end in the cache to its unloading.
-GIVEN_UP_S: Final = 0.05
 #: A model's loading may take so long where the runtime does not say.
 LOAD_S: Final = 90.0
 #: Of what a model takes where nothing else tells: this times its files.
@@ -323,10 +321,6 @@ class External:
         """The model's name, or another one while that is taken by a copy that serves until this one does."""
         for known_as in (source.name, *(f"{source.name}--{source.version}-{number}" for number in range(1, 1000))):
             leaving = self._ids.get(known_as)
-            if leaving is None and known_as in self._ids:
-                # A copy that has just been given up is unloaded from another thread, a moment from now.
-                await asyncio.sleep(GIVEN_UP_S)
-                leaving = self._ids.get(known_as)
             if leaving is not None:
                 await asyncio.wait([leaving], timeout=UNLOAD_S)
             if known_as not in self._ids:
@@ -347,12 +341,18 @@ class External:
                 return size
         return max(int(key["disk_size_bytes"] * DISK_FACTOR), self.status.defaultModelSizeInBytes)
 
+    def given_up(self, model: ExternalModel) -> None:
+        """A model is about to be unloaded: a load of the same name waits for that, instead of taking another id."""
+        assert self._loop is not None
+        if model.life == self._life and self._ids.get(model.id, self) is None:
+            self._ids[model.id] = self._loop.create_future()
+
     async def _unload(self, known_as: str, life: int, attempts: int = 0) -> None:
         """Unload until the runtime confirms it, or so many times; nothing where the runtime has been lost since."""
         if life != self._life or known_as not in self._ids:
             return
         assert self._loop is not None
-        left = self._ids[known_as] = self._loop.create_future()
+        left = self._ids[known_as] = self._ids[known_as] or self._loop.create_future()
         pause_s = UNLOAD_PAUSE_S
         try:
             while life == self._life:

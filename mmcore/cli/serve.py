@@ -129,7 +129,8 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     "--runtime",
     metavar="ADDRESS",
     show_default="this process",
-    help="Load models into this runtime (unix:PATH or HOST:PORT, speaking mmesh.ModelRuntime) and pass requests to it.",
+    help="Load models into this runtime and pass requests to it: unix:PATH or HOST:PORT speaking mmesh.ModelRuntime, "
+    "triton://HOST:PORT?repo=DIR or mlserver://HOST:PORT?repo=DIR.",
 )
 @option("--workers", type=click.IntRange(1), default=1, help="Serving processes that share the ports and the memory.")
 @option("--zone", default="", show_default="none", help="Where this instance runs; copies are spread over zones.")

@@ -25,8 +25,8 @@ from mmcore import log as logs
 from mmcore import pb, placement
 from mmcore._ext.calls import CallCounters
 from mmcore._ext.v2codec import Signature
-from mmcore.adapters import External, open_runtime
-from mmcore.cache import Cache
+from mmcore.adapters import External, ExternalModel, open_runtime
+from mmcore.cache import Cache, Copy
 from mmcore.config import ServeSettings, StorageSettings
 from mmcore.errors import InvalidSetting, Unavailable
 from mmcore.placement import TypeConstraints
@@ -128,6 +128,7 @@ class Node:
         if self._external is not None:
             self._passing = PassThrough(self._external, self._router, names, Waiting(), config=config, mesh=self._mesh)
             self._passing.register(self._server)
+            self._router.cache.on_gone = partial(_tell_gone, self._external, self._router.cache.on_gone)
             self._external.on_down = self._runtime_lost
             self._external.on_up = self._runtime_back
         add_peer_methods(self._server, self._router)
@@ -361,6 +362,12 @@ def _open(url: str, instance: str) -> Registry:
 def _puller(settings: StorageSettings) -> Puller:
     cache = DiskCache(settings.cache.expanduser(), settings.cache_limit_bytes)
     return Puller(StorageConfig(settings.entries), cache, pvc_mounts=settings.pvc_mounts)
+
+
+def _tell_gone(external: External, tell: Callable[[Copy], None], copy: Copy) -> None:
+    if isinstance(copy.model, ExternalModel):
+        external.given_up(copy.model)
+    tell(copy)
 
 
 def _external(settings: ServeSettings) -> External | None:

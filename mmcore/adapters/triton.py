@@ -1,0 +1,105 @@
+"""How Triton wants a model: a folder with one version folder in it and, where there is one, ``config.pbtxt``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from google.protobuf import text_format
+
+from mmcore.adapters.schema import read_tensors
+from mmcore.errors import InvalidModel
+from mmcore.pb import model_config_pb2
+
+_CONFIG: Final = "config.pbtxt"
+#: By type: the name of a file, the name of a folder (empty: its entries are the version's own), and the backend.
+_FORMATS: Final = {
+    "tensorflow": ("model.graphdef", "model.savedmodel", "tensorflow"),
+    "keras": ("model.savedmodel", "model.savedmodel", "tensorflow"),
+    "onnx": ("model.onnx", "model.onnx", "onnxruntime"),
+    "pytorch": ("model.pt", "", "pytorch"),
+    "torchscript": ("model.pt", "", "pytorch"),
+    "tensorrt": ("model.plan", "", "tensorrt"),
+    "python": ("model.py", "", "python"),
+}
+
+
+def lay_out(folder: Path, name: str, kind: str, path: Path, schema: Path | None) -> None:
+    """Link the model's files into ``folder``, and write its configuration from its own or from its schema.
+
+    Raises:
+        InvalidModel: its schema cannot be read, or contradicts its configuration.
+    """
+    tensors = read_tensors(schema) if schema is not None else {}
+    if path.is_dir() and (path / _CONFIG).is_file():
+        for entry in path.iterdir():
+            if entry.name != _CONFIG:
+                (folder / entry.name).symlink_to(entry)
+        (folder / _CONFIG).write_text(_own_config((path / _CONFIG).read_text(encoding="utf-8"), tensors))
+        return
+    file_name, folder_name, backend = _FORMATS.get(kind, ("", "", ""))
+    version, content = _newest_version(path)
+    if content.is_dir() and kind in _FORMATS:
+        content = _unwrapped(content, file_name, folder_name)
+    if content.is_file():
+        (folder / version).mkdir()
+        (folder / version / (file_name or content.name)).symlink_to(content)
+    elif folder_name:
+        (folder / version).mkdir()
+        (folder / version / folder_name).symlink_to(content)
+    else:
+        (folder / version).symlink_to(content)
+    if tensors:
+        config = model_config_pb2.ModelConfig(backend=backend)
+        _describe(config, tensors)
+        (folder / _CONFIG).write_text(text_format.MessageToString(config))
+
+
+def _newest_version(path: Path) -> tuple[str, Path]:
+    """The largest of the numbers that name the folders in ``path``, if all of them are named so; else version 1."""
+    folders = [entry for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []
+    if folders and all(entry.name.isdecimal() for entry in folders):
+        newest = max(folders, key=lambda entry: int(entry.name))
+        if int(newest.name) > 0:
+            return str(int(newest.name)), newest
+    return "1", path
+
+
+def _unwrapped(content: Path, file_name: str, folder_name: str) -> Path:
+    """What a folder holds alone, where that is the model."""
+    entries = [entry for entry in content.iterdir() if entry.name != "_schema.json"]
+    if len(entries) == 1 and (entries[0].is_file() or folder_name) and entries[0].name != "saved_model.pb":
+        return entries[0]
+    return content
+
+
+def _own_config(text: str, tensors: dict[str, list[dict[str, Any]]]) -> str:
+    """The model's own configuration without its name, which is the folder's, and with the schema's tensors.
+
+    One with fields that are not known here goes as it is.
+    """
+    config = model_config_pb2.ModelConfig()
+    try:
+        text_format.Parse(text, config)
+    except text_format.ParseError:
+        return text
+    config.name = ""
+    _describe(config, tensors)
+    return text_format.MessageToString(config)
+
+
+def _describe(config: model_config_pb2.ModelConfig, tensors: dict[str, list[dict[str, Any]]]) -> None:
+    for side, field in (("inputs", "input"), ("outputs", "output")):
+        if side in tensors:
+            config.ClearField(field)
+        for tensor in tensors.get(side, ()):
+            dims = tensor["shape"]
+            if config.max_batch_size > 0:
+                if not dims or dims[0] != -1:
+                    raise InvalidModel(f"the schema's {tensor['name']!r} must have -1 as its first dimension")
+                dims = dims[1:]
+            datatype = {"BYTES": "STRING"}.get(tensor["datatype"], tensor["datatype"])
+            try:
+                getattr(config, field).add(name=tensor["name"], data_type=f"TYPE_{datatype}", dims=dims)
+            except ValueError:
+                raise InvalidModel(f"the schema's {tensor['name']!r} has no datatype {datatype!r}") from None
