@@ -123,6 +123,36 @@ class RuntimeSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceSettings:
+    """Where traces go.
+
+    Attributes:
+        endpoint: of an OpenTelemetry collector that takes OTLP over HTTP; None: there are no traces.
+        ratio: the share of requests that are traced without their caller's asking for it.
+    """
+
+    endpoint: str | None = None
+    ratio: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadSettings:
+    """Which requests and answers are written out.
+
+    Attributes:
+        destination: a file, or an HTTP endpoint that takes CloudEvents; None: nothing is written.
+        ratio: the share of requests.
+        models: of these alone; empty: of all.
+        methods: gRPC methods, by their short names; REST's requests count as the one they stand for.
+    """
+
+    destination: str | None = None
+    ratio: float = 1.0
+    models: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("ModelInfer",)
+
+
+@dataclass(frozen=True, slots=True)
 class ServeSettings:
     """All that one serving instance is told.
 
@@ -159,6 +189,8 @@ class ServeSettings:
         transport: limits of its connections.
         storage: where registered models come from.
         runtime: what loads and answers the models instead of this process; None: this process.
+        traces: where traces go.
+        payloads: which requests and answers are written out.
     """
 
     models: Path | None = None
@@ -195,6 +227,8 @@ class ServeSettings:
     transport: TransportSettings = TransportSettings()
     storage: StorageSettings = StorageSettings()
     runtime: RuntimeSettings | None = None
+    traces: TraceSettings = TraceSettings()
+    payloads: PayloadSettings = PayloadSettings()
 
 
 def parse_size(text: str) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 ROOT: Final = "mmcore"
@@ -21,7 +22,8 @@ FORMATS: Final = ("default", "ISO8601")
 class LogSwitches:
     """Which lines are written; read for each record, so a change holds from the next line on.
 
-    ``verbose`` above zero lets debug lines through. Errors above ERROR are always written.
+    ``verbose`` above zero lets debug lines through. Errors above ERROR are always written. ``requests`` asks for a line
+    for each request, ``on_requests`` is told when that changes.
     """
 
     info: bool = True
@@ -29,6 +31,8 @@ class LogSwitches:
     error: bool = True
     verbose: int = 0
     format: str = "ISO8601"
+    requests: bool = False
+    on_requests: Callable[[bool], object] = field(default=lambda wanted: None, repr=False, compare=False)
 
     def set_level(self, level: str) -> None:
         """Let lines of ``level`` (one of :data:`LEVELS`) and above through."""
@@ -50,6 +54,7 @@ class LogSwitches:
             if wanted:
                 lowest = level
         logging.getLogger(ROOT).setLevel(lowest)
+        self.on_requests(self.requests)
 
     def allows(self, record: logging.LogRecord) -> bool:
         """Whether the record's own switch is on."""

@@ -19,9 +19,11 @@ from mmcore.config import (
     ISOLATION_POLICIES,
     THREAD_POOLS,
     CacheSettings,
+    PayloadSettings,
     RuntimeSettings,
     ServeSettings,
     StorageSettings,
+    TraceSettings,
     TransportSettings,
     default_capacity,
     parse_duration,
@@ -206,6 +208,31 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @option("--loader-threads", type=click.IntRange(1, 64), default=2, help="How many models are loaded at once.")
 @option("--server-name", default="mmcore", help="The server's name in ServerMetadata ('triton' for clients that ask).")
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
+@option(
+    "--otlp-endpoint",
+    metavar="URL",
+    show_default="no traces",
+    help="Send traces to this OpenTelemetry collector, http://HOST:4318.",
+)
+@option(
+    "--trace-ratio",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default="0.01",
+    help="Share of requests to trace unasked.",
+)
+@option("--payload-log", metavar="FILE|URL", help="Write requests and answers to a file or post them as CloudEvents.")
+@option(
+    "--payload-ratio", type=click.FloatRange(0, 1), default=1.0, show_default="1", help="Share of requests to write."
+)
+@option("--payload-model", multiple=True, show_default="all", help="Write those of this model alone; repeat it.")
+@option(
+    "--payload-method",
+    multiple=True,
+    default=("ModelInfer",),
+    show_default="ModelInfer",
+    help="Write calls of this method; repeat it.",
+)
 @option("--grace", type=DURATION, default="90s", help="How long calls in flight may finish after SIGTERM.")
 @option("--keepalive", type=DURATION, default="2h", help="PING a connection that has been silent for so long.")
 @option("--max-connection-age", type=DURATION, default="0", help="Ask connections to go at this age; 0 for never.")
@@ -247,6 +274,12 @@ def command(
     loader_threads: int,
     server_name: str,
     log_level: str,
+    otlp_endpoint: str | None,
+    trace_ratio: float,
+    payload_log: str | None,
+    payload_ratio: float,
+    payload_model: tuple[str, ...],
+    payload_method: tuple[str, ...],
     grace: float,
     keepalive: float,
     max_connection_age: float,
@@ -303,6 +336,8 @@ def command(
             log_level=log_level,
             grace_s=grace,
             event_loop=event_loop,
+            traces=TraceSettings(otlp_endpoint, trace_ratio),
+            payloads=PayloadSettings(payload_log, payload_ratio, payload_model, payload_method),
             storage=StorageSettings(
                 entries=storage_config,
                 cache=model_cache,

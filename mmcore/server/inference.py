@@ -7,6 +7,7 @@ has parameters, comes here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -30,6 +31,8 @@ from mmcore.server.several import ask_several
 from mmcore.server.shared_memory import SharedMemory
 from mmcore.server.tensors import answer_with_parameters, bind_tensors, schedule_of
 from mmcore.server.tracing import Tracing
+from mmcore.server.watched import WatchedCall
+from mmcore.tracing import RequestTrace
 
 #: Where the v2 protocol has the model's name.
 _NAME_PATH: Final = (1,)
@@ -83,6 +86,13 @@ class Inference:
 
         return infer
 
+    def apart(self, call: Answer, body: bytes) -> Body | None:
+        """As :attr:`infer`, by the way that tells its stages: never merged in the compiled path."""
+        started = now_ns()
+        request = decode_infer_request(body)
+        copy = self._router.lookup(request.model_name, request.model_version)
+        return self._uncommon(call, request, copy, started)
+
     def _uncommon(self, call: Answer, request: InferRequest, copy: Copy | None, started: int) -> Body | None:
         """A request whose copy is not here, that names its model in the metadata, or that has parameters."""
         if copy is not None:
@@ -124,11 +134,21 @@ class Inference:
         if self._mesh is None or self._router.in_folder(model):
             return False
 
+        trace = call.trace if isinstance(call, WatchedCall) else None
+
         def here() -> None:
+            if trace is not None:
+                trace.forwarded()
             self._waiting.start(call, self._load_and_infer(call, request, model, started), "ModelInfer")
 
         resolved = model != request.model_name
-        return self._mesh.pass_on(call, request.body, model, here, resolved=resolved, path=MODEL_INFER)
+        if trace is None:
+            return self._mesh.pass_on(call, request.body, model, here, resolved=resolved, path=MODEL_INFER)
+        trace.forwarding()
+        passed = self._mesh.pass_on(call, request.body, model, here, resolved=resolved, path=MODEL_INFER)
+        if not passed:
+            trace.forwarded(happened=False)
+        return passed
 
     async def _find_and_infer(
         self, call: Answer, request: InferRequest, name: str, kind: Kind, started: int
@@ -148,15 +168,22 @@ class Inference:
 
     async def _load_and_infer(self, call: Answer, request: InferRequest, model: str, started: int) -> Body | None:
         """The way of a request whose model is to be loaded here."""
+        trace = call.trace if isinstance(call, WatchedCall) else None
+        asked_ns = time.time_ns()
         try:
             copy = await self._router.load(model, request.model_version)
         except LoadFailed:
+            if trace is not None:
+                trace.part("load", asked_ns, time.time_ns(), model=model, failed=1)
+                trace.forwarding()
             resolved = model != request.model_name
             if self._mesh is None or not self._mesh.load_elsewhere(
                 call, request.body, model, resolved=resolved, path=MODEL_INFER
             ):
                 raise
             return None
+        if trace is not None:
+            _trace_load(trace, copy, asked_ns)
         waited_ns = now_ns() - started
         self._router.cache.counted.miss_seconds.observe(waited_ns * 1e-9)
         return self._bind_and_run(call, request, copy, started, waited_ns)
@@ -245,6 +272,8 @@ class Inference:
             copy.statistics.record_part(ran.rows, rows, ran.leads, done.queue_ns, input_ns, infer_ns, encoded - ended)
         if self._tracing.active:
             self._trace(done, infer_ns, ended, encoded)
+        if isinstance(done.call, WatchedCall) and done.call.trace is not None:
+            _trace_inference(done.call.trace, done, infer_ns, ended)
         return message
 
     def _trace(self, done: UnderWay, infer_ns: int, ended: int, encoded: int) -> None:
@@ -302,3 +331,23 @@ class UnderWay:
         except Exception as failure:
             self.copy.statistics.fail(now_ns() - self.started)
             refuse(self.call, failure, f"inference of model {self.copy.name}")
+
+
+def _trace_load(trace: RequestTrace, copy: Copy, asked_ns: int) -> None:
+    """The load that a request waited for, and what it consists of as far as it lies within the request."""
+    ended_ns = time.time_ns()
+    trace.part("load", asked_ns, ended_ns, model=copy.name, version=copy.version, bytes=copy.weight)
+    ends_at = ended_ns - round(copy.times.publish_s * 1e9)
+    for name, seconds in (("open", copy.times.open_s), ("pull", copy.times.find_s)):
+        began_at = ends_at - round(seconds * 1e9)
+        trace.part(name, began_at, ends_at, model=copy.name)
+        ends_at = began_at - round(copy.times.room_s * 1e9)
+
+
+def _trace_inference(trace: RequestTrace, done: UnderWay, infer_ns: int, ended: int) -> None:
+    """The queue and the model; the stamps are of the monotonic clock."""
+    to_wall = time.time_ns() - now_ns()
+    computing = ended - infer_ns
+    trace.part("queue", done.started + to_wall, computing + to_wall, model=done.copy.name)
+    trace.part("compute", computing + to_wall, ended + to_wall, model=done.copy.name, version=done.copy.version)
+    trace.note(model=done.copy.name, version=done.copy.version)

@@ -36,20 +36,25 @@ from mmcore.routing.watched_file import WatchedFile
 from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.allocator import keep_freed_memory, release_freed_memory
-from mmcore.server.calls import Waiting
+from mmcore.server.calls import Answer, Waiting
 from mmcore.server.dashboard.events import Events
 from mmcore.server.dashboard.recent import Recent
 from mmcore.server.dataplane import parse_dataplane_config
+from mmcore.server.inference import MODEL_INFER
 from mmcore.server.interpreter import Collections, take_short_turns
 from mmcore.server.observed import Observed
 from mmcore.server.parts import Parts
 from mmcore.server.passing import PassThrough
+from mmcore.server.payloads import PayloadLog
 from mmcore.server.peer import add_peer_methods, listen_for_peers
+from mmcore.server.request_log import RequestLog
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
 from mmcore.server.v2 import SERVICE, V2Service
+from mmcore.server.watched import Watcher, watched
 from mmcore.server.workers import run_workers
 from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig, WholeOrigin
+from mmcore.tracing import RequestTrace, Tracer
 from mmcore.transport import Server, add_health, add_reflection
 
 if TYPE_CHECKING:
@@ -144,12 +149,47 @@ class Node:
             Parts(
                 self.instance, self._router, self._registry, self._registered, self._puller, self._server, self._rest,
                 self._rest_counted, self._mesh.forwarding if self._mesh is not None else None,
-                lambda: self._service.ready,
+                lambda: self._service.ready, lambda: self._payloads,
             ),
             per_model=settings.metrics_per_model,
         )  # fmt: skip
         self._metrics = Listener(observed.handle, settings.transport)
+        self._tracer = self._started_tracer()
+        payloads = settings.payloads
+        self._payloads = PayloadLog(payloads.destination, payloads, self.instance) if payloads.destination else None
+        logs.switches.on_requests = self._watch
+        self._watch(logs.switches.requests)
         self._set_serving(serving=False)
+
+    def _started_tracer(self) -> Tracer | None:
+        """What traces requests; None where there is no collector to send traces to."""
+        traces, name = self._settings.traces, self._settings.server_name
+        if traces.endpoint is None:
+            return None
+        return Tracer(
+            traces.endpoint, ratio=traces.ratio, service=name, version=mmcore.__version__, instance=self.instance
+        )
+
+    def _watch(self, log_requests: bool) -> None:
+        """Have calls of the inference service looked at by those who want to; nobody stands in their way otherwise."""
+        watchers: list[Watcher] = [] if self._payloads is None else [self._payloads]
+        if log_requests:
+            watchers.append(RequestLog())
+        tracer = self._tracer
+        if tracer is None and not watchers:
+            self._server.surround(None)
+            return
+
+        def trace(path: str, call: Answer) -> RequestTrace | None:
+            return tracer.request(path.removeprefix("/"), call.metadata) if tracer is not None else None
+
+        def around(path: str, handler: Any) -> Any:
+            if not path.startswith(f"/{SERVICE}/"):
+                return handler
+            apart = self._service.infer_apart if path == MODEL_INFER and self._external is None else handler
+            return watched(path, handler, apart, trace, watchers)
+
+        self._server.surround(around)
 
     async def start(self) -> None:
         """Register the models of the folder, listen, load what is to be loaded; ready when it returns.
@@ -312,6 +352,10 @@ class Node:
         await self._registered.close()
         await self._registry.close()
         self._collections.stop()
+        logs.switches.on_requests = lambda wanted: None
+        for one in (self._tracer, self._payloads):
+            if one is not None:
+                await asyncio.to_thread(one.close)
 
     def _first_rest_request(self, request: Request) -> None:
         """Take over for REST when there is a client of it: what it imports is not in an instance's idle memory."""

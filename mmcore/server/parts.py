@@ -10,6 +10,7 @@ from mmcore.errors import Status
 from mmcore.metrics import Histogram
 from mmcore.registry import Registry
 from mmcore.routing import Forwarding, Registered, Router
+from mmcore.server.payloads import PayloadLog
 from mmcore.server.rest import Listener
 from mmcore.storage import Puller
 from mmcore.transport import Server
@@ -28,6 +29,7 @@ class Parts(NamedTuple):
     rest_counted: Mapping[str, CallCounters]
     forwarding: Forwarding | None
     ready: Callable[[], bool]
+    payloads: Callable[[], PayloadLog | None]
 
     def models(self) -> dict[str, int]:
         """How many models there are, by state."""

@@ -139,6 +139,12 @@ class Scrape:
         )  # fmt: skip
         out.value("mmcore_received_bytes_total", "counter", "Received by gRPC, framing included.", grpc.received_bytes)
         out.value("mmcore_sent_bytes_total", "counter", "Sent by gRPC, framing included.", grpc.sent_bytes)
+        payloads = self._parts.payloads()
+        written, dropped = (payloads.written, payloads.dropped) if payloads is not None else (0, 0)
+        out.values(
+            "mmcore_payload_events_total", "counter", "Requests and answers that were to be written out.",
+            [({"outcome": "written"}, written), ({"outcome": "dropped"}, dropped)],
+        )  # fmt: skip
         calls = list(self._parts.calls())
         for name, text, histogram in (
             ("mmcore_request_duration_seconds", "From a request's arrival to its answer, of any method.", call_seconds),

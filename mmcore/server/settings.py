@@ -12,7 +12,7 @@ from mmcore import log
 from mmcore.errors import InvalidRequest
 from mmcore.pb import inference_pb2
 
-_LOG_BOOLS: Final = {"log_info": "info", "log_warning": "warning", "log_error": "error"}
+_LOG_BOOLS: Final = {"log_info": "info", "log_warning": "warning", "log_error": "error", "log_requests": "requests"}
 
 
 def update_log_settings(request: inference_pb2.LogSettingsRequest) -> inference_pb2.LogSettingsResponse:

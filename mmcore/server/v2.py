@@ -123,6 +123,11 @@ class V2Service:
             handler = self._naming.handler(method, request, answer, absent=absent, passed_on=passed_on)
             server.add_unary(f"/{method}", handler)
 
+    @property
+    def infer_apart(self) -> Callable[[Answer, bytes], Body | None]:
+        """What answers traced requests of ModelInfer."""
+        return self._inference.apart if self._config is None else self._infer("ModelInfer")
+
     def _passed_on(self, call: Answer, body: bytes, model: str, path: str, here: Callable[[], object]) -> bool:
         """Whether a question about a model that is not loaded here goes to another instance."""
         if self._mesh is None or self._router.in_folder(model) or self._router.copies(model):

@@ -36,7 +36,7 @@ def test_asking_changes_nothing(switches: log.LogSwitches) -> None:
     answer = update_log_settings(log_request())
     assert switches == log.LogSwitches()
     assert set(answer.settings) == {
-        *("log_info", "log_warning", "log_error"),
+        *("log_info", "log_warning", "log_error", "log_requests"),
         *("log_verbose_level", "log_format", "log_file"),
     }
 
