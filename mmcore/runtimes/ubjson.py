@@ -15,8 +15,16 @@ _NUMBERS: Final = {
     code: np.dtype(name)
     for code, name in zip(b"iUIlLdD", (">i1", ">u1", ">i2", ">i4", ">i8", ">f4", ">f8"), strict=True)
 }
+_SCALARS: Final = {
+    code: struct.Struct(name) for code, name in zip(b"iUIlLdD", (">b", ">B", ">h", ">i", ">q", ">f", ">d"), strict=True)
+}
 _CONSTANTS: Final = {ord("Z"): None, ord("T"): True, ord("F"): False}
 _LENGTH: Final = struct.Struct(">q")
+_length_at: Final = _LENGTH.unpack_from
+_TEXT: Final = ord("S")
+_OBJECT, _OBJECT_END = b"{}"
+_ARRAY, _ARRAY_END = b"[]"
+_OF_KIND, _COUNTED = b"$#"
 
 
 def read(content: bytes) -> Any:
@@ -30,47 +38,45 @@ def read(content: bytes) -> Any:
 
 def _value(content: bytes, at: int, kind: int) -> tuple[Any, int]:
     """The value of a kind that begins at ``at``, and where it ends."""
-    if kind in _NUMBERS:
-        dtype = _NUMBERS[kind]
-        return np.frombuffer(content, dtype, 1, at)[0].item(), at + dtype.itemsize
-    if kind == ord("S"):
-        return _text(content, at + 1)
-    if kind == ord("{"):
-        return _object(content, at)
-    if kind == ord("["):
+    if kind == _ARRAY:
         return _array(content, at)
+    if kind == _TEXT:
+        begin = at + 9
+        end = begin + _length_at(content, at + 1)[0]
+        return content[begin:end].decode(), end
+    if kind == _OBJECT:
+        return _object(content, at)
+    scalar = _SCALARS.get(kind)
+    if scalar is not None:
+        return scalar.unpack_from(content, at)[0], at + scalar.size
     if kind in _CONSTANTS:
         return _CONSTANTS[kind], at
     raise ValueError(f"byte {at - 1}: {chr(kind)!r} is no kind of value that XGBoost writes")
 
 
-def _text(content: bytes, at: int) -> tuple[str, int]:
-    """A text whose length, of eight bytes, begins at ``at``."""
-    begin = at + _LENGTH.size
-    end = begin + _LENGTH.unpack_from(content, at)[0]
-    return content[begin:end].decode(), end
-
-
 def _object(content: bytes, at: int) -> tuple[dict[str, Any], int]:
+    """Keys are texts without their kind: a length of eight bytes that follows its own kind."""
     found = {}
-    while content[at] != ord("}"):
-        key, at = _text(content, at + 1)
+    while content[at] != _OBJECT_END:
+        begin = at + 9
+        at = begin + _length_at(content, at + 1)[0]
+        key = content[begin:at].decode()
         found[key], at = _value(content, at + 1, content[at])
     return found, at + 1
 
 
 def _array(content: bytes, at: int) -> tuple[Any, int]:
     dtype = None
-    if content[at] == ord("$"):
+    if content[at] == _OF_KIND:
         dtype = _NUMBERS[content[at + 1]]
         at += 2
-    if content[at] != ord("#"):
+    if content[at] != _COUNTED:
         found = []
-        while content[at] != ord("]"):
+        while content[at] != _ARRAY_END:
             value, at = _value(content, at + 1, content[at])
             found.append(value)
         return found, at + 1
-    length = _LENGTH.unpack_from(content, at + 2)[0]
+    length = _length_at(content, at + 2)[0]
     at += 2 + _LENGTH.size
     if dtype is not None:
         return np.frombuffer(content, dtype, length, at), at + length * dtype.itemsize
