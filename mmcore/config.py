@@ -69,6 +69,15 @@ class TransportSettings:
     connect_timeout_s: float = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """A certificate with its chain and its key, PEM; ``client_ca`` signs the certificates that clients must have."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
 #: Ways to choose what is unloaded when space is needed, the default first.
 EVICTIONS: Final = ("cost", "lru")
 
@@ -186,6 +195,11 @@ class ServeSettings:
         log_level: name of a level of :mod:`logging`, in lower case.
         grace_s: how long a draining instance waits for calls in flight.
         event_loop: ``uvloop`` or ``asyncio``.
+        tls: for the gRPC, REST and management ports; None: plain text.
+        metrics_tls: whether the metrics port has the same certificate; clients need none there.
+        peer_ca: signs the certificates of the instances, which the peer port then asks for; None: plain text.
+        auth_tokens: file of the bearer tokens that callers need, read again when it changes; None: they need none.
+        shared_management: whether the gRPC and REST ports serve management too.
         transport: limits of its connections.
         storage: where registered models come from.
         runtime: what loads and answers the models instead of this process; None: this process.
@@ -224,6 +238,11 @@ class ServeSettings:
     log_level: str = "info"
     grace_s: float = 90.0
     event_loop: str = "uvloop"
+    tls: TlsFiles | None = None
+    metrics_tls: bool = False
+    peer_ca: Path | None = None
+    auth_tokens: Path | None = None
+    shared_management: bool = True
     transport: TransportSettings = TransportSettings()
     storage: StorageSettings = StorageSettings()
     runtime: RuntimeSettings | None = None

@@ -71,6 +71,18 @@ class MessageTooLong(Overloaded):
     """A message, or what it decompresses to, is above the limit."""
 
 
+class Unauthenticated(MmcoreError):
+    """Nobody known: the call carries no token, or one that is in no file."""
+
+    status = Status.UNAUTHENTICATED
+
+
+class PermissionDenied(MmcoreError):
+    """The caller is known and may not do this."""
+
+    status = Status.PERMISSION_DENIED
+
+
 class Conflict(MmcoreError):
     """What is there stands against the change: a model that vmodels refer to, a target other than expected."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 import click
 from google.protobuf.message import Message
 
-from mmcore.cli.serve import DURATION
-from mmcore.config import TransportSettings
-from mmcore.errors import RpcError, Status
+from mmcore.cli.serve import DURATION, FILE
+from mmcore.config import TlsFiles, TransportSettings
+from mmcore.errors import InvalidSetting, RpcError, Status
 from mmcore.transport import Channel
+from mmcore.transport.tls import client_context
 
 #: The instance's own limit is the one that matters; this keeps a wrong address from filling the memory.
 ANSWER_LIMIT_BYTES: Final = 2**30
@@ -26,8 +28,29 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 _Decorated = Callable[..., Any]
 
 
+def _keep(ctx: click.Context, option: click.Parameter, value: object) -> None:
+    """Keep how the instance is reached for :func:`ask`: no command has use for it."""
+    ctx.meta[f"{__name__}.{option.name}"] = value
+
+
+def _kept_option(flag: str, **attributes: Any) -> Callable[[_Decorated], _Decorated]:
+    variable = f"MMCORE_CLIENT_{flag.removeprefix('--').replace('-', '_').upper()}"
+    return click.option(
+        flag, expose_value=False, callback=_keep, envvar=variable, show_envvar=True, **attributes
+    )  # fmt: skip
+
+
 def connection_options(function: _Decorated) -> _Decorated:
-    """Add ``--target`` and ``--timeout`` to a command."""
+    """Add ``--target``, ``--timeout``, ``--token`` and what TLS needs to a command."""
+    function = _kept_option("--tls-key", type=FILE, help="Its key.")(function)
+    function = _kept_option("--tls-cert", type=FILE, help="Certificate of yours, where the instance asks for one.")(
+        function
+    )
+    function = _kept_option("--tls-ca", type=FILE, help="Who has signed the instance's certificate; implies --tls.")(
+        function
+    )
+    function = _kept_option("--tls", is_flag=True, help="Use TLS.")(function)
+    function = _kept_option("--token", help="Bearer token, where the instance asks for one.")(function)
     function = click.option(
         "--timeout", type=DURATION, default="60s", show_default=True, help="How long to wait for the answer."
     )(function)
@@ -44,9 +67,10 @@ def connection_options(function: _Decorated) -> _Decorated:
 class Connection:
     """One instance, asked with a deadline that holds for every call of the command."""
 
-    def __init__(self, channel: Channel, timeout_s: float) -> None:
+    def __init__(self, channel: Channel, timeout_s: float, token: str | None = None) -> None:
         self._channel = channel
         self._timeout_s = timeout_s
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
 
     async def call(
         self, method: str, request: Message, response_type: type[ResponseT], *, service: str = V2
@@ -60,21 +84,28 @@ class Connection:
 
     async def send(self, method: str, body: bytes, *, service: str = V2) -> bytes:
         """The same with the messages' bytes."""
-        return await self._channel.unary(f"{service}/{method}", body, timeout_s=self._timeout_s)
+        path = f"{service}/{method}"
+        return await self._channel.unary(path, body, metadata=self._metadata, timeout_s=self._timeout_s)
 
 
 def ask(target: str, timeout_s: float, work: Callable[[Connection], Awaitable[ResultT]]) -> ResultT:
-    """Run ``work`` with a connection to ``target`` and close it.
+    """Run ``work`` with a connection to ``target``, as the command's options say, and close it.
 
     Raises:
-        click.ClickException: nothing answers at ``target``.
+        click.ClickException: nothing answers at ``target``, or a file for TLS cannot be used.
         RpcError: what the instance answered instead.
     """
 
+    meta = click.get_current_context().meta
+
+    def kept(option: str) -> Any:
+        return meta.get(f"{__name__}.{option}")
+
     async def run() -> ResultT:
-        channel = Channel(target, settings=TransportSettings(max_message_bytes=ANSWER_LIMIT_BYTES))
+        settings = TransportSettings(max_message_bytes=ANSWER_LIMIT_BYTES)
+        channel = Channel(target, settings=settings, ssl=_tls(kept))
         try:
-            return await work(Connection(channel, timeout_s))
+            return await work(Connection(channel, timeout_s, kept("token")))
         except RpcError as error:
             if error.status is not Status.UNAVAILABLE:
                 raise
@@ -86,3 +117,15 @@ def ask(target: str, timeout_s: float, work: Callable[[Connection], Awaitable[Re
             await channel.close()
 
     return asyncio.run(run())
+
+
+def _tls(kept: Callable[[str], Any]) -> Callable[[], ssl.SSLContext] | None:
+    ca, certificate, key = kept("tls_ca"), kept("tls_cert"), kept("tls_key")
+    if bool(certificate) != bool(key):
+        raise click.UsageError("--tls-cert and --tls-key belong together")
+    if not (kept("tls") or ca):
+        return None
+    try:
+        return client_context(ca, TlsFiles(certificate, key) if certificate else None)
+    except InvalidSetting as error:
+        raise click.ClickException(str(error)) from None

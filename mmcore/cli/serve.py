@@ -24,6 +24,7 @@ from mmcore.config import (
     ServeSettings,
     StorageSettings,
     TraceSettings,
+    TlsFiles,
     TransportSettings,
     default_capacity,
     parse_duration,
@@ -162,6 +163,17 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     type=click.IntRange(0, 65535),
     help="Serve the management API, which the gRPC port has too, on a port of its own as well.",
 )
+@option(
+    "--shared-management/--no-shared-management",
+    default=True,
+    help="Whether the gRPC and REST ports take management too, or --management-port alone.",
+)
+@option("--tls-cert", type=FILE, help="PEM certificate, with its chain, of the gRPC, REST and management ports.")
+@option("--tls-key", type=FILE, help="Its key. Both are read again when they change.")
+@option("--tls-client-ca", type=FILE, help="Take only clients whose certificate this authority has signed.")
+@option("--metrics-tls/--no-metrics-tls", default=False, help="The same certificate on the metrics port.")
+@option("--peer-ca", type=FILE, help="Take only instances whose certificate, --tls-cert, this authority has signed.")
+@option("--auth-tokens", type=FILE, help="YAML of the bearer tokens that callers need; read again when it changes.")
 @option("--vmodel-owner", default="", show_default="nobody", help="Owner of vmodels that are set without one.")
 @option("--static-models", type=FILE, help="JSON list of models and vmodels to register; read again when it changes.")
 @option("--type-constraints", type=FILE, help="JSON of the labels that types of models need; read again likewise.")
@@ -257,6 +269,13 @@ def command(
     response_cache: int,
     registry: str,
     management_port: int | None,
+    shared_management: bool,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    metrics_tls: bool,
+    peer_ca: Path | None,
+    auth_tokens: Path | None,
     vmodel_owner: str,
     static_models: Path | None,
     type_constraints: Path | None,
@@ -294,6 +313,13 @@ def command(
         if workers > 1:
             raise click.UsageError("--workers: one instance alone can have a --runtime")
         _check_runtime(runtime)
+    tls = _tls(tls_cert, tls_key, tls_client_ca)
+    if tls is None and (metrics_tls or peer_ca):
+        raise click.UsageError("--metrics-tls and --peer-ca need --tls-cert and --tls-key")
+    if tls is not None and peer_port is not None and peer_ca is None:
+        raise click.UsageError("--peer-port would be in plain text beside --tls-cert; give it --peer-ca")
+    if not shared_management and management_port is None:
+        raise click.UsageError("--no-shared-management needs a --management-port")
     # Before numpy is imported, whose library starts its threads then.
     for pool in THREAD_POOLS:
         os.environ.setdefault(pool, "1")
@@ -318,6 +344,11 @@ def command(
             runtime=RuntimeSettings(runtime, capacity) if runtime is not None else None,
             registry=registry,
             management_port=management_port,
+            shared_management=shared_management,
+            tls=tls,
+            metrics_tls=metrics_tls,
+            peer_ca=peer_ca,
+            auth_tokens=auth_tokens,
             vmodel_owner=vmodel_owner,
             static_models=static_models,
             type_constraints=type_constraints,
@@ -358,3 +389,11 @@ def _check_runtime(address: str) -> None:
         open_runtime(address)
     except ValueError as error:
         raise click.UsageError(f"--runtime: {error}") from None
+
+
+def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    if certificate is not None and key is not None:
+        return TlsFiles(certificate, key, client_ca)
+    if certificate is not None or key is not None or client_ca is not None:
+        raise click.UsageError("TLS needs both --tls-cert and --tls-key")
+    return None

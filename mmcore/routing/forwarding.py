@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
@@ -68,7 +69,7 @@ class Forwarding(Forwards):
     Args:
         instance: this one's id; it is never among the holders that are asked.
         on_down: told the instance that cannot be reached, once each time.
-        settings: of the channel to each peer.
+        settings, ssl: of the channel to each peer.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Forwarding(Forwards):
         on_not_here: Callable[[str, str], object] | None = None,
         on_down: Callable[[str], object] | None = None,
         settings: TransportSettings = PEER_SETTINGS,
+        ssl: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         super().__init__()
         self.choose = choose
@@ -87,6 +89,7 @@ class Forwarding(Forwards):
         self.on_not_here = on_not_here
         self._on_down = on_down
         self._settings = settings
+        self._ssl = ssl
         self._peers: dict[str, Peer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.passed_over = 0
@@ -112,7 +115,9 @@ class Forwarding(Forwards):
             known.usable = False
             self._start(_leave(known), f"let go of instance {instance}")
         if address is not None:
-            self._peers[instance] = Peer(instance, address, settings=self._settings, on_down=self._on_down)
+            self._peers[instance] = Peer(
+                instance, address, settings=self._settings, ssl=self._ssl, on_down=self._on_down
+            )
 
     def holders(self, instances: Iterable[str]) -> tuple[Peer, ...]:
         """The peers of these ids, without this instance and without those that are not known."""

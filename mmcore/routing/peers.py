@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import ssl
 from collections.abc import Callable
 from typing import Final
 
@@ -45,13 +46,14 @@ class Peer(Traffic):
         address: str,
         *,
         settings: TransportSettings = PEER_SETTINGS,
+        ssl: Callable[[], ssl.SSLContext] | None = None,
         on_down: Callable[[str], object] | None = None,
     ) -> None:
         self.instance = instance
         self.address = address
         self.usable = True
         self._on_down = on_down
-        self._channel = Channel(address, settings=settings)
+        self._channel = Channel(address, settings=settings, ssl=ssl)
         self._timer: asyncio.TimerHandle | None = None
         self._probe: asyncio.Task[None] | None = None
         self._closed = False

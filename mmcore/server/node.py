@@ -13,9 +13,11 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -35,6 +37,7 @@ from mmcore.routing import Forwarding, Members, Mesh, Names, Refilling, Register
 from mmcore.routing.watched_file import WatchedFile
 from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
+from mmcore.server.access import Access
 from mmcore.server.allocator import keep_freed_memory, release_freed_memory
 from mmcore.server.calls import Answer, Waiting
 from mmcore.server.dashboard.events import Events
@@ -50,12 +53,14 @@ from mmcore.server.peer import add_peer_methods, listen_for_peers
 from mmcore.server.request_log import RequestLog
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
+from mmcore.server.tokens import Grants, parse_tokens
 from mmcore.server.v2 import SERVICE, V2Service
 from mmcore.server.watched import Watcher, watched
 from mmcore.server.workers import run_workers
 from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig, WholeOrigin
 from mmcore.tracing import RequestTrace, Tracer
 from mmcore.transport import Server, add_health, add_reflection
+from mmcore.transport.tls import HTTP_1, HTTP_2, peer_context, server_context
 
 if TYPE_CHECKING:
     from mmcore.server.dashboard.dashboard import Dashboard
@@ -93,7 +98,16 @@ class Node:
         self._settings = settings
         self._files: list[WatchedFile[Any]] = []
         self._following: list[asyncio.Task[None]] = []
-        self._server = Server(settings=settings.transport)
+        dataplane = self._watched(settings.dataplane_config, parse_dataplane_config)
+        config = (lambda: dataplane.value) if dataplane is not None else None
+        tokens = self._watched(settings.auth_tokens, parse_tokens)
+        grants = tokens.value if tokens is not None else None
+        access = Access(grants, manages=settings.shared_management, config=config)
+        management_access = Access(grants)
+        if tokens is not None:
+            tokens.on_change = partial(_renew, (access, management_access))
+        guard = access if tokens is not None or not settings.shared_management else None
+        self._server = Server(settings=settings.transport, guard=guard)
         self._health = add_health(self._server)
         self._external = _external(settings)
         self._router = Router(
@@ -117,8 +131,6 @@ class Node:
         self._transitions = Transitions(self._registry, self._vmodels, self._registered.loads)
         self._static = StaticModels(self._registered, self._vmodels)
         self._static_file = self._watched(settings.static_models, parse_static_models)
-        dataplane = self._watched(settings.dataplane_config, parse_dataplane_config)
-        config = (lambda: dataplane.value) if dataplane is not None else None
         names = Names(self._router.table, self._registry, self._router.knows)
         self._service = V2Service(
             self._router,
@@ -128,6 +140,7 @@ class Node:
             config=config,
             mesh=self._mesh,
             passes_through=self._external is not None,
+            guard=guard,
         )
         self._service.register(self._server)
         if self._external is not None:
@@ -137,7 +150,9 @@ class Node:
             self._external.on_down = self._runtime_lost
             self._external.on_up = self._runtime_back
         add_peer_methods(self._server, self._router)
-        self._management_server = Server(settings=settings.transport)
+        self._management_server = Server(
+            settings=settings.transport, guard=management_access if tokens is not None else None
+        )
         for server in (self._server, self._management_server):
             management.Management(self._registered, self._vmodels).register(server)
             cluster.Cluster(self._registry, self._router, self._registered, self._vmodels, self.record).register(server)
@@ -238,7 +253,7 @@ class Node:
     async def _listen(self, server: Server | Listener, port: int, option: str) -> str:
         host, shared = self._settings.host, self._settings.shares_ports
         try:
-            return await server.listen_tcp(host, port, reuse_port=shared)
+            return await server.listen_tcp(host, port, reuse_port=shared, ssl=self._tls_of(server))
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise Unavailable(
@@ -249,6 +264,15 @@ class Node:
         """Note for the dashboard what happens from now on."""
         self._events.follow(self._registry.models)
         self._following.append(asyncio.get_running_loop().create_task(self._recent.run(), name="note recent use"))
+
+    def _tls_of(self, server: Server | Listener) -> ssl.SSLContext | None:
+        """The context of one port; probes and Prometheus have no certificate of their own."""
+        files = self._settings.tls
+        if files is None:
+            return None
+        if server is self._metrics:
+            return server_context(replace(files, client_ca=None), HTTP_1) if self._settings.metrics_tls else None
+        return server_context(files, HTTP_1 if server is self._rest else HTTP_2)
 
     def _watched(self, path: Path | None, parse: Callable[[str], ValueT]) -> WatchedFile[ValueT] | None:
         if path is None:
@@ -308,7 +332,8 @@ class Node:
 
     def _joined(self) -> Mesh:
         """This instance's part of the mesh."""
-        forwarding = Forwarding(self.instance)
+        tls, ca = self._settings.tls, self._settings.peer_ca
+        forwarding = Forwarding(self.instance, ssl=peer_context(ca, tls) if tls and ca else None)
         members = Members(self._registry, placement.Cluster(), forwarding, self.record)
         if self._constraints is not None:
             members.constrain(self._constraints.value)
@@ -390,6 +415,11 @@ class Node:
         """Load the models asked for; one that fails is logged and does not keep the others from being served."""
         for name, error in (await self._router.preload(self._settings.preload)).items():
             log.error("model %s was not preloaded: %s", name, error)
+
+
+def _renew(guards: Iterable[Access], grants: Grants) -> None:
+    for guard in guards:
+        guard.renew(grants)
 
 
 def _read_constraints(text: str) -> TypeConstraints:

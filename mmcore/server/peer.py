@@ -1,7 +1,7 @@
 """Where other instances reach this one: a listener with the same services, for calls that were passed on.
 
-Metadata that instances send each other counts on it and nowhere else, so it is not for clients: it belongs on a
-network that only instances reach.
+Metadata that instances send each other counts on it and nowhere else, and nobody is asked for a token, so it is not for
+clients: it belongs on a network that only instances reach, or under ``--peer-ca``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from dataclasses import replace
 
 from mmcore.config import ServeSettings
 from mmcore.errors import Unavailable, Unimplemented
@@ -16,12 +17,14 @@ from mmcore.routing import Router
 from mmcore.routing.mesh import LOAD_PATH, UNLOAD_PATH
 from mmcore.server.calls import Body, Waiting
 from mmcore.transport import Server, ServerCall
+from mmcore.transport.tls import server_context
 
 
 async def listen_for_peers(server: Server, settings: ServeSettings) -> str | None:
     """Listen as the settings say; returns the address that other instances are to be told, or None where it is off.
 
-    That is ``unix:PATH`` between the workers of one machine, else ``host:port``.
+    That is ``unix:PATH`` between the workers of one machine, else ``host:port``, for instances that ``peer_ca`` has
+    signed where that is set.
 
     Raises:
         Unavailable: the address cannot be listened on, or none can be told; the text names the option to change.
@@ -33,8 +36,11 @@ async def listen_for_peers(server: Server, settings: ServeSettings) -> str | Non
             raise Unavailable(f"cannot listen on {settings.peer_uds}: {error}") from error
     if settings.peer_port is None:
         return None
+    tls = None
+    if settings.tls is not None and settings.peer_ca is not None:
+        tls = server_context(replace(settings.tls, client_ca=settings.peer_ca))
     try:
-        bound = await server.listen_tcp(settings.host, settings.peer_port, internal=True)
+        bound = await server.listen_tcp(settings.host, settings.peer_port, ssl=tls, internal=True)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise Unavailable(

@@ -7,7 +7,7 @@ of their own. Messages, names and texts follow the Open Inference Protocol and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
@@ -27,7 +27,7 @@ from mmcore.server.statistics import statistics_of
 from mmcore.server.streaming import StreamInference
 from mmcore.server.tracing import Tracing
 from mmcore.transport import Server, ServerCall, StreamCall
-from mmcore.transport.server import UnaryHandler
+from mmcore.transport.server import Guard, UnaryHandler
 
 SERVICE: Final = "inference.GRPCInferenceService"
 
@@ -50,6 +50,7 @@ RequestT = TypeVar("RequestT", bound=Message)
 
 class V2Service:
     """The service of one instance. ``config`` says what is served and where requests name their model; None: as usual.
+    ``guard`` stands before each message of a stream.
 
     ``passes_through``: what a model answers itself is answered by a runtime, see :mod:`mmcore.server.passing`.
 
@@ -68,6 +69,7 @@ class V2Service:
         config: Callable[[], DataplaneConfig] | None = None,
         mesh: Mesh | None = None,
         passes_through: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         self.ready = False
         self._name = server_name
@@ -82,13 +84,17 @@ class V2Service:
         self._naming = Naming(names, self._waiting, config or DataplaneConfig)
         self._mesh = mesh
         self._passes_through = passes_through
-        self._streams = StreamInference(self._infer("ModelStreamInfer"))
+        infer: Callable[[Any, bytes], Body | None] = self._infer("ModelStreamInfer")
+        if guard is not None:
+            # Each message of a stream is a request of its own.
+            infer = guard.unary(f"/{SERVICE}/ModelStreamInfer", infer)
+        self._streams = StreamInference(infer)
 
     def register(self, server: Server) -> None:
         """Add every method to ``server``."""
         if not self._passes_through:
             server.add_unary(f"/{SERVICE}/ModelInfer", self._infer("ModelInfer"))
-            server.add_stream(f"/{SERVICE}/ModelStreamInfer", self._serve_stream)
+            server.add_stream(f"/{SERVICE}/ModelStreamInfer", self._serve_stream, each=True)
 
         def at_once(name: str, request_type: type[RequestT], method: Callable[[RequestT], Message]) -> None:
             self._add(server, name, immediate(request_type, method))

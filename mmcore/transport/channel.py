@@ -46,7 +46,7 @@ class Channel:
         target: ``host:port`` or ``unix:PATH``.
         connections: how many connections are kept; calls go to the one with the fewest open.
         settings: limits and timings.
-        ssl: for TLS.
+        ssl: for TLS; a function is asked anew for each connection.
         server_name: what the certificate and ``:authority`` are to say, where it is not the host.
     """
 
@@ -56,12 +56,12 @@ class Channel:
         *,
         connections: int = 1,
         settings: TransportSettings | None = None,
-        ssl: ssl.SSLContext | None = None,
+        ssl: ssl.SSLContext | Callable[[], ssl.SSLContext] | None = None,
         server_name: str | None = None,
     ) -> None:
         self.target = target
         self._settings = settings or TransportSettings()
-        self._ssl = require_h2(ssl) if ssl is not None else None
+        self._ssl = ssl
         self._server_name = server_name
         self._wanted = connections
         self._open: list[ClientConnection] = []
@@ -282,14 +282,15 @@ class Channel:
             return connection
         host, _, port = self.target.rpartition(":")
         authority = (self._server_name or self.target).encode()
+        tls = self._ssl() if callable(self._ssl) else self._ssl
         transport, connection = await loop.create_connection(
             lambda: ClientConnection(loop_buffers(loop), self._settings, loop, authority),
             host.strip("[]"),
             int(port),
-            ssl=self._ssl,
-            server_hostname=(self._server_name or host.strip("[]")) if self._ssl else None,
+            ssl=tls and require_h2(tls),
+            server_hostname=(self._server_name or host.strip("[]")) if tls else None,
         )
-        if self._ssl and transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
+        if tls and transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
             connection.abort()
             raise ConnectionError("the server does not offer HTTP/2 (ALPN h2)")
         return connection

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from mmcore._ext.h2 import Method
 from mmcore._ext.h2server import ServerCall, ServerSession
@@ -46,6 +46,16 @@ def status_of(error: BaseException) -> tuple[Status, str]:
     if isinstance(error, RpcError):
         return error.status, error.details
     return Status.INTERNAL, f"{type(error).__name__}: {error}"
+
+
+class Guard(Protocol):
+    """Decides before each call whether it may be made."""
+
+    def unary(self, path: str, handler: UnaryHandler) -> UnaryHandler:
+        """``handler``, or what calls it for those who may."""
+
+    def stream(self, path: str, handler: StreamHandler, *, each: bool = False) -> StreamHandler:
+        """The same for a streaming method; ``each``: its messages are guarded one by one by who reads them."""
 
 
 class ServerConnection(Connection, ServerSession, asyncio.BufferedProtocol):
@@ -121,14 +131,15 @@ CONNECTION_ERRORS: Final = ("protocol", "stalled", "lost")
 
 
 class Server:
-    """Serves methods on any number of TCP and Unix listeners of one event loop.
+    """Serves methods on any number of TCP and Unix listeners of one event loop; ``guard`` stands before all of them.
 
     Attributes:
         accepted: connections since the beginning.
         errors: those that ended with an error, by :data:`CONNECTION_ERRORS`.
     """
 
-    def __init__(self, *, settings: TransportSettings | None = None) -> None:
+    def __init__(self, *, settings: TransportSettings | None = None, guard: Guard | None = None) -> None:
+        self._guard = guard
         self._settings = settings or TransportSettings()
         self._internal_settings = replace(self._settings, max_concurrent_streams=INTERNAL_STREAMS)
         self._methods: dict[bytes, Method] = {}
@@ -177,6 +188,8 @@ class Server:
 
     def add_unary(self, path: str, handler: UnaryHandler) -> None:
         """Serve a unary method, ``/package.Service/Method``; see UnaryHandler."""
+        if self._guard is not None:
+            handler = self._guard.unary(path, handler)
         self._bare[path] = handler
         self._unary[path] = method = Method(path, self._surrounded(path), False)
         self._add(method)
@@ -204,13 +217,15 @@ class Server:
         handler = self._bare[path]
         return handler if self._around is None else self._around(path, handler)
 
-    def add_stream(self, path: str, handler: StreamHandler) -> None:
-        """Serve a method that streams either way or both; see StreamHandler."""
+    def add_stream(self, path: str, handler: StreamHandler, *, each: bool = False) -> None:
+        """Serve a method that streams either way or both; see StreamHandler, and Guard for ``each``."""
+        if self._guard is not None:
+            handler = self._guard.stream(path, handler, each=each)
         self._add(Method(path, handler, True))
 
     def serve_others(self, handler: StreamHandler) -> None:
         """Serve all methods that are not added as streams either way, which a unary call is one kind of."""
-        self._serve_others = handler
+        self._serve_others = handler if self._guard is None else self._guard.stream("", handler)
 
     def other(self, path: bytes) -> Method | None:
         """A method that was not added, where others are served."""

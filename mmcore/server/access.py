@@ -1,0 +1,258 @@
+"""Who may call which method: bearer tokens with scopes, and ports that management is closed on.
+
+Stands before every method of a server, REST's among them, since those ask the same handlers. Calls from other instances
+pass: the one that a client has called has looked at the token, and instances know each other by certificates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from mmcore._ext.pbwire import find_string
+from mmcore.errors import InvalidRequest, Overloaded, PermissionDenied, Unauthenticated
+from mmcore.server.calls import Answer, Body
+from mmcore.server.dataplane import DataplaneConfig
+from mmcore.server.headers import Metadata, asked
+from mmcore.server.passing import KNOWN
+from mmcore.server.tokens import INFER, MANAGE, Grant, Grants, digest_of
+from mmcore.transport import ServerCall, StreamCall, StreamHandler, UnaryHandler
+
+_V2: Final = "/inference.GRPCInferenceService/"
+#: What probes ask, who have no token.
+_OPEN: Final = ("/grpc.health.v1.Health/", "/grpc.reflection.", f"{_V2}ServerLive", f"{_V2}ServerReady")
+#: What changes something for everybody, or tells of models whatever their names.
+_MANAGEMENT: Final = (
+    "/mmesh.ModelMesh/", "/mmcore.", f"{_V2}Repository", f"{_V2}TraceSetting", f"{_V2}LogSettings",
+)  # fmt: skip
+#: Inference's methods that are for no model in particular; of a stream, each of its messages is for one.
+_NO_MODEL: Final = (
+    f"{_V2}ServerMetadata", f"{_V2}SystemSharedMemory", f"{_V2}CudaSharedMemory",
+)  # fmt: skip
+#: Where the v2 protocol has the model's name in every message that has one, where no other place is known.
+_NAME_PATH: Final = (1,)
+
+
+class Caller:
+    """The holder of a token: how much of it is used.
+
+    ``requests_per_s`` fills a bucket that holds one second's worth, one request at least.
+    """
+
+    def __init__(self, grant: Grant) -> None:
+        self.grant = grant
+        self.under_way = 0
+        self._full = max(1.0, grant.requests_per_s)
+        self._left = self._full
+        self._filled_at = time.monotonic()
+
+    def count(self) -> None:
+        """Count one request.
+
+        Raises:
+            Overloaded: it is one too many.
+        """
+        grant = self.grant
+        if grant.concurrent and self.under_way >= grant.concurrent:
+            raise Overloaded(
+                f"{grant.name} has {grant.concurrent} calls under way, its limit; retry when one has ended"
+            )
+        if grant.requests_per_s:
+            now = time.monotonic()
+            self._left = min(self._full, self._left + (now - self._filled_at) * grant.requests_per_s)
+            self._filled_at = now
+            if self._left < 1.0:
+                wait_s = (1.0 - self._left) / grant.requests_per_s
+                raise Overloaded(
+                    f"{grant.name} is above its {grant.requests_per_s:g} requests per second; retry in {wait_s:.3f} s"
+                )
+            self._left -= 1.0
+
+
+class _Counted:
+    """A call that is under way for its caller until it is answered or given up."""
+
+    __slots__ = ("_call", "_caller", "_given_up")
+
+    def __init__(self, call: Answer, caller: Caller) -> None:
+        self._call = call
+        self._caller: Caller | None = caller
+        self._given_up: Callable[[], object] | None = None
+        caller.under_way += 1
+        call.on_cancel = self._cancel
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return self._call.metadata
+
+    @property
+    def deadline(self) -> float | None:
+        return self._call.deadline
+
+    @property
+    def cancelled(self) -> bool:
+        return self._call.cancelled
+
+    @property
+    def on_cancel(self) -> Callable[[], object] | None:
+        return self._given_up
+
+    @on_cancel.setter
+    def on_cancel(self, given_up: Callable[[], object] | None) -> None:
+        self._given_up = given_up
+
+    def reply(self, message: Body) -> None:
+        self.end()
+        self._call.reply(message)
+
+    def fail(self, status: int, details: str) -> None:
+        self.end()
+        self._call.fail(status, details)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    def _cancel(self) -> None:
+        self.end()
+        if self._given_up is not None:
+            self._given_up()
+
+    def end(self) -> None:
+        if self._caller is not None:
+            self._caller.under_way -= 1
+            self._caller = None
+
+
+class Access:
+    """The guard of one server.
+
+    Args:
+        grants: what tokens allow, asked anew when ``renewed`` was called; None: no token is needed.
+        manages: whether management is served at all.
+        config: where requests name their models; None: where the v2 protocol has it.
+    """
+
+    def __init__(
+        self,
+        grants: Grants | None,
+        *,
+        manages: bool = True,
+        config: Callable[[], DataplaneConfig] | None = None,
+    ) -> None:
+        self._callers = None if grants is None else {digest: Caller(grant) for digest, grant in grants.items()}
+        self._manages = manages
+        self._config = config or DataplaneConfig
+
+    def renew(self, grants: Grants) -> None:
+        """Go by other grants from now on; callers whose grant is the same keep their count."""
+        assert self._callers is not None
+        before = self._callers
+        self._callers = {
+            digest: before[digest] if digest in before and before[digest].grant == grant else Caller(grant)
+            for digest, grant in grants.items()
+        }
+
+    def unary(self, path: str, handler: UnaryHandler) -> UnaryHandler:
+        """``handler`` for those who may call ``path``."""
+        if path.startswith(_OPEN):
+            return handler
+        if path.startswith(_MANAGEMENT):
+            return self._managing(path, handler)
+        return handler if self._callers is None else self._inferring(path, handler)
+
+    def stream(self, path: str, handler: StreamHandler, *, each: bool = False) -> StreamHandler:
+        """The same for a stream. ``each``: :meth:`unary` stands before each of its messages; otherwise it is for those
+        alone who may use every model, and counts as one request.
+        """
+        if path.startswith(_OPEN) or self._callers is None:
+            return handler
+
+        async def guarded(call: StreamCall) -> None:
+            caller = self._allowed(call.metadata, INFER)
+            if not each:
+                if caller.grant.models:
+                    _check_models(caller.grant, ())
+                caller.count()
+            await handler(call)
+
+        return guarded
+
+    def _managing(self, path: str, handler: UnaryHandler) -> UnaryHandler:
+        def guarded(call: ServerCall, body: bytes) -> Any:
+            if not _from_instance(call):
+                if not self._manages:
+                    raise PermissionDenied(f"{path} is not served on this port; management has one of its own")
+                if self._callers is not None:
+                    self._allowed(call.metadata, MANAGE).count()
+            return handler(call, body)
+
+        return guarded
+
+    def _inferring(self, path: str, handler: UnaryHandler) -> UnaryHandler:
+        method = path.removeprefix("/")
+        names_model = not path.startswith(_NO_MODEL)
+
+        def guarded(call: Any, body: bytes) -> Any:
+            if _from_instance(call):
+                return handler(call, body)
+            metadata = call.metadata
+            caller = self._allowed(metadata, INFER)
+            grant = caller.grant
+            if grant.models and names_model:
+                _check_models(grant, self._models(method, metadata, body))
+            caller.count()
+            if not grant.concurrent:
+                return handler(call, body)
+            counted = _Counted(call, caller)
+            try:
+                answer = handler(counted, body)  # type: ignore[arg-type]  # as REST's, it answers like a ServerCall
+            except BaseException:
+                counted.end()
+                raise
+            if answer is not None:
+                counted.end()
+            return answer
+
+        return guarded
+
+    def _allowed(self, metadata: Metadata, scope: str) -> Caller:
+        """The caller of a call with this metadata.
+
+        Raises:
+            Unauthenticated: no token, or an unknown one.
+            PermissionDenied: its token is not for ``scope``.
+        """
+        assert self._callers is not None
+        given = [value for name, value in metadata if name == "authorization"]
+        scheme, _, token = str(given[0]).partition(" ") if len(given) == 1 else ("", "", "")
+        if scheme.lower() != "bearer":
+            raise Unauthenticated("the call carries no bearer token: send 'authorization: Bearer TOKEN'")
+        caller = self._callers.get(digest_of(token.strip()))
+        if caller is None:
+            raise Unauthenticated("the bearer token is not known here")
+        if scope not in caller.grant.scopes:
+            raise PermissionDenied(f"{caller.grant.name} lacks the scope {scope!r}")
+        return caller
+
+    def _models(self, method: str, metadata: Metadata, body: bytes) -> Sequence[str]:
+        """The models that a request names, as naming finds them."""
+        name = find_string(body, self._config().of(method).path or KNOWN.get(method, _NAME_PATH))
+        if name:
+            return (name,)
+        try:
+            return asked(metadata).ids
+        except InvalidRequest:
+            return ()
+
+
+def _from_instance(call: object) -> bool:
+    return isinstance(call, ServerCall) and call.internal
+
+
+def _check_models(grant: Grant, names: Sequence[str]) -> None:
+    for name in names or ("",):
+        if not any(fnmatchcase(name, pattern) for pattern in grant.models):
+            what = f"model {name!r}" if name else "every model; name one"
+            raise PermissionDenied(f"{grant.name} may not use {what}")
