@@ -266,6 +266,7 @@ class Cache:
         task = asyncio.get_running_loop().create_task(self._run(load), name=f"load {name}/{version}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        log.info("loading model %s version %s", name, version)
         self.on_state(name, load.state, None)
         self._tell(name, version)
         return load
@@ -529,6 +530,7 @@ class Cache:
             self._closing.discard(closing)
             if copy is not None:
                 self._unloading.discard(copy)
+                log.info("unloaded model %s version %s, %d bytes", copy.name, copy.version, copy.weight)
                 self._tell(copy.name, copy.version)
             self.room.left(size)
 

@@ -92,10 +92,15 @@ class Members:
 
     def _changed(self, name: str) -> None:
         record = self._registry.instances.get(name)
+        known = self.cluster.get(name) is not None
         if record is None:
+            if known:
+                log.info("instance %s has left", name)
             self.cluster.remove(name)
             self._forwarding.update(name, None)
             return
+        if not known:
+            log.info("instance %s has joined, at %s", name, record.address or "no address")
         self.cluster.put(instance_of(name, record))
         self._forwarding.update(name, record.address or None)
 

@@ -138,7 +138,11 @@ class Registered(Catalog):
         else:
             used_ms = now_ms - (AGE_WHEN_LOADED_NOW_MS if load_now else AGE_WHEN_REGISTERED_MS)
 
+        new = False
+
         def change(record: ModelRecord | None) -> ModelRecord:
+            nonlocal new
+            new = record is None
             if record is None:
                 return ModelRecord(type=info.type, path=info.path, key=info.key, last_used_ms=used_ms)
             if info_of(record) != info:
@@ -148,6 +152,8 @@ class Registered(Catalog):
             return record
 
         await self._registry.models.update(name, change)
+        if new:
+            log.info("registered model %s, type %s, path %s", name, info.type, info.path)
         if load_now:
             return await self.ensure_loaded(name, sync=sync)
         return self.status(name)

@@ -6,7 +6,8 @@ import base64
 import http.client
 import json
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from mmcore.pb.inference_pb2 import ModelInferRequest, ModelInferResponse
-from mmcore.pb.model_mesh_pb2 import ModelInfo, RegisterModelRequest
+from mmcore.pb.model_mesh_pb2 import ModelInfo, RegisterModelRequest, UnregisterModelRequest
 from tests.posts import Posts
 from tests.serving import FAILING, IDENTITY, Instance, Serve, write_model
 
@@ -42,6 +43,13 @@ def models(tmp_path: Path) -> Path:
         write_model(folder, name, IDENTITY.replace("DATATYPE", "FP32"))
     write_model(folder, "failing", FAILING)
     return folder
+
+
+def until(holds: Callable[[], bool]) -> None:
+    ends_at = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < ends_at
+        time.sleep(0.02)
 
 
 def over_rest(instance: Instance, model: str, body: Any = DOCUMENT, **headers: str) -> int:
@@ -219,3 +227,30 @@ def test_requests_are_logged_on_demand(serve: Serve, models: Path) -> None:
         "one",
     ]
     assert "status=OK" in lines[0] and "status=NOT_FOUND" in "".join(lines)
+
+
+def test_each_turn_in_a_life_is_a_line_in_the_log(serve: Serve, tmp_path: Path, models: Path) -> None:
+    flags = ("--registry", f"sqlite:{tmp_path / 'registry.db'}", "--peer-port", "0")
+    one = serve(None, *flags)
+    with grpc.insecure_channel(one.grpc) as channel:
+        register = channel.unary_unary("/mmesh.ModelMesh/registerModel")
+        unregister = channel.unary_unary("/mmesh.ModelMesh/unregisterModel")
+        key = json.dumps({"storage_params": {"type": "local"}})
+        for name, path in (("good", models / "one"), ("bad", tmp_path / "nothing")):
+            info = ModelInfo(type="python", path=str(path), key=key)
+            for _ in range(2):
+                register(RegisterModelRequest(modelId=name, modelInfo=info).SerializeToString(), timeout=20)
+        assert over_rest(one, "good") == 200
+        assert over_rest(one, "bad") == 400
+        unregister(UnregisterModelRequest(modelId="good").SerializeToString(), timeout=20)
+    other = serve(None, *flags)
+    ended(other)
+    until(lambda: f"instance {other.ready['instance']} has left" in one.log_text())
+    until(lambda: "unloaded model good" in one.log_text())
+    text = one.log_text()
+    for line in (
+        "registered model good,", "registered model bad,", "loading model good ", "loaded model good ",
+        "model bad version 1 was not loaded", "unloaded model good ",
+        f"instance {other.ready['instance']} has joined",
+    ):  # fmt: skip
+        assert text.count(line) - text.count(f"un{line}") == 1, line
