@@ -179,13 +179,21 @@ class Access:
 
         return guarded
 
+    def manage(self, what: str, metadata: Metadata) -> None:
+        """Let pass whoever may manage here; ``metadata`` is the call's, ``what`` names it in the refusal.
+
+        Raises:
+            Unauthenticated, PermissionDenied, Overloaded: it may not.
+        """
+        if not self._manages:
+            raise PermissionDenied(f"{what} is not served on this port; management has one of its own")
+        if self._callers is not None:
+            self._allowed(metadata, MANAGE).count()
+
     def _managing(self, path: str, handler: UnaryHandler) -> UnaryHandler:
         def guarded(call: ServerCall, body: bytes) -> Any:
             if not _from_instance(call):
-                if not self._manages:
-                    raise PermissionDenied(f"{path} is not served on this port; management has one of its own")
-                if self._callers is not None:
-                    self._allowed(call.metadata, MANAGE).count()
+                self.manage(path, call.metadata)
             return handler(call, body)
 
         return guarded

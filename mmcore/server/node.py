@@ -106,8 +106,8 @@ class Node:
         management_access = Access(grants)
         if tokens is not None:
             tokens.on_change = partial(_renew, (access, management_access))
-        guard = access if tokens is not None or not settings.shared_management else None
-        self._server = Server(settings=settings.transport, guard=guard)
+        self._guard = access if tokens is not None or not settings.shared_management else None
+        self._server = Server(settings=settings.transport, guard=self._guard)
         self._health = add_health(self._server)
         self._external = _external(settings)
         self._router = Router(
@@ -140,7 +140,7 @@ class Node:
             config=config,
             mesh=self._mesh,
             passes_through=self._external is not None,
-            guard=guard,
+            guard=self._guard,
         )
         self._service.register(self._server)
         if self._external is not None:
@@ -399,7 +399,8 @@ class Node:
             Shown(
                 self._registry, self._router, self._registered, self._events, self._recent, self.record,
                 lambda: self._service.ready,
-            )
+            ),
+            self._guard,
         )  # fmt: skip
 
     def _set_serving(self, *, serving: bool) -> None:

@@ -318,6 +318,35 @@ def test_an_instance_that_is_gone_is_told_of(serve: Serve, browser: Chrome) -> N
 
 
 @needs_browser
+def test_where_tokens_are_needed_it_asks_for_one_and_tells_nothing_before(
+    serve: Serve, browser: Chrome, tmp_path: Path
+) -> None:
+    tokens, models = tmp_path / "tokens.yaml", tmp_path / "models"
+    tokens.write_text(
+        "- {name: boss, token: the-boss, scopes: [infer, manage]}\n- {name: a, token: a, scopes: [infer]}\n"
+    )
+    models.mkdir()
+    write_model(models, "guarded", IDENTITY.replace("DATATYPE", "FP32"))
+    own = serve(models, "--auth-tokens", tokens)
+    assert get(own.rest, "/dashboard/api/summary")[0] == 401
+    assert get(own.rest, "/dashboard/api/models", authorization="Bearer a")[0] == 403
+    assert get(own.rest, "/dashboard/api/models", authorization="Bearer the-boss")[0] == 200
+    browser.get(f"http://{own.rest}/dashboard")
+    for token, refusal in (("nobody", "not known here"), ("a", "lacks the scope 'manage'"), ("the-boss", "")):
+        field = awaited(browser, lambda one: one.find_elements(By.ID, "token"))[0]
+        assert rows(browser) == []
+        field.send_keys(token, Keys.ENTER)
+        if refusal:
+            awaited(browser, lambda one, words=refusal: words in text(one, "main"))
+    awaited(browser, lambda one: rows(one) == ["guarded"])
+    browser.get(f"http://{own.rest}/dashboard#/models/guarded")
+    awaited(browser, lambda one: one.find_elements(By.ID, "describe"))[0].click()
+    awaited(browser, lambda one: one.find_elements(By.ID, "input-0"))
+    browser.find_element(By.ID, "send").click()
+    awaited(browser, lambda one: "Answered in" in text(one, "main"))
+
+
+@needs_browser
 def test_themes_follow_the_system_and_the_switch(opened: Callable[[str], Chrome]) -> None:
     browser = opened("")
     awaited(browser, rows)

@@ -19,11 +19,12 @@ import mmcore
 from mmcore.errors import NotFound
 from mmcore.registry import InstanceRecord, Registry
 from mmcore.routing import Registered, Router
+from mmcore.server.access import Access
 from mmcore.server.calls import Waiting
 from mmcore.server.dashboard.events import Event, Events
 from mmcore.server.dashboard.listing import Asked, Listing
 from mmcore.server.dashboard.recent import LOOK_S, Recent
-from mmcore.server.rest.answers import HttpAnswer
+from mmcore.server.rest.answers import HttpAnswer, metadata_of
 from mmcore.server.rest.request import JSON, Request
 
 ROOT: Final = "/dashboard"
@@ -70,10 +71,11 @@ class Shown(NamedTuple):
 
 
 class Dashboard:
-    """The handler of every path that begins with :data:`ROOT`."""
+    """The handler of every path that begins with :data:`ROOT`; ``access`` guards what is told, None: nothing does."""
 
-    def __init__(self, parts: Shown) -> None:
+    def __init__(self, parts: Shown, access: Access | None = None) -> None:
         self._parts = parts
+        self._access = access
         self._listing = Listing(parts.registry, parts.router, parts.registered, parts.recent)
         self._waiting = Waiting()
 
@@ -93,6 +95,8 @@ class Dashboard:
             request.fail(404, f"no such path: {path}")
 
     async def _answer(self, request: Request, path: str, query: Query) -> None:
+        if self._access is not None:
+            self._access.manage("the dashboard", metadata_of(request))
         self._parts.recent.watch()
         _send(request, orjson.dumps(await self._told(path, query)), JSON)
 

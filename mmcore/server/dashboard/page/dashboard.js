@@ -2,7 +2,7 @@
 // nodes, so that a model's name cannot be markup.
 
 import { inferBox } from "./infer.js";
-import { $, ago, bytes, count, el, ms, rate, sparkline, stateOf } from "./shown.js";
+import { $, ago, bytes, count, el, keepToken, ms, rate, signed, sparkline, stateOf } from "./shown.js";
 
 const EVERY_MS = 3000;
 const ROWS = 50;
@@ -15,7 +15,7 @@ const answers = new Map(); // by path: the ETag and what was told
 async function ask(path) {
   const known = answers.get(path);
   const response = await fetch(API + path, {
-    cache: "no-store", headers: known ? { "if-none-match": known.tag } : {}, signal: AbortSignal.timeout(15000),
+    cache: "no-store", headers: signed(known ? { "if-none-match": known.tag } : {}), signal: AbortSignal.timeout(15000),
   });
   if (response.status === 304) return known.told;
   const told = await response.json();
@@ -47,11 +47,30 @@ async function refresh() {
     current.show(news, summary);
   } catch (error) {
     if (mine !== turn || current !== page) return;
+    if (error.status === 401 || error.status === 403) { askForToken(error); return; }
     if (error.status) current.fail(error);
     else problem(`This instance does not answer (${told ? `last did ${ago(told)}` : "yet"}). Trying again.`);
   }
   $("told").textContent = told ? `Updated ${new Date(told).toLocaleTimeString()}` : "";
   if (live && !document.hidden) timer = setTimeout(refresh, EVERY_MS);
+}
+
+// Asked once, and again when what was given is refused; until then nothing more is asked of the instance.
+function askForToken(error) {
+  answers.clear();
+  $("summary").replaceChildren();
+  const token = el("input", { id: "token", type: "password", autocomplete: "off", required: "" });
+  const form = el("form", { class: "body" },
+    el("div", { class: "field" }, el("label", { for: "token" }, "Bearer token with the scope manage"), token),
+    el("div", { class: "row" }, el("button", { type: "submit", class: "main" }, "Show the dashboard")),
+    el("p", { role: "alert" }, error.message));
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    keepToken(token.value);
+    route();
+  };
+  $("main").replaceChildren(el("section", { class: "card", "aria-label": "Access" }, el("h2", {}, "This instance asks who you are"), form));
+  token.focus();
 }
 
 function problem(text) {

@@ -1,6 +1,6 @@
 // A box that sends one request to a model, over the same REST path as everybody's.
 
-import { el, json, ms } from "./shown.js";
+import { el, json, ms, signed } from "./shown.js";
 
 const MOST_ELEMENTS = 4096;
 
@@ -82,7 +82,7 @@ export function inferBox(name) {
 
   describe.onclick = () => waited(async () => {
     const began = performance.now();
-    const response = await fetch(path);
+    const response = await fetch(path, { headers: signed() });
     const text = await response.text();
     if (!response.ok) { told(response, text, began); return; }
     const inputs = JSON.parse(text).inputs ?? [];
@@ -101,7 +101,7 @@ export function inferBox(name) {
     event.preventDefault();
     waited(async () => {
       const began = performance.now();
-      const response = await fetch(`${path}/infer`, { method: "POST", headers: { "content-type": "application/json" }, body: body.value });
+      const response = await fetch(`${path}/infer`, { method: "POST", headers: signed({ "content-type": "application/json" }), body: body.value });
       told(response, await response.text(), began);
     });
   };

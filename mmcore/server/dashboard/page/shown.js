@@ -2,6 +2,16 @@
 
 export const $ = (id) => document.getElementById(id);
 
+// The bearer token, where the instance asks for one: kept as long as the tab.
+
+const TOKEN = "mmcore-token";
+export const keepToken = (token) => sessionStorage.setItem(TOKEN, token);
+
+export function signed(headers = {}) {
+  const token = sessionStorage.getItem(TOKEN);
+  return token ? { ...headers, authorization: `Bearer ${token}` } : headers;
+}
+
 // An element with attributes and children; strings become text nodes, functions become properties.
 export function el(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
