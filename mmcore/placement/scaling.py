@@ -136,7 +136,8 @@ def _surplus(model: Model, count: int, least: int, heat: float, now_ms: int, pol
     if count <= least or now_ms - newest_ms < policy.hold_ms:
         return 0
     if count == 2:
-        return int(idle_ms > policy.idle_ms and heat <= DOWN)
+        calm = _expected_wait_ms(model, 1) <= policy.queue_ms / 2
+        return int(idle_ms > policy.idle_ms and heat <= DOWN and calm)
     kept = max(2, least, ceil(heat / DOWN))
     going = min(count - kept, max(1, count // 4))
     while going > 0 and _expected_wait_ms(model, count - going) > policy.queue_ms / 2:

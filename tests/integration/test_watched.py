@@ -244,6 +244,7 @@ def test_each_turn_in_a_life_is_a_line_in_the_log(serve: Serve, tmp_path: Path, 
         assert over_rest(one, "bad") == 400
         unregister(UnregisterModelRequest(modelId="good").SerializeToString(), timeout=20)
     other = serve(None, *flags)
+    until(lambda: f"instance {other.ready['instance']} has joined" in one.log_text())
     ended(other)
     until(lambda: f"instance {other.ready['instance']} has left" in one.log_text())
     until(lambda: "unloaded model good" in one.log_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmcore.placement import (
@@ -202,6 +202,7 @@ def test_one_instance_decides_and_all_agree_which() -> None:
     copies=st.integers(1, 10),
     floor=st.integers(0, 3),
 )
+@example(rate=62.0, service_ms=197.0, minutes=0, copies=1, floor=0)
 def test_constant_use_never_makes_copies_come_and_go(
     rate: float, service_ms: float, minutes: int, copies: int, floor: int
 ) -> None:
