@@ -23,6 +23,9 @@ from tests.serving import ROOT
 
 START_S: Final = 90.0
 TOKEN: Final = "admin-of-tests"
+CONTROLLER_TOKEN: Final = "controller-of-tests"
+#: The user that the controller is.
+CONTROLLER: Final = "controller"
 CRDS: Final = ROOT / "deploy" / "crds"
 
 
@@ -38,6 +41,7 @@ class RealApiServer:
     Attributes:
         url: where it is.
         kubeconfig: a file by which its administrator reaches it.
+        controller_kubeconfig: the same for the controller, which has the rights that are shipped and no others.
         etcd: the etcd, which tests use for their instances as well.
     """
 
@@ -46,6 +50,7 @@ class RealApiServer:
         self.etcd = Etcd(folder / "etcd")
         self.url = f"https://127.0.0.1:{free_port()}"
         self.kubeconfig = folder / "kubeconfig"
+        self.controller_kubeconfig = folder / "kubeconfig-of-the-controller"
         self._process: subprocess.Popen[bytes] | None = None
         self._trust = ssl.create_default_context()
         self._trust.check_hostname, self._trust.verify_mode = False, ssl.CERT_NONE
@@ -56,8 +61,9 @@ class RealApiServer:
         self.etcd.start()
         key, tokens = self._folder / "sa.key", self._folder / "tokens.csv"
         subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
-        tokens.write_text(f'{TOKEN},admin,1,"system:masters"\n')
+        tokens.write_text(f'{TOKEN},admin,1,"system:masters"\n{CONTROLLER_TOKEN},{CONTROLLER},2\n')
         write_kubeconfig(self.kubeconfig, self.url, TOKEN)
+        write_kubeconfig(self.controller_kubeconfig, self.url, CONTROLLER_TOKEN)
         port = self.url.rpartition(":")[2]
         command = [
             found / "kube-apiserver",
@@ -99,6 +105,25 @@ class RealApiServer:
         request = urllib.request.Request(self.url + path, data=data, method=method, headers=headers)
         with urllib.request.urlopen(request, context=self._trust, timeout=30) as answer:
             return json.loads(answer.read() or b"{}")
+
+    def grant(self, namespace: str, *, cluster_scope: bool) -> None:
+        """Give the controller the rights that are shipped for a scope, with its own namespace being this one."""
+        folder = ROOT / "deploy" / "kustomize"
+        for file in (
+            folder / "base" / "leader.yaml",
+            folder / ("cluster" if cluster_scope else "namespace") / "rbac.yaml",
+        ):
+            for item in yaml.safe_load_all(file.read_text()):
+                kind = item["kind"]
+                where = "" if kind.startswith("Cluster") else f"/namespaces/{namespace}"
+                if "subjects" in item:
+                    item["subjects"] = [{"kind": "User", "name": CONTROLLER}]
+                path = f"/apis/rbac.authorization.k8s.io/v1{where}/{kind.lower()}s"
+                try:
+                    self.ask("POST", path, item)
+                except urllib.error.HTTPError as error:
+                    if error.code != 409:
+                        raise
 
     def _wait(self) -> None:
         give_up_at = time.monotonic() + START_S

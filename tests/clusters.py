@@ -62,7 +62,7 @@ class Cluster:
         self.models = self.claims / "models"
         self.models.mkdir(parents=True)
         (folder / "pods").mkdir()
-        self.kubelet = Kubelet(Api(server.kubeconfig), folder / "pods", self.claims)
+        self.kubelet = Kubelet(Api(server.kubeconfig), folder / "pods", self.claims, namespace)
         self.grpc_port, rest, metrics = free_port(), free_port(), free_port()
         self.config = {
             **CONFIG,
@@ -141,9 +141,9 @@ class Cluster:
         items, _ = await self.api.list(EVENT, self.namespace, fieldSelector=f"involvedObject.name={name}")
         return [(item["reason"], item["message"]) for item in items]
 
-    async def instance(self) -> str:
+    async def instance(self, namespace: str = "") -> str:
         """The address of a ready instance."""
-        items, _ = await self.api.list(POD, self.namespace)
+        items, _ = await self.api.list(POD, namespace or self.namespace)
         ready = [item for item in items if at(item, "status", "podIP")]
         return f"{ready[0]['status']['podIP']}:{self.grpc_port}"
 
@@ -187,7 +187,8 @@ async def running(server: RealApiServer, folder: Path, *, cluster_scope: bool = 
     await cluster.apply(secret(namespace, "model-serving-etcd", etcd_connection=connection))
     await cluster.apply(secret(namespace, "storage-config", models={"type": "pvc", "name": "models"}))
     await cluster.configure()
-    controller = Controller(Api(server.kubeconfig), Installation(namespace, cluster=cluster_scope), elect=False)
+    server.grant(namespace, cluster_scope=cluster_scope)
+    controller = Controller(Api(server.controller_kubeconfig), Installation(namespace, cluster=cluster_scope))
     tasks = [asyncio.ensure_future(work) for work in (cluster.kubelet.run(), controller.run())]
     try:
         started = asyncio.ensure_future(controller.ready.wait())

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -21,28 +22,33 @@ from mmcore.controller.informer import Informer
 from mmcore.controller.objects import CONFIG_MAP, DEPLOYMENT, POD, SECRET, Object, Ref, at, ref
 from tests.serving import command, environment
 
+log = logging.getLogger(__name__)
+
 READY_WITHIN_S = 30.0
 
 
 class Kubelet:
-    """Runs the containers named ``mmcore`` of all Deployments; ``claims`` holds the folder of each volume claim.
+    """Runs the containers named ``mmcore`` of the Deployments in namespaces whose names start so.
+
+    ``claims`` holds the folder of each volume claim.
 
     Attributes:
         broken: names of Deployments whose pods do not start, and what they tell instead.
     """
 
-    def __init__(self, api: Api, folder: Path, claims: Path) -> None:
+    def __init__(self, api: Api, folder: Path, claims: Path, namespaces: str) -> None:
         self.broken: dict[str, str] = {}
         self._api = api
         self._folder = folder
         self._claims = claims
+        self._namespaces = namespaces
         self._address = f"127.{random.randrange(2, 250)}.{random.randrange(250)}"
         self._numbers = iter(range(2, 250))
         self._dirty = asyncio.Event()
         self._deployments = Informer(api, DEPLOYMENT, lambda before, after: self._dirty.set())
         self._pods = Informer(api, POD, lambda before, after: self._dirty.set())
         self._processes: dict[Ref, asyncio.subprocess.Process] = {}
-        self._digests: dict[Ref, str] = {}
+        self._started: list[asyncio.subprocess.Process] = []
         self._annotations: dict[Ref, Any] = {}
         self._starting: set[asyncio.Task[None]] = set()
 
@@ -66,10 +72,12 @@ class Kubelet:
         finally:
             for task in self._starting:
                 task.cancel()
-            for process in self._processes.values():
+            if self._starting:
+                await asyncio.wait(self._starting)
+            for process in self._started:
                 if process.returncode is None:
                     process.kill()
-                await process.wait()
+                await process.communicate()
 
     async def close(self) -> None:
         await self._api.close()
@@ -81,15 +89,20 @@ class Kubelet:
     async def _step(self) -> None:
         owned: set[Ref] = set()
         for deployment in list(self._deployments.items.values()):
-            if at(deployment, "metadata", "deletionTimestamp"):
+            if not self._is_mine(ref(deployment)) or at(deployment, "metadata", "deletionTimestamp"):
                 continue
             owned |= await self._keep(deployment)
         for where, pod in list(self._pods.items.items()):
+            if not self._is_mine(where):
+                continue
             if where not in owned:
                 await self._end(where)
             elif self._annotations.get(where) != at(pod, "metadata", "annotations"):
                 self._annotations[where] = at(pod, "metadata", "annotations")
                 await self._mount(where, pod)
+
+    def _is_mine(self, where: Ref) -> bool:
+        return where.namespace.startswith(self._namespaces)
 
     async def _keep(self, deployment: Object) -> set[Ref]:
         namespace, name = deployment["metadata"]["namespace"], deployment["metadata"]["name"]
@@ -127,6 +140,12 @@ class Kubelet:
         return {*kept, *(older if wanted else [])}
 
     async def _start(self, where: Ref, pod: Object, deployment: str) -> None:
+        try:
+            await self._run(where, pod, deployment)
+        except (AssertionError, ApiError, OSError, TimeoutError):
+            log.exception("the pod %s does not start", where)
+
+    async def _run(self, where: Ref, pod: Object, deployment: str) -> None:
         if deployment in self.broken:
             waiting = {"reason": "CrashLoopBackOff", "message": self.broken[deployment]}
             status = {"name": "mmcore", "ready": False, "restartCount": 3, "image": "i", "imageID": "i"}
@@ -150,6 +169,7 @@ class Kubelet:
             self._processes[where] = process = await asyncio.create_subprocess_exec(
                 *command("serve"), stdout=asyncio.subprocess.PIPE, stderr=log, env=environment(**env)
             )
+        self._started.append(process)
         assert process.stdout is not None
         async with asyncio.timeout(READY_WITHIN_S):
             line = await process.stdout.readline()

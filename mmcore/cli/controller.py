@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 import click
 
@@ -53,7 +53,7 @@ def own_namespace() -> str:
     show_default="the pod's account, else kubectl's",
     help="Where the API server is.",
 )
-@option("--leader-elect/--no-leader-elect", default=True, help="Work only while holding the lease.")
+@click.option("--leader-elect/--no-leader-elect", default=True, help="Work only while holding the lease.")
 @option("--probe-port", type=click.IntRange(0, 65535), default=8081, help="Port of /healthz and /readyz; 0: any.")
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
 @click.pass_context
@@ -94,3 +94,25 @@ def command(
 
     asyncio.run(run())
     return 0
+
+
+@command.command("check")
+@click.argument("files", nargs=-1, required=True, type=click.File())
+def check_files(files: tuple[TextIO, ...]) -> int:
+    """Tell what will happen to the manifests in FILE…, without a cluster.
+
+    Runtimes among them are those that models are matched with. Exits with 1 where something will not work.
+    """
+    import yaml
+
+    from mmcore.controller.check import check, read
+
+    try:
+        findings = check(read(file.read() for file in files))
+    except yaml.YAMLError as error:
+        raise click.ClickException(" ".join(str(error).split())) from None
+    for finding in findings:
+        click.echo(f"{finding.level:5}  {finding.name}: {finding.text}")
+    if not findings:
+        click.echo("nothing that the controller serves is in these files")
+    return 1 if any(finding.level == "error" for finding in findings) else 0

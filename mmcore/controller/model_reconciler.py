@@ -54,7 +54,10 @@ _LOOK_AGAIN_S: Final = 3.0
 #: How long and how often failed loads are tried again when a namespace's secret of stores has changed: the kubelet
 #: brings it to the pods within that time.
 _SOON_FOR_S: Final = 120.0
-_SOON_EVERY_S: Final = 10.0
+_SOON_EVERY_S: Final = 5.0
+#: Stands between a model's name and the time of a further try.
+_TRY: Final = "--"
+_ANOTHER_TRY: Final = "another try"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +128,15 @@ class ModelReconciler:
             return observe(None, "", before, _clash()), _RETRY_FAILED_S
         wanted = ""
         if chosen.model is not None and isinstance(chosen.runtime, Runtime):
-            wanted = chosen.model.model_id(chosen.runtime.label)
-            if self._must_ask(source, item, vmodel, wanted, ready):
-                request = _request(chosen.model, chosen.runtime.label, load_now=ready)
+            model_id = wanted = chosen.model.model_id(chosen.runtime.label)
+            if vmodel is not None and vmodel.targetModelId.startswith(model_id + _TRY):
+                wanted = vmodel.targetModelId
+            target = self._to_ask_for(source, item, vmodel, wanted, ready)
+            if target == _ANOTHER_TRY:
+                target = f"{model_id}{_TRY}{int(datetime.now(UTC).timestamp())}"
+            if target:
+                wanted = target
+                request = _request(chosen.model, target, chosen.runtime.label, load_now=ready)
                 try:
                     vmodel = await mesh.set_vmodel(request)
                 except NoInstance as error:
@@ -159,31 +168,37 @@ class ModelReconciler:
         detail = f"the runtime '{chosen.runtime.name}': {wrong}" if wrong else pods.trouble(of_runtime, found)
         return Failure(UNHEALTHY, message, detail), False
 
-    def _must_ask(
+    def _to_ask_for(
         self, source: Source, item: Object, vmodel: pb.VModelStatusInfo | None, wanted: str, ready: bool
-    ) -> bool:
-        """Whether instances are to be told: of another model, or to load one that never was or could not be."""
+    ) -> str:
+        """The model that instances are to be asked for: another one, or one that never was or could not be loaded.
+
+        Empty where nothing is to be asked, :data:`_ANOTHER_TRY` for the same by a new name.
+        """
         where, now = ref(item), asyncio.get_running_loop().time()
         asked, at = self._asked.get((source.kind.name, where), ("", 0.0))
         if vmodel is not None and vmodel.targetModelId == wanted:
             if not ready:
-                return False
-            moves = vmodel.activeModelId != vmodel.targetModelId
+                return ""
+            moves, active = vmodel.activeModelId != vmodel.targetModelId, source.read(item).active
             newest = (vmodel.targetModelStatus if moves else vmodel.activeModelStatus).status
             if newest == pb.ModelStatusInfo.LOADING_FAILED:
-                pause = self._retry_s(where.namespace)
-            elif newest == pb.ModelStatusInfo.NOT_LOADED and (
-                moves or source.read(item).active in (PENDING, "Loading")
-            ):
-                pause = _LOOK_AGAIN_S
+                pause = _RETRY_FAILED_S
+                if now < self._soon_until.get(where.namespace, 0.0) and now - at > _SOON_EVERY_S:
+                    # Instances remember the failure by the model's name, so it is given another one.
+                    self._asked[source.kind.name, where] = wanted, now
+                    return _ANOTHER_TRY
+            elif newest == pb.ModelStatusInfo.NOT_LOADED and (moves or active in (PENDING, "Loading", FAILED)):
+                # Once is enough where the status tells the next time that it has been asked for.
+                pause = _LOOK_AGAIN_S if moves or active == "Loading" else 0.0
             else:
                 # One that was loaded and let go is loaded by its next request.
-                return False
+                return ""
             if asked == wanted and now - at < pause:
-                return False
+                return ""
         if ready:
             self._asked[source.kind.name, where] = wanted, now
-        return True
+        return wanted
 
     def _retry_s(self, namespace: str) -> float:
         now = asyncio.get_running_loop().time()
@@ -269,10 +284,10 @@ def _clash() -> Failure:
     return Failure(INVALID, "Predictor already exists with the same name from a different source")
 
 
-def _request(model: WantedModel, model_type: str, *, load_now: bool) -> pb.SetVModelRequest:
+def _request(model: WantedModel, target: str, model_type: str, *, load_now: bool) -> pb.SetVModelRequest:
     return pb.SetVModelRequest(
         vModelId=model.name,
-        targetModelId=model.model_id(model_type),
+        targetModelId=target,
         modelInfo=pb.ModelInfo(type=model_type, path=model.path, key=model.key),
         autoDeleteTargetModel=True,
         loadNow=load_now,

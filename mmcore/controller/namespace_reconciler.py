@@ -85,17 +85,32 @@ class NamespaceReconciler:
         if known.ending(namespace):
             return None
         plan = await self._plan(namespace) if known.enabled(namespace) else _Plan()
+        refused: list[ApiError] = []
         for kind, informer in self._informers():
-            wanted = plan.wanted.get(kind, {})
-            for item in list(informer.of(namespace)):
-                name = item["metadata"]["name"]
-                if name not in wanted and name not in plan.kept and not deleting(item):
-                    await self._api.delete(kind, ref(item))
-            for item in wanted.values():
-                await self._apply(kind, informer, item)
+            refused += await self._settle(namespace, kind, informer, plan)
         await self._etcd_secret(namespace)
         await self._refresh_files(namespace)
+        if refused:
+            # All else is done; what was refused is tried again.
+            raise refused[0]
         return plan.look_again_s
+
+    async def _settle(self, namespace: str, kind: Kind, informer: Informer, plan: _Plan) -> list[ApiError]:
+        """Delete and apply the objects of one kind; what the API server refused harms no other."""
+        wanted = plan.wanted.get(kind, {})
+        refused: list[ApiError] = []
+        for item in list(informer.of(namespace)):
+            name = item["metadata"]["name"]
+            if name not in wanted and name not in plan.kept and not deleting(item):
+                await self._api.delete(kind, ref(item))
+        for item in wanted.values():
+            try:
+                await self._apply(kind, informer, item)
+            except ApiError as error:
+                if not error.code:
+                    raise
+                refused.append(error)
+        return refused
 
     async def validate(self, kind: Kind, informer: Informer, where: Ref) -> None:
         """Tell a runtime's user what is wrong with it, in its status and an Event."""
@@ -218,6 +233,13 @@ class NamespaceReconciler:
         found = informer.items.get(ref(item))
         if found is not None and covers(found, item) and (IDLE_SINCE in marks) == (IDLE_SINCE in annotations_of(found)):
             return
+        if (
+            kind is SERVICE
+            and found is not None
+            and (at(found, "spec", "clusterIP") == "None") != ("clusterIP" in item["spec"])
+        ):
+            # A Service cannot be made headless, or have an address given, once it is there.
+            await self._api.delete(SERVICE, ref(item))
         if found is None and kind is DEPLOYMENT:
             await self._make_room(ref(item))
         await self._api.apply(kind, item)

@@ -1,0 +1,161 @@
+"""What will happen to manifests that exist already: nothing is asked for, the files alone are looked at."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+
+from mmcore.controller.mesh_manifests import storage_entries
+from mmcore.controller.objects import (
+    CLUSTER_SERVING_RUNTIME,
+    INFERENCE_SERVICE,
+    PREDICTOR,
+    SERVING_RUNTIME,
+    Kind,
+    Object,
+    at,
+)
+from mmcore.controller.runtimes import Runtime, effective_runtimes, problems
+from mmcore.controller.selection import Unfit, select
+from mmcore.controller.serving_config import CONFIG_KEY, CONFIG_MAP_NAME, ConfigError, ServingConfig
+from mmcore.controller.wanted import DEPLOYMENT_MODE, InvalidSpec, is_served, of_inference_service, of_predictor
+
+#: Fields of an InferenceService's predictor that say something of its model; the others are of pods of its own.
+_MODEL_FIELDS: Final = (
+    *("model", "xgboost", "lightgbm", "sklearn", "tensorflow", "onnx", "pytorch", "triton", "pmml", "paddle"),
+)
+_RUNTIME_KINDS: Final = (SERVING_RUNTIME, CLUSTER_SERVING_RUNTIME)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing about one object: ``level`` is ok, note (works, and differs) or error (will not work)."""
+
+    name: str
+    level: str
+    text: str
+
+
+def read(texts: Iterable[str]) -> list[Object]:
+    """The objects of files, lists among them taken apart; yaml.YAMLError where a text is no YAML."""
+    items: list[Object] = []
+    for text in texts:
+        for document in yaml.safe_load_all(text):
+            if isinstance(document, dict):
+                items += document.get("items") or [] if str(document.get("kind")).endswith("List") else [document]
+    return items
+
+
+def check(items: Iterable[Object]) -> list[Finding]:
+    """What the controller will make of these objects, by what they themselves say."""
+    found = [item for item in items if isinstance(item.get("metadata"), dict) and item["metadata"].get("name")]
+    findings: list[Finding] = []
+    config = ServingConfig()
+    for item in found:
+        if item.get("kind") == "ConfigMap" and item["metadata"]["name"] == CONFIG_MAP_NAME:
+            config = _configuration(item, findings)
+    runtimes = [item for item in found if item.get("kind") in {kind.name for kind in _RUNTIME_KINDS}]
+    for item in found:
+        looks: Callable[..., Iterator[tuple[str, str]]] | None = _LOOKS.get(str(item.get("kind")))
+        if looks is not None:
+            name = f"{item['kind']} {item['metadata']['name']}"
+            findings += [Finding(name, level, text) for level, text in looks(item, runtimes, config)]
+    return findings
+
+
+def _configuration(item: Object, findings: list[Finding]) -> ServingConfig:
+    name = f"ConfigMap {CONFIG_MAP_NAME}"
+    try:
+        config = ServingConfig.read(str(at(item, "data", CONFIG_KEY) or ""))
+    except ConfigError as error:
+        findings.append(Finding(name, "error", f"it will not be used: {error}"))
+        return ServingConfig()
+    findings += [Finding(name, "note", notice) for notice in config.notices]
+    if config.tls_secret:
+        findings.append(Finding(name, "error", "tls: instances have no TLS yet, and serve without it"))
+    if not config.notices:
+        findings.append(Finding(name, "ok", "all of it is honoured"))
+    return config
+
+
+def _runtime(item: Object, runtimes: list[Object], config: ServingConfig) -> Iterator[tuple[str, str]]:
+    kind = next(one for one in _RUNTIME_KINDS if one.name == item["kind"])
+    runtime = Runtime.of(item, kind)
+    if not runtime.multi_model:
+        yield "note", "it is not a multi-model runtime: this controller leaves it alone"
+        return
+    if runtime.disabled:
+        yield "note", "it is disabled"
+    wrong = problems(runtime, config)
+    for problem in wrong:
+        yield "error", problem
+    for field in ("httpDataEndpoint", "storageHelper"):
+        if runtime.spec.get(field):
+            yield "note", f"{field} has no effect: instances pull models and serve REST themselves"
+    if not wrong:
+        names = ", ".join(f"'{one['name']}'" for one in runtime.containers)
+        beside = f"{names} and one instance beside it" if names else "one instance and nothing else"
+        yield "ok", f"its pods run {beside}"
+
+
+def _predictor(item: Object, runtimes: list[Object], config: ServingConfig) -> Iterator[tuple[str, str]]:
+    for field in ("gpu", "serviceAccountName"):
+        if at(item, "spec", field):
+            yield "note", f"spec.{field} has no effect, as it had none"
+    yield from _model(item, PREDICTOR, runtimes)
+
+
+def _inference_service(item: Object, runtimes: list[Object], config: ServingConfig) -> Iterator[tuple[str, str]]:
+    if not is_served(item):
+        yield "note", f"it has no annotation {DEPLOYMENT_MODE}: ModelMesh, and is left to KServe's controller"
+        return
+    if extra := sorted((at(item, "spec", "predictor") or {}).keys() - set(_MODEL_FIELDS)):
+        yield "note", f"spec.predictor: {', '.join(extra)} have no effect: models share the runtime's pods"
+    yield from _model(item, INFERENCE_SERVICE, runtimes)
+
+
+def _model(item: Object, kind: Kind, runtimes: list[Object]) -> Iterator[tuple[str, str]]:
+    try:
+        model = of_predictor(item) if kind is PREDICTOR else of_inference_service(item)
+    except InvalidSpec as error:
+        yield "error", str(error)
+        return
+    if not runtimes:
+        yield "ok", f"a model of the format {model.format}; give the runtimes' files too to see which one it goes to"
+        return
+    namespace = item["metadata"].get("namespace", "")
+    own = [
+        one
+        for one in runtimes
+        if one["kind"] == SERVING_RUNTIME.name and one["metadata"].get("namespace", "") == namespace
+    ]
+    chosen = select(model, effective_runtimes(own, [one for one in runtimes if one["kind"] != SERVING_RUNTIME.name]))
+    if isinstance(chosen, Unfit):
+        yield "error", f"{chosen.message}: {chosen.detail}"
+    else:
+        yield "ok", f"it goes to the runtime '{chosen.name}'"
+
+
+def _secret(item: Object, runtimes: list[Object], config: ServingConfig) -> Iterator[tuple[str, str]]:
+    if item["metadata"]["name"] != config.storage_secret:
+        return
+    data: dict[str, Any] = dict(item.get("data") or {})
+    for key, text in (item.get("stringData") or {}).items():
+        data[key] = base64.b64encode(str(text).encode()).decode()
+    entries, broken = storage_entries({"data": data})
+    for key in broken:
+        yield "error", f"the entry '{key}' is no JSON object"
+    yield "ok", f"{len(entries)} entries are read as before"
+
+
+_LOOKS: Final[dict[str, Callable[..., Iterator[tuple[str, str]]]]] = {
+    SERVING_RUNTIME.name: _runtime,
+    CLUSTER_SERVING_RUNTIME.name: _runtime,
+    PREDICTOR.name: _predictor,
+    INFERENCE_SERVICE.name: _inference_service,
+    "Secret": _secret,
+}

@@ -1,0 +1,93 @@
+"""``mmcore controller check``: what it says of manifests that people have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmcore.cli.main import run
+from mmcore.controller.check import check, read
+from tests.serving import ROOT
+
+MANIFESTS = """
+apiVersion: serving.kserve.io/v1alpha1
+kind: ClusterServingRuntime
+metadata: {name: mlserver-1.x}
+spec:
+  multiModel: true
+  supportedModelFormats: [{name: sklearn, version: "0", autoSelect: true}]
+  protocolVersions: [grpc-v2]
+  builtInAdapter: {serverType: mlserver}
+  containers: [{name: mlserver, image: mlserver}]
+---
+apiVersion: v1
+kind: List
+items:
+  - apiVersion: serving.kserve.io/v1alpha1
+    kind: Predictor
+    metadata: {name: good}
+    spec: {modelType: {name: sklearn, version: "0.24"}, gpu: preferred, storage: {path: p}}
+  - apiVersion: serving.kserve.io/v1alpha1
+    kind: Predictor
+    metadata: {name: bad}
+    spec: {modelType: {name: sklearn}, path: a, storage: {path: b}}
+---
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata: {name: mesh, annotations: {serving.kserve.io/deploymentMode: ModelMesh}}
+spec: {predictor: {minReplicas: 1, model: {modelFormat: {name: pmml}, storageUri: "s3://b/p"}}}
+---
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata: {name: alone}
+spec: {predictor: {}}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: model-serving-config}
+data: {config.yaml: "modelMeshImage: {name: x}"}
+---
+apiVersion: v1
+kind: Secret
+metadata: {name: storage-config}
+stringData: {minio: '{"type": "s3"}', odd: nonsense}
+"""
+
+
+def test_every_object_is_judged() -> None:
+    findings = {(one.name, one.level): one.text for one in check(read([MANIFESTS]))}
+    assert findings["ClusterServingRuntime mlserver-1.x", "ok"] == "its pods run 'mlserver' and one instance beside it"
+    assert findings["Predictor good", "ok"] == "it goes to the runtime 'mlserver-1.x'"
+    assert "gpu has no effect" in findings["Predictor good", "note"]
+    assert "spec.path" in findings["Predictor bad", "error"]
+    assert "no runtime lists the format 'pmml'" in findings["InferenceService mesh", "error"]
+    assert "minReplicas" in findings["InferenceService mesh", "note"]
+    assert "left to KServe's controller" in findings["InferenceService alone", "note"]
+    assert "modelmeshimage has no effect" in findings["ConfigMap model-serving-config", "note"]
+    assert "'odd'" in findings["Secret storage-config", "error"]
+
+
+def test_the_command_fails_where_something_will_not_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text(MANIFESTS)
+    assert run(["controller", "check", str(file)]) == 1
+    assert "error  Predictor bad: " in capsys.readouterr().out
+    file.write_text("kind: Namespace\nmetadata: {name: x}\n")
+    assert run(["controller", "check", str(file)]) == 0
+    file.write_text("a: [")
+    assert run(["controller", "check", str(file)]) == 1
+
+
+def test_what_is_shipped_works() -> None:
+    files = [*ROOT.glob("deploy/runtimes/cluster/*.yaml"), *ROOT.glob("deploy/samples/kubernetes/*.yaml")]
+    findings = check(read(file.read_text() for file in files))
+    assert {one.level for one in findings} == {"ok"}, findings
+    assert len([one for one in findings if "it goes to the runtime" in one.text]) >= 8
+
+
+def test_the_kinds_of_both_scopes_say_the_same() -> None:
+    for file in ROOT.glob("deploy/runtimes/cluster/*.yaml"):
+        here, there = (yaml.safe_load(one.read_text()) for one in (file, file.parent.parent / "namespace" / file.name))
+        assert here.get("spec") == there.get("spec")
