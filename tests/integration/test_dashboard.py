@@ -421,3 +421,5 @@ def test_a_phone_shows_it_without_scrolling_sideways(opened: Callable[[str], Chr
         browser.execute_script(f"location.hash = '{page}'")
         awaited(browser, lambda one: not text(one, "main").startswith("Loading"))
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, page
+        inner = "return [...document.querySelectorAll('.scroll')].map((box) => box.scrollWidth - box.clientWidth)"
+        assert max(browser.execute_script(inner), default=0) <= 0, page
