@@ -151,8 +151,12 @@ class OwnPolicy(Policy):
             demand=Demand(requests_per_minute=rate, in_flight=rate * SERVICE_MS / 60_000),
         )
 
-    def apply(self, now_ms: int) -> None:
-        """Carry out what was decided while something else was being done."""
+    def apply(self, now_ms: int, published: int = 0) -> None:
+        """Carry out what was decided while something else was being done.
+
+        ``published`` is 1 where records of this moment have been published before: they do not count what begins now.
+        """
+        since_ms = now_ms + published
         while self._moves:
             action = self._moves.pop()
             slot = self._slots[action.instance]
@@ -161,7 +165,7 @@ class OwnPolicy(Policy):
                     self.mesh.drop(int(action.model), slot)
                 continue
             size_bytes = int(self.mesh.workload.sizes[int(action.model)])
-            self._late.append((action.instance, action.model, size_bytes, now_ms))
+            self._late.append((action.instance, action.model, size_bytes, since_ms))
             self._learn(now_ms)
             self.move(int(action.model), slot, now_ms)
             if isinstance(action, Move) and action.reason != "drain":
@@ -169,7 +173,7 @@ class OwnPolicy(Policy):
 
     def _act(self, actions: Iterable[Load | Move | Drop], now_ms: int) -> None:
         self._moves.extend(actions)
-        self.apply(now_ms)
+        self.apply(now_ms, published=1)
 
     def _evicted(self, model: int, slot: int, since_ms: int) -> None:
         """In the middle of another load: acted upon when that is done."""

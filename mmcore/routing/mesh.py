@@ -260,6 +260,8 @@ class Mesh(Loads):
             record = self._registry.models.get(model)
             if record is None:
                 raise NotFound(f"model not found: {model}")
+            # With what is not written yet: else a copy that was loaded here just now would be loaded again and again.
+            record = self._registered.told(model, record)
             loaded = self._registered.loaded_copies(model, record)
             if loaded >= copies:
                 return

@@ -222,6 +222,10 @@ class Registered(Catalog):
             await catch_up(self._registry.models, name)
         return self.status(name)
 
+    def told(self, name: str, record: ModelRecord) -> ModelRecord:
+        """A model's record with what this instance is to say in it, written or not."""
+        return self._reports.merge(name, record)
+
     def loaded_copies(self, name: str, record: ModelRecord | None) -> int:
         """How many copies of a model answer requests, by its record and what is not written yet."""
         return loaded_copies(self._reports.merge(name, record) if record is not None else None, self.lives)

@@ -291,7 +291,8 @@ class Node:
 
     def record(self) -> InstanceRecord:
         """What others are told of this instance."""
-        cache = self._router.cache
+        cache, now_ms = self._router.cache, time.time_ns() // 1_000_000
+        idle_s = cache.oldest_idle_s
         return InstanceRecord(
             address=self.addresses.get("peer", ""),
             started_ms=self._started_ms,
@@ -304,12 +305,13 @@ class Node:
             fixed_bytes=cache.lru.pinned + cache.room.reserved.host,
             unloading_bytes=cache.room.leaving.host,
             models=len(cache.lru),
+            oldest_used_ms=now_ms - int(1000 * idle_s) if idle_s is not None else 0,
             loading=cache.loading,
             loader_threads=cache.loader_threads,
             requests_per_minute=round(self._mesh.upkeep.usage.requests_per_minute) if self._mesh is not None else 0,
             in_flight=self._server.calls,
             draining=not self._service.ready,
-            published_ms=time.time_ns() // 1_000_000,
+            published_ms=now_ms,
         )
 
     def _take_capacity(self, external: External) -> None:
