@@ -268,7 +268,7 @@ cdef class ModelStatistics:
         self.last_ms = read_clock(CLOCK_REALTIME) // 1000000
 
     def times_by_bound(self):
-        """The requests that were answered, by their whole time: a count for each bound of TIME_BOUNDS_NS and the rest."""
+        """The requests answered, by their whole time: a count for each bound of TIME_BOUNDS_NS and one for the rest."""
         return [self.times[at] for at in range(TIME_BOUNDS + 1)]
 
     def snapshot(self):

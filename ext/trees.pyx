@@ -3,8 +3,8 @@ scikit-learn's forests do, the mean of leaves in FP64.
 
 A tree of XGBoost's is an array of nodes of 16 bytes; a model of a hundred small trees stays in the second cache. What
 the library does around its own trees (an interface of text, threads, a matrix of its own) takes a hundred times as long
-as the walk down the trees of one row. scikit-learn's trees are walked where they lie: a call of numpy's for each of them
-takes a hundred times as long as well.
+as the walk down the trees of one row. scikit-learn's trees are walked where they lie: a call of numpy's for each of
+them takes a hundred times as long as well.
 """
 
 cimport cython

@@ -128,7 +128,7 @@ cdef class Stream:
     cdef object out_queue
     cdef Py_ssize_t out_bytes  # not yet in a frame, all together
     cdef double began          # of a server's call: when its headers came
-    cdef int64_t message_bytes # of messages received, decompressed
+    cdef int64_t message_bytes  # of messages received, decompressed
     cdef int64_t answer_bytes  # of messages sent, before what is not sent yet
     cdef bint out_end
     cdef bint deferred
