@@ -140,9 +140,9 @@ $(TEST_SYSTEM): | $(SYSTEM)
 	@touch $@
 
 # Two processes even where there are more cores: some tests have ten processes of their own. A file's tests stay together,
-# for what they share.
+# for what they share. What fails is run once more, and told of as RERUN: processes on a shared machine are late at times.
 test: $(EXTENSIONS) $(DEV_PACKAGES) $(TEST_SYSTEM)
-	@$(PY) -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
+	@$(PY) -m pytest --numprocesses=2 --dist=loadfile --reruns=1 $(PYTEST_ARGS)
 
 test-fast: $(EXTENSIONS) $(DEV_PACKAGES)
 	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
