@@ -166,16 +166,7 @@ class External:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _connect(self) -> ClientConnection:
-        await self.channel.connect()
-        connection = self.channel.pick()
-        try:
-            async with asyncio.timeout(GREETING_S):
-                while connection is not None and not connection.settled:  # noqa: ASYNC110  # nobody is woken by it
-                    await asyncio.sleep(0.002)
-        except TimeoutError:
-            assert connection is not None
-            connection.abort()
-            connection = None
+        connection = await self.channel.greeted(GREETING_S)
         if connection is None or connection.lost.done():
             raise RpcError(Status.UNAVAILABLE, f"{self.runtime.address} takes connections and says nothing")
         return connection

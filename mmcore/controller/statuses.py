@@ -187,16 +187,7 @@ def read_predictor(resource: Object) -> ModelStatus:
 def predictor_status(resource: Object, status: ModelStatus, now: datetime) -> Object:
     """The status of a Predictor, with the times of what has not changed kept; absent fields are None."""
     before = resource.get("status") or {}
-    failure = status.failure
-    info = None
-    if failure is not None:
-        info = {
-            "reason": failure.reason,
-            "message": failure.message,
-            "location": failure.location or None,
-            "modelId": failure.model_id or None,
-            "time": _failure_time(failure, before.get("lastFailureInfo"), "modelId", now),
-        }
+    info = _failure_info(status.failure, before.get("lastFailureInfo"), "modelId", now)
     ready = _condition("Ready", status, resource["metadata"].get("generation", 0))
     return {
         "available": status.available,
@@ -229,16 +220,7 @@ def read_inference_service(resource: Object) -> ModelStatus:
 def inference_service_status(resource: Object, status: ModelStatus, now: datetime) -> Object:
     """What is ours in the status of an InferenceService; what KServe's controller wrote of a transformer stays."""
     before = resource.get("status") or {}
-    failure = status.failure
-    info = None
-    if failure is not None:
-        info = {
-            "reason": failure.reason,
-            "message": failure.message,
-            "location": failure.location or None,
-            "modelRevisionName": failure.model_id or None,
-            "time": _failure_time(failure, at(before, "modelStatus", "lastFailureInfo"), "modelRevisionName", now),
-        }
+    info = _failure_info(status.failure, at(before, "modelStatus", "lastFailureInfo"), "modelRevisionName", now)
     generation = resource["metadata"].get("generation", 0)
     predictor = _condition("PredictorReady", status, generation)
     found = before.get("conditions") or []
@@ -302,6 +284,18 @@ def merge_conditions(before: Sequence[Object], ours: Sequence[Object], now: date
         stated = {key: value for key, value in condition.items() if value != ""}
         merged[condition["type"]] = {**stated, "lastTransitionTime": time}
     return list(merged.values())
+
+
+def _failure_info(failure: Failure | None, before: Object | None, id_field: str, now: datetime) -> Object | None:
+    if failure is None:
+        return None
+    return {
+        "reason": failure.reason,
+        "message": failure.message,
+        "location": failure.location or None,
+        id_field: failure.model_id or None,
+        "time": _failure_time(failure, before, id_field, now),
+    }
 
 
 def _failure_time(failure: Failure, before: Object | None, id_field: str, now: datetime) -> str:

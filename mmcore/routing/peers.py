@@ -11,7 +11,7 @@ from typing import Final
 
 from mmcore._ext.forward import Traffic
 from mmcore.config import TransportSettings
-from mmcore.errors import RpcError, Status
+from mmcore.errors import RpcError
 from mmcore.transport import Channel
 from mmcore.transport.channel import ClientConnection
 
@@ -70,23 +70,10 @@ class Peer(Traffic):
             RpcError: UNAVAILABLE; the peer is no longer usable.
         """
         try:
-            await self._open()
+            await self._channel.greeted(GREETING_S)
         except RpcError as error:
             self.mark_down(error.details)
             raise
-
-    async def _open(self) -> None:
-        """Connect, and hear from the instance itself: the kernel takes connections for one that hangs, too."""
-        await self._channel.connect()
-        connection = self._channel.pick()
-        try:
-            async with asyncio.timeout(GREETING_S):
-                while connection is not None and not connection.settled:  # noqa: ASYNC110  # nobody is woken by it
-                    await asyncio.sleep(0.002)
-        except TimeoutError:
-            assert connection is not None
-            connection.abort()
-            raise RpcError(Status.UNAVAILABLE, f"{self.address} takes connections and says nothing") from None
 
     async def unary(self, path: str, message: bytes, *, timeout_s: float) -> bytes:
         """Call a method of the instance itself, no request's; RpcError for any status but OK."""
@@ -126,7 +113,7 @@ class Peer(Traffic):
 
     async def _try_again(self) -> None:
         try:
-            await self._open()
+            await self._channel.greeted(GREETING_S)
         except RpcError:
             if not self._closed:
                 self._probe_later()

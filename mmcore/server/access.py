@@ -12,13 +12,15 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from mmcore._ext.pbwire import find_string
-from mmcore.errors import InvalidRequest, Overloaded, PermissionDenied, Unauthenticated
+from mmcore.errors import InvalidRequest, Overloaded, PermissionDenied, Status, Unauthenticated
 from mmcore.server.calls import Answer, Body
 from mmcore.server.dataplane import DataplaneConfig
 from mmcore.server.headers import Metadata, asked
 from mmcore.server.passing import KNOWN
 from mmcore.server.tokens import INFER, MANAGE, Grant, Grants, digest_of
+from mmcore.server.watched import WatchedCall
 from mmcore.transport import ServerCall, StreamCall, StreamHandler, UnaryHandler
+from mmcore.transport.server import status_of
 
 _V2: Final = "/inference.GRPCInferenceService/"
 #: What probes ask, who have no token.
@@ -70,59 +72,23 @@ class Caller:
                 )
             self._left -= 1.0
 
+    def under_way_with(self, handler: UnaryHandler, call: Answer, body: bytes) -> Body | None:
+        """What ``handler`` returns for a call that is under way until it is answered or given up."""
+        one = call if isinstance(call, WatchedCall) else WatchedCall(call, None)
+        self.under_way += 1
+        one.ended = [*one.ended, self._ended]
+        one.listen()
+        try:
+            answer = handler(one, body)  # type: ignore[arg-type]  # as REST's, it answers like a ServerCall
+        except Exception as error:
+            one.end(*status_of(error), None)
+            raise
+        if answer is not None:
+            one.end(Status.OK, "", answer)
+        return answer
 
-class _Counted:
-    """A call that is under way for its caller until it is answered or given up."""
-
-    __slots__ = ("_call", "_caller", "_given_up")
-
-    def __init__(self, call: Answer, caller: Caller) -> None:
-        self._call = call
-        self._caller: Caller | None = caller
-        self._given_up: Callable[[], object] | None = None
-        caller.under_way += 1
-        call.on_cancel = self._cancel
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        return self._call.metadata
-
-    @property
-    def deadline(self) -> float | None:
-        return self._call.deadline
-
-    @property
-    def cancelled(self) -> bool:
-        return self._call.cancelled
-
-    @property
-    def on_cancel(self) -> Callable[[], object] | None:
-        return self._given_up
-
-    @on_cancel.setter
-    def on_cancel(self, given_up: Callable[[], object] | None) -> None:
-        self._given_up = given_up
-
-    def reply(self, message: Body) -> None:
-        self.end()
-        self._call.reply(message)
-
-    def fail(self, status: int, details: str) -> None:
-        self.end()
-        self._call.fail(status, details)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._call, name)
-
-    def _cancel(self) -> None:
-        self.end()
-        if self._given_up is not None:
-            self._given_up()
-
-    def end(self) -> None:
-        if self._caller is not None:
-            self._caller.under_way -= 1
-            self._caller = None
+    def _ended(self, status: int, details: str, message: Body | None) -> None:
+        self.under_way -= 1
 
 
 class Access:
@@ -213,15 +179,7 @@ class Access:
             caller.count()
             if not grant.concurrent:
                 return handler(call, body)
-            counted = _Counted(call, caller)
-            try:
-                answer = handler(counted, body)  # type: ignore[arg-type]  # as REST's, it answers like a ServerCall
-            except BaseException:
-                counted.end()
-                raise
-            if answer is not None:
-                counted.end()
-            return answer
+            return caller.under_way_with(handler, call, body)
 
         return guarded
 
@@ -256,7 +214,8 @@ class Access:
 
 
 def _from_instance(call: object) -> bool:
-    return isinstance(call, ServerCall) and call.internal
+    """Whether another instance has sent the call, which may be watched on its way."""
+    return bool(getattr(call, "internal", False))
 
 
 def _check_models(grant: Grant, names: Sequence[str]) -> None:

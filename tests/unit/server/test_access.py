@@ -14,6 +14,7 @@ from mmcore.server import access
 from mmcore.server.access import Access
 from mmcore.server.dataplane import parse_dataplane_config
 from mmcore.server.tokens import parse_tokens
+from mmcore.server.watched import WatchedCall
 
 V2 = "/inference.GRPCInferenceService/"
 INFER = f"{V2}ModelInfer"
@@ -246,3 +247,20 @@ def test_an_encoded_request_is_read_as_sent() -> None:
     body = encode_infer_request("exact", [])
     joined = b"".join(map(bytes, body)) if isinstance(body, list) else bytes(body)
     assert guarded(INFER)(Call("some"), joined) == b"answer"
+
+
+def test_a_call_that_is_watched_stays_that_call() -> None:
+    """Tracing and payload logs stand before the guard: it sees through to who sent the call, and adds no layer."""
+    seen: list[Any] = []
+    infer = guarded(INFER, lambda call, body: seen.append(call))
+    from_instance = Call(None)
+    from_instance.internal = True  # type: ignore[attr-defined]
+    infer(WatchedCall(from_instance, None), asking("m"))
+    watched = [WatchedCall(Call("few"), None) for _ in range(3)]
+    infer(watched[0], asking("m"))
+    infer(watched[1], asking("m"))
+    assert seen[1:] == watched[:2]
+    with pytest.raises(Overloaded):
+        infer(watched[2], asking("m"))
+    watched[0].reply(b"answer")
+    infer(watched[2], asking("m"))
