@@ -71,7 +71,10 @@ class TransportSettings:
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """A certificate with its chain and its key, PEM; ``client_ca`` signs the certificates that clients must have."""
+    """A certificate with its chain and its key, PEM; ``client_ca`` signs the certificates that clients must have.
+
+    ``client_ca`` is a file, or a folder whose ``*.crt`` all count.
+    """
 
     certificate: Path
     key: Path

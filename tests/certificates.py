@@ -48,5 +48,16 @@ class Authority:
         return signed
 
 
+def self_signed(folder: Path, name: str) -> Signed:
+    """A certificate for ``name`` that nobody else has signed."""
+    signed = Signed(folder / f"{name}.self.pem", folder / f"{name}.self.key")
+    _openssl(
+        "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+        "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}",
+        "-keyout", signed.key, "-out", signed.certificate,
+    )  # fmt: skip
+    return signed
+
+
 def _openssl(*arguments: object) -> None:
     subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)

@@ -54,6 +54,7 @@ class Parsed(click.ParamType[object]):
 
 SIZE: Final = Parsed("size", parse_size)
 FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+AUTHORITIES: Final = click.Path(exists=True, path_type=Path)
 DURATION: Final = Parsed("duration", parse_duration)
 REGISTRY: Final = Parsed("url", registry_url)
 
@@ -170,9 +171,15 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @option("--tls-cert", type=FILE, help="PEM certificate, with its chain, of the gRPC, REST and management ports.")
 @option("--tls-key", type=FILE, help="Its key. Both are read again when they change.")
-@option("--tls-client-ca", type=FILE, help="Take only clients whose certificate this authority has signed.")
+@option(
+    "--tls-client-ca",
+    type=AUTHORITIES,
+    help="Take only clients whose certificate this authority, or one of *.crt in this folder, has signed.",
+)
 @option("--metrics-tls/--no-metrics-tls", default=False, help="The same certificate on the metrics port.")
-@option("--peer-ca", type=FILE, help="Take only instances whose certificate, --tls-cert, this authority has signed.")
+@option(
+    "--peer-ca", type=AUTHORITIES, help="Take only instances whose certificate, --tls-cert, it has signed; likewise."
+)
 @option("--auth-tokens", type=FILE, help="YAML of the bearer tokens that callers need; read again when it changes.")
 @option("--vmodel-owner", default="", show_default="nobody", help="Owner of vmodels that are set without one.")
 @option("--static-models", type=FILE, help="JSON list of models and vmodels to register; read again when it changes.")

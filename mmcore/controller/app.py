@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Final
 
 from mmcore.controller.api import Api
@@ -15,6 +16,7 @@ from mmcore.controller.informer import Informer
 from mmcore.controller.known import Installation, Known
 from mmcore.controller.leader import Leader
 from mmcore.controller.mesh import Mesh, NoInstance
+from mmcore.controller.mesh_tls import tls_of
 from mmcore.controller.model_reconciler import SOURCES, ModelReconciler
 from mmcore.controller.namespace_reconciler import NamespaceReconciler
 from mmcore.controller.objects import (
@@ -131,7 +133,8 @@ class Controller:
     def _mesh(self, namespace: str) -> Mesh:
         mesh = self._meshes.get(namespace)
         if mesh is None:
-            mesh = Mesh(namespace, lambda names: self._moved(namespace, names))
+            credentials = partial(tls_of, self._api, lambda: self._known.config, namespace)
+            mesh = Mesh(namespace, lambda names: self._moved(namespace, names), credentials)
             self._meshes[namespace] = mesh
         return mesh
 

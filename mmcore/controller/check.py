@@ -21,7 +21,7 @@ from mmcore.controller.objects import (
 )
 from mmcore.controller.runtimes import Runtime, effective_runtimes, problems
 from mmcore.controller.selection import Unfit, select
-from mmcore.controller.serving_config import CONFIG_KEY, CONFIG_MAP_NAME, ConfigError, ServingConfig
+from mmcore.controller.serving_config import CONFIG_KEY, CONFIG_MAP_NAME, TLS_SECRET, ConfigError, ServingConfig
 from mmcore.controller.wanted import DEPLOYMENT_MODE, InvalidSpec, is_served, of_inference_service, of_predictor
 
 #: Fields of an InferenceService's predictor that say something of its model; the others are of pods of its own.
@@ -76,7 +76,10 @@ def _configuration(item: Object, findings: list[Finding]) -> ServingConfig:
         return ServingConfig()
     findings += [Finding(name, "note", notice) for notice in config.notices]
     if config.tls_secret:
-        findings.append(Finding(name, "error", "tls: instances have no TLS yet, and serve without it"))
+        told = f"tls: the secret {config.tls_secret} must be in every namespace that is served"
+        if config.tls_secret != TLS_SECRET:
+            told += f"; let the controller's role get it, which names {TLS_SECRET}"
+        findings.append(Finding(name, "note", told))
     if not config.notices:
         findings.append(Finding(name, "ok", "all of it is honoured"))
     return config

@@ -37,6 +37,7 @@ _TERMINATION_S: Final = 95
 _MODELS: Final = "/models"
 _CONSTRAINTS: Final = "/etc/mmcore/constraints"
 _ETCD: Final = "/etc/mmcore/etcd"
+_TLS: Final = "/etc/mmcore/tls"
 _STORAGE: Final = "/storage-config"
 _CLAIMS: Final = "/pvc_mounts"
 #: Share of the folder of models that pulled files may take before the eldest go: above all of it pods are evicted.
@@ -124,7 +125,8 @@ def deployment(runtime: Runtime, config: ServingConfig, place: Place, replicas: 
 def _scrape_annotations(config: ServingConfig) -> dict[str, str]:
     if not config.metrics:
         return {}
-    values = {"path": "/metrics", "port": str(config.metrics_port), "scheme": "http", "scrape": "true"}
+    scheme = "https" if config.metrics_tls else "http"
+    values = {"path": "/metrics", "port": str(config.metrics_port), "scheme": scheme, "scrape": "true"}
     return {f"prometheus.io/{key}": value for key, value in values.items()}
 
 
@@ -183,7 +185,9 @@ def _instance(runtime: Runtime, config: ServingConfig, place: Place) -> Object:
     resources = _instance_resources(runtime, config)
 
     def probe(path: str, **timing: int) -> Object:
-        return {"httpGet": {"path": path, "port": "prometheus"}, "timeoutSeconds": 5, **timing}
+        # The kubelet takes any certificate and has none, which this port asks nobody for.
+        scheme = {"scheme": "HTTPS"} if config.metrics_tls else {}
+        return {"httpGet": {"path": path, "port": "prometheus", **scheme}, "timeoutSeconds": 5, **timing}
 
     return {
         "name": OWN,
@@ -204,6 +208,7 @@ def _instance(runtime: Runtime, config: ServingConfig, place: Place) -> Object:
             {"name": "storage-config", "mountPath": _STORAGE, "readOnly": True},
             {"name": "tc-config", "mountPath": _CONSTRAINTS, "readOnly": True},
             {"name": "etcd-config", "mountPath": _ETCD, "readOnly": True},
+            *([{"name": "tls-certs", "mountPath": _TLS, "readOnly": True}] if config.tls_secret else []),
             *_claim_mounts(place),
             *_socket_mounts(runtime),
             *(stated.get("volumeMounts") or []),
@@ -236,6 +241,7 @@ def environment(runtime: Runtime, config: ServingConfig, place: Place, resources
         "MMCORE_GRACE": f"{_GRACE_S}s",
         "MMCORE_CAPACITY": str(size) if (size := capacity_bytes(runtime, resources)) else None,
         "MMCORE_RUNTIME": runtime_address(runtime),
+        **_tls_environment(config),
     }
     stated: dict[str, Object] = {"POD_IP": {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}}
     stated |= {name: {"value": value} for name, value in config.environment}
@@ -243,6 +249,19 @@ def environment(runtime: Runtime, config: ServingConfig, place: Place, resources
         stated[entry["name"]] = {key: value for key, value in entry.items() if key != "name"}
     stated |= {name: {"value": value} for name, value in own.items() if value is not None}
     return [{"name": name, **value} for name, value in stated.items()]
+
+
+def _tls_environment(config: ServingConfig) -> dict[str, str | None]:
+    """One secret for all: whom its certificates have signed, or who shows one of them, is an instance or a client."""
+    if not config.tls_secret:
+        return {}
+    return {
+        "MMCORE_TLS_CERT": f"{_TLS}/tls.crt",
+        "MMCORE_TLS_KEY": f"{_TLS}/tls.key",
+        "MMCORE_TLS_CLIENT_CA": _TLS if config.tls_client_auth == "require" else None,
+        "MMCORE_PEER_CA": _TLS,
+        "MMCORE_METRICS_TLS": "true" if config.metrics_tls else None,
+    }
 
 
 def _instance_resources(runtime: Runtime, config: ServingConfig) -> Object:
@@ -325,6 +344,9 @@ def _volumes(runtime: Runtime, config: ServingConfig, place: Place) -> list[Obje
         {"name": "tc-config", "configMap": {"name": CONSTRAINTS_MAP}},
         {"name": "etcd-config", "secret": {"secretName": place.etcd_secret}},
     ]
+    if config.tls_secret:
+        # Not optional: without it nothing is served, rather than in plain text.
+        volumes.append({"name": "tls-certs", "secret": {"secretName": config.tls_secret, "defaultMode": 0o440}})
     if _sockets(runtime):
         volumes.append({"name": "domain-socket", "emptyDir": {}})
     for claim in place.claims:

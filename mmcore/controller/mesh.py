@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+import ssl
+from collections.abc import Awaitable, Callable, Collection
 from typing import Final, TypeVar
 
 from google.protobuf.message import Message
@@ -36,6 +37,10 @@ _CLUSTER: Final = "/mmcore.Cluster"
 ResponseT = TypeVar("ResponseT", bound=Message)
 
 
+#: Gives a connection to instances its TLS, None for plain text; NoInstance where there is none.
+Credentials = Callable[[], Awaitable[ssl.SSLContext | None]]
+
+
 class NoInstance(Unavailable):
     """No instance of the namespace can be asked."""
 
@@ -48,11 +53,14 @@ class Mesh:
         listed: whether all of them have been told once by the instances there are now.
     """
 
-    def __init__(self, namespace: str, changed: Callable[[Collection[str]], None]) -> None:
+    def __init__(
+        self, namespace: str, changed: Callable[[Collection[str]], None], credentials: Credentials | None = None
+    ) -> None:
         self.vmodels: dict[str, pb.VModelStatusInfo] = {}
         self.listed = False
         self._namespace = namespace
         self._changed = changed
+        self._credentials = credentials
         self._addresses: tuple[str, ...] = ()
         self._channel: Channel | None = None
         self._following: asyncio.Task[None] | None = None
@@ -120,8 +128,13 @@ class Mesh:
     async def _connect(self) -> Channel:
         if not self._addresses:
             raise NoInstance(f"{self._namespace} has no ready instance")
+        # Asked anew for each connection, so that a secret that was renewed counts.
+        tls = await self._credentials() if self._credentials is not None else None
         addresses = [one for one in self._addresses if self._last != one] or list(self._addresses)
-        channel = self._channel = Channel(addresses[0], settings=TransportSettings(max_message_bytes=_ANSWER_LIMIT))
+        if not addresses:
+            raise NoInstance(f"{self._namespace} has no ready instance any more")
+        settings = TransportSettings(max_message_bytes=_ANSWER_LIMIT)
+        channel = self._channel = Channel(addresses[0], settings=settings, ssl=tls)
         self._last = channel.target
         return channel
 

@@ -68,6 +68,13 @@ def service(config: ServingConfig, namespace: str) -> Object:
     return {**_meta(SERVICE, namespace, config.service_name, labels=labels), "spec": spec}
 
 
+def endpoints(config: ServingConfig, namespace: str) -> tuple[str, str]:
+    """Where clients call gRPC and REST, as objects' statuses tell it; the latter is empty where it is not served."""
+    host = f"{config.service_name}.{namespace}"
+    http = f"{'https' if config.tls_secret else 'http'}://{host}:{config.rest_port}"
+    return f"grpc://{host}:{config.grpc_port}", http if config.rest_port is not None else ""
+
+
 def constraints_map(config: ServingConfig, namespace: str, runtimes: Sequence[Runtime]) -> Object:
     """The files by which instances know where types of models go, and where requests name their model."""
     files = {
@@ -135,8 +142,12 @@ def disruption_budget(runtime: Runtime, config: ServingConfig, namespace: str, k
 
 def service_monitor(config: ServingConfig, namespace: str, found: Object, kind: Kind) -> Object:
     """What the Prometheus operator scrapes; it goes with the Service ``found``."""
+    endpoint: Object = {"interval": "30s", "port": "prometheus", "scheme": "http"}
+    if config.metrics_tls:
+        # The certificate is for the Service's name, and pods are scraped by their addresses.
+        endpoint |= {"scheme": "https", "tlsConfig": {"insecureSkipVerify": True}}
     spec = {
-        "endpoints": [{"interval": "30s", "port": "prometheus", "scheme": "http"}],
+        "endpoints": [endpoint],
         "namespaceSelector": {"matchNames": [namespace]},
         "selector": {"matchLabels": {SERVICE_LABEL: config.service_name}},
     }

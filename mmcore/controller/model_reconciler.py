@@ -15,6 +15,7 @@ from mmcore.controller.events import Events
 from mmcore.controller.informer import Informer
 from mmcore.controller.known import Known, Selected
 from mmcore.controller.mesh import Mesh, NoInstance
+from mmcore.controller.mesh_manifests import endpoints
 from mmcore.controller.objects import (
     FINALIZER,
     INFERENCE_SERVICE,
@@ -210,10 +211,8 @@ class ModelReconciler:
         return found if found is not None and found.status != pb.VModelStatusInfo.NOT_FOUND else None
 
     def _with_endpoints(self, status: ModelStatus, namespace: str) -> ModelStatus:
-        config = self._known.config
-        host = f"{config.service_name}.{namespace}"
-        http = f"http://{host}:{config.rest_port}" if config.rest_port is not None else ""
-        return replace(status, grpc=f"grpc://{host}:{config.grpc_port}", http=http)
+        grpc, http = endpoints(self._known.config, namespace)
+        return replace(status, grpc=grpc, http=http)
 
     # Writing.
 

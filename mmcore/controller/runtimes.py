@@ -24,7 +24,9 @@ MIN_SCALE: Final = "serving.kserve.io/min-scale"
 MAX_SCALE: Final = "serving.kserve.io/max-scale"
 
 #: Volumes of instances, and names that Services find ports by.
-_OWN_VOLUMES: Final = ("storage-config", "etcd-config", "tc-config", "domain-socket", "models-dir", "mmcore-tmp")
+_OWN_VOLUMES: Final = (
+    *("storage-config", "etcd-config", "tc-config", "tls-certs", "domain-socket", "models-dir", "mmcore-tmp"),
+)
 _OWN_PORT_NAMES: Final = ("grpc", "http", "prometheus", "peer")
 
 

@@ -19,6 +19,8 @@ from mmcore.errors import InvalidSetting
 
 CONFIG_MAP_NAME: Final = "model-serving-config"
 CONFIG_KEY: Final = "config.yaml"
+#: The secret of TLS that the shipped roles let the controller read.
+TLS_SECRET: Final = "model-serving-tls"  # noqa: S105  # a name
 
 #: Keys that meant something to the archived release and have nothing left to act upon, and why.
 _WITHOUT_EFFECT: Final = {
@@ -53,6 +55,9 @@ class ServingConfig:
         grace_s: how long one without models keeps its pods.
         environment: more variables of instances; those that the controller sets go before.
         endpoint: asks instances for their management at this address instead of at their pods'.
+        tls_secret: the secret with ``tls.crt``, ``tls.key`` and perhaps ``ca.crt``; empty: plain text.
+        tls_client_auth: ``require`` takes only clients with a certificate.
+        metrics_tls: whether metrics and probes are served over TLS too.
         notices: what of the file has no effect, each with the reason.
     """
 
@@ -67,6 +72,7 @@ class ServingConfig:
     headless: bool = True
     tls_secret: str = ""
     tls_client_auth: str = ""
+    metrics_tls: bool = False
     access_log: bool = False
     service_account: str = ""
     scale_to_zero: bool = True
@@ -179,8 +185,15 @@ class _Reader:
         }
         rest_port = rest.port("port", 8008)
         values["rest_port"] = rest_port if rest.flag("enabled", True) else None
-        if metrics.text("scheme", "http").lower() == "https":
-            self._notices.append("metrics.scheme: https has no effect: metrics are served over http")
+        scheme = metrics.text("scheme", "").lower()
+        if scheme not in ("", "http", "https"):
+            raise ConfigError(f"metrics.scheme must be http or https, not {scheme!r}")
+        values["metrics_tls"] = bool(values["tls_secret"]) and scheme != "http"
+        if not values["tls_secret"]:
+            if scheme == "https":
+                self._notices.append("metrics.scheme: https has no effect without tls.secretName: metrics are http")
+            if values["tls_client_auth"]:
+                self._notices.append("tls.clientAuth has no effect without tls.secretName")
         self.leave(rest, "restProxy.", _REST_WITHOUT_EFFECT)
         for section, prefix in ((metrics, "metrics."), (tls, "tls."), (zero, "scaleToZero.")):
             self.leave(section, prefix, {})

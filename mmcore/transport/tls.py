@@ -8,6 +8,7 @@ being replaced, leave what was there in force.
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from mmcore.config import TlsFiles
 from mmcore.errors import InvalidSetting
 
 log = logging.getLogger(__name__)
+
+#: Of a folder of authorities, the files that count: what a mounted secret calls its certificates.
+_AUTHORITIES: Final = "*.crt"
 
 #: What a listener offers by ALPN (RFC 7301): gRPC's, and REST's.
 HTTP_2: Final = ("h2",)
@@ -48,7 +52,8 @@ class _Kept:
         return self._context
 
     def _look(self) -> list[tuple[int, int, int] | None]:
-        return [_stamp(file) for file in self._files]
+        files = [one for file in self._files for one in (file, *sorted(file.glob(_AUTHORITIES)))]
+        return [_stamp(file) for file in files]
 
     def _named(self, error: Exception) -> str:
         """OpenSSL does not say which file it stumbled over."""
@@ -71,7 +76,7 @@ def server_context(files: TlsFiles, protocols: Sequence[str] = HTTP_2) -> ssl.SS
         context.load_cert_chain(files.certificate, files.key, password=_no_password)
         if files.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(files.client_ca)
+            _trust(context, files.client_ca)
         context.set_alpn_protocols(list(protocols))
         return context
 
@@ -114,13 +119,53 @@ def peer_context(ca: Path, files: TlsFiles) -> Callable[[], ssl.SSLContext]:
     """
 
     def make() -> ssl.SSLContext:
-        context = ssl.create_default_context(cafile=ca)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.check_hostname = False
+        context = _peer()
+        _trust(context, ca)
         context.load_cert_chain(files.certificate, files.key, password=_no_password)
         return context
 
     return _Kept([ca, files.certificate, files.key], make)
+
+
+def peer_context_of(certificate: bytes, key: bytes, authorities: bytes) -> ssl.SSLContext:
+    """The same of what the files would hold, PEM, for one who is told it; nothing of it comes to a disk.
+
+    Raises:
+        InvalidSetting: as above.
+    """
+    context = _peer()
+    descriptor = os.memfd_create("tls")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(certificate + b"\n" + key)
+        # OpenSSL reads keys from files alone.
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}", password=_no_password)
+        context.load_verify_locations(cadata=authorities.decode("ascii"))
+    except (OSError, ValueError) as error:
+        raise InvalidSetting(f"TLS: {error}") from None
+    finally:
+        os.close(descriptor)
+    return context
+
+
+def _peer() -> ssl.SSLContext:
+    """What instances and those who manage them have in common; it trusts nobody yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def _trust(context: ssl.SSLContext, authorities: Path) -> None:
+    """Trust whom a file's certificates have signed, or those in a folder's ``*.crt``, and these themselves."""
+    found = sorted(authorities.glob(_AUTHORITIES)) if authorities.is_dir() else [authorities]
+    if not found:
+        raise ValueError(f"no {_AUTHORITIES} in {authorities}")
+    for file in found:
+        context.load_verify_locations(file)
+    # A certificate that another has signed is trusted without that one too, as Java's trust stores do.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
 
 
 def _existing(files: TlsFiles) -> list[Path]:

@@ -87,6 +87,15 @@ def test_what_is_shipped_works() -> None:
     assert len([one for one in findings if "it goes to the runtime" in one.text]) >= 8
 
 
+@pytest.mark.parametrize(("name", "role"), [("model-serving-tls", False), ("mine", True)])
+def test_the_secret_of_tls_is_told_and_who_must_be_let_to_read_it(name: str, role: bool) -> None:
+    config = {"config.yaml": f"tls: {{secretName: {name}}}"}
+    item = {"kind": "ConfigMap", "metadata": {"name": "model-serving-config"}, "data": config}
+    [note] = [one.text for one in check([item]) if one.level == "note"]
+    assert f"the secret {name} must be in every namespace" in note
+    assert ("role" in note) == role
+
+
 def test_the_kinds_of_both_scopes_say_the_same() -> None:
     for file in ROOT.glob("deploy/runtimes/cluster/*.yaml"):
         here, there = (yaml.safe_load(one.read_text()) for one in (file, file.parent.parent / "namespace" / file.name))

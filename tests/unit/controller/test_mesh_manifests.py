@@ -41,6 +41,17 @@ def test_the_service_offers_what_is_served() -> None:
     assert "clusterIP" not in found["spec"]
 
 
+def test_endpoints_and_the_scrape_follow_tls() -> None:
+    assert manifests.endpoints(CONFIG, "a") == ("grpc://modelmesh-serving.a:8033", "http://modelmesh-serving.a:8008")
+    tls = ServingConfig.read("tls: {secretName: s}\nrestProxy: {port: 9}")
+    assert manifests.endpoints(tls, "a")[1] == "https://modelmesh-serving.a:9"
+    assert manifests.endpoints(ServingConfig.read("restProxy: {enabled: false}"), "a")[1] == ""
+    found = {"metadata": {"name": "modelmesh-serving", "uid": "2"}}
+    for config, scheme in ((CONFIG, "http"), (tls, "https")):
+        [endpoint] = manifests.service_monitor(config, "a", found, SERVICE_MONITORS[0])["spec"]["endpoints"]
+        assert endpoint["scheme"] == scheme and ("tlsConfig" in endpoint) == (scheme == "https")
+
+
 def test_instances_read_the_constraints_and_go_where_they_say() -> None:
     onnx, own = runtime(), own_runtime("mmcore", "sklearn")
     hidden = runtime("off", disabled=True)

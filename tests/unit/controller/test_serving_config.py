@@ -50,6 +50,7 @@ def test_an_image_with_a_port_in_its_name() -> None:
         ("podsPerRuntime: -1", "must not be negative"),
         ("inferenceServicePort: 70000", "must be a port"),
         ("metrics: {port: 8033}", "must differ"),
+        ("metrics: {scheme: ftp}", "metrics.scheme must be http or https"),
         ("tls: {clientAuth: sometimes}", "must be one of optional, require"),
         ("mmcoreResources: {limits: {memory: lots}}", "mmcoreResources.limits.memory"),
         ("- a", "must be a mapping"),
@@ -60,6 +61,24 @@ def test_an_image_with_a_port_in_its_name() -> None:
 def test_what_cannot_be_used_is_named(text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         ServingConfig.read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "metrics"),
+    [
+        ("tls: {secretName: s}", True),
+        ("tls: {secretName: s}\nmetrics: {scheme: https}", True),
+        ("tls: {secretName: s}\nmetrics: {scheme: http}", False),
+    ],
+)
+def test_metrics_are_over_tls_where_the_rest_is_unless_they_are_to_be_plain(text: str, metrics: bool) -> None:
+    assert ServingConfig.read(text).metrics_tls is metrics
+
+
+def test_tls_settings_without_a_secret_have_no_effect_and_say_so() -> None:
+    config = ServingConfig.read("tls: {clientAuth: require}\nmetrics: {scheme: https}")
+    assert not config.metrics_tls
+    assert [one for one in config.notices if one.startswith("tls.clientAuth has no effect without tls.secretName")]
 
 
 def test_what_has_no_effect_any_more_is_told() -> None:
