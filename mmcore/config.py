@@ -253,6 +253,37 @@ class ServeSettings:
     payloads: PayloadSettings = PayloadSettings()
 
 
+@dataclass(frozen=True, slots=True)
+class HeldSettings:
+    """All that a process is told that holds models for a mesh.
+
+    Attributes:
+        host, port: where it listens; the port 0 picks a free one.
+        uds: path of a Unix socket to listen on as well.
+        adapter: the server that holds the models, ``triton://HOST:PORT?repo=DIR``; None: this process.
+        capacity_bytes: what the mesh may load; 0: what that server says.
+        load_timeout_s: how long a load may take.
+        loader_threads: how many models this process loads at once.
+        isolate, server_name, log_level, grace_s, event_loop, response_cache_bytes: as for an instance.
+        transport: limits of its connections; what the mesh lets through is not refused here.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8085
+    uds: Path | None = None
+    adapter: str | None = None
+    capacity_bytes: int = 0
+    load_timeout_s: float = 90.0
+    loader_threads: int = 2
+    isolate: str = "none"
+    server_name: str = "mmcore"
+    log_level: str = "info"
+    grace_s: float = 30.0
+    event_loop: str = "uvloop"
+    response_cache_bytes: int = 64 * 2**20
+    transport: TransportSettings = TransportSettings(max_message_bytes=2**31 - 1, max_receiving_bytes=2**31 - 1)
+
+
 def parse_size(text: str) -> int:
     """``2GiB``, ``500MB``, ``1.5g`` or a plain number of bytes; i marks powers of 1024.
 

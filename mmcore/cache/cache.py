@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -144,6 +145,9 @@ class Cache:
         self._tasks: set[asyncio.Task[None]] = set()
         self._unloading: set[Copy] = set()
         self._closing: set[asyncio.Future[None]] = set()
+        #: By model: loads that run, given up or not, and copies and models that are being unloaded.
+        self._under_way: Counter[str] = Counter()
+        self._settled: asyncio.Future[None] | None = None
         self._closed = False
 
     def resize(self, capacity_bytes: int, loads_at_once: int) -> None:
@@ -197,6 +201,37 @@ class Cache:
     def unloading(self, name: str) -> list[Copy]:
         """The copies of a model that finish their requests or are being closed."""
         return [copy for copy in self._unloading if copy.name == name]
+
+    async def settled(self, *names: str) -> None:
+        """Wait until no load of these models runs, dropped ones included, and none of their copies is being unloaded.
+
+        The memory of a model that has been unloaded, or whose load was given up, has been given back by then. Without
+        names it is that of all models.
+        """
+        while any(self._under_way[name] for name in names) if names else self._under_way:
+            if self._settled is None:
+                self._settled = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._settled)
+
+    def _began_one(self, name: str) -> None:
+        self._under_way[name] += 1
+
+    def _ended_one(self, name: str) -> None:
+        self._under_way[name] -= 1
+        if not self._under_way[name]:
+            del self._under_way[name]
+            if self._settled is not None:
+                self._settled.set_result(None)
+                self._settled = None
+
+    async def predict(self, name: str, version: str, origin: Origin) -> int:
+        """What a version will take of the host's memory, in bytes, by what is known of it before it is loaded.
+
+        Raises:
+            LoadFailed, NotFound, Unavailable: its files are not to be had.
+        """
+        source, _, files = await self._finders.run(_find, name, version, origin, self._predict)
+        return self.sizes.predict(source, files)
 
     # Loading.
 
@@ -265,7 +300,13 @@ class Cache:
         self._loads[name, version] = load
         task = asyncio.get_running_loop().create_task(self._run(load), name=f"load {name}/{version}")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._began_one(name)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._ended_one(name)
+
+        task.add_done_callback(ended)
         log.info("loading model %s version %s", name, version)
         self.on_state(name, load.state, None)
         self._tell(name, version)
@@ -315,7 +356,7 @@ class Cache:
                 raise Unavailable("this instance is shutting down")
             load.spent("queue_s")
             self._enter(load, CopyState.PULLING)
-            source, stamp, files = await self._finders.run(_find, load, self._predict)
+            source, stamp, files = await self._finders.run(_find, load.name, load.version, load.origin, self._predict)
         load.spent("find_s")
         load.check_wanted()
         serving = self.lru.get((load.name, load.version))
@@ -346,7 +387,7 @@ class Cache:
             if isinstance(error, Overloaded):
                 # Learnt only by loading it, so it is remembered like any other cause.
                 self._failed(load.name, load.version, error)
-            self._discard(model, took)
+            self._discard(load.name, model, took)
             raise
         copy = Copy(
             source, model, bound,
@@ -494,6 +535,7 @@ class Cache:
         self.lru.remove(copy)
         self._own_timeouts.discard(copy)
         self._unloading.add(copy)
+        self._began_one(copy.name)
         self.room.device_loaded -= copy.device_bytes
         self.room.leaves(Footprint(copy.weight, copy.device_bytes))
 
@@ -514,14 +556,15 @@ class Cache:
         # Both would keep the model alive as long as anybody keeps the copy.
         del copy.model
         copy.prepared = None
-        self._close(model, Footprint(copy.weight, copy.device_bytes), copy)
+        self._close(model, Footprint(copy.weight, copy.device_bytes), copy.name, copy)
 
-    def _discard(self, model: LoadedModel, size: Footprint) -> None:
+    def _discard(self, name: str, model: LoadedModel, size: Footprint) -> None:
         """Close a model that was never published."""
+        self._began_one(name)
         self.room.leaves(size)
-        self._close(model, size, None)
+        self._close(model, size, name)
 
-    def _close(self, model: LoadedModel, size: Footprint, copy: Copy | None) -> None:
+    def _close(self, model: LoadedModel, size: Footprint, name: str, copy: Copy | None = None) -> None:
         """Close a model in a thread; its space, counted as being unloaded, is free when that is done."""
         closing = self._unloaders.run(_close, model, size.host, self.counted)
         self._closing.add(closing)
@@ -531,8 +574,9 @@ class Cache:
             if copy is not None:
                 self._unloading.discard(copy)
                 log.info("unloaded model %s version %s, %d bytes", copy.name, copy.version, copy.weight)
-                self._tell(copy.name, copy.version)
+                self._tell(name, copy.version)
             self.room.left(size)
+            self._ended_one(name)
 
         closing.add_done_callback(closed)
 
@@ -571,13 +615,15 @@ def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args
         loop.call_soon_threadsafe(call, *args)
 
 
-def _find(load: Load, predict: Callable[[ModelSource], int | None]) -> tuple[ModelSource, bytes, Files]:
+def _find(
+    name: str, version: str, origin: Origin, predict: Callable[[ModelSource], int | None]
+) -> tuple[ModelSource, bytes, Files]:
     """In a finder thread: where the files are, their signature, and what their size in memory can be told by.
 
     The signature is empty where the version has no folder of its own, so that its files cannot be told from others.
     """
-    source = load.origin.source(load.name, load.version)
-    folder = next((parent for parent in (source.path, source.path.parent) if parent.name == load.version), None)
+    source = origin.source(name, version)
+    folder = next((parent for parent in (source.path, source.path.parent) if parent.name == version), None)
     stamp = signature(folder).digest if folder is not None else b""
     files = Files(source)
     files.predicted = predict(source)

@@ -17,6 +17,7 @@ from mmcore.errors import MmcoreError, RpcError
 #: Sub-command to the module that holds it and one line on what it does.
 COMMANDS: Final = {
     "serve": ("mmcore.cli.serve", "Serve a folder of models over KServe v2, gRPC and REST."),
+    "runtime": ("mmcore.cli.runtime", "Hold models for a mesh, here or in a server that an adapter speaks to."),
     "controller": ("mmcore.cli.controller", "Run the Kubernetes controller, or check manifests for it."),
     "infer": ("mmcore.cli.infer", "Ask a running instance for one inference."),
     "pull": ("mmcore.cli.pull", "Pull a model's files from a store into a folder."),
@@ -55,7 +56,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command and leave with 0 when it ended well, 1 when it failed and 2 when it was called wrongly."""
-    if sys.argv[1:2] == ["serve"]:
+    if sys.argv[1:2] in (["serve"], ["runtime"]):
         from mmcore.server.allocator import choose_allocator
 
         choose_allocator()

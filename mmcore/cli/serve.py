@@ -319,7 +319,7 @@ def command(
     if runtime is not None:
         if workers > 1:
             raise click.UsageError("--workers: one instance alone can have a --runtime")
-        _check_runtime(runtime)
+        check_runtime(runtime, "--runtime")
     tls = _tls(tls_cert, tls_key, tls_client_ca)
     if tls is None and (metrics_tls or peer_ca):
         raise click.UsageError("--metrics-tls and --peer-ca need --tls-cert and --tls-key")
@@ -389,13 +389,14 @@ def command(
     )
 
 
-def _check_runtime(address: str) -> None:
+def check_runtime(address: str, flag: str) -> None:
+    """Raise the usage error of an option ``flag`` whose value is no runtime's address."""
     from mmcore.adapters.opening import open_runtime
 
     try:
         open_runtime(address)
     except ValueError as error:
-        raise click.UsageError(f"--runtime: {error}") from None
+        raise click.UsageError(f"{flag}: {error}") from None
 
 
 def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import secrets
-import signal
 import socket
 import ssl
 import time
@@ -26,9 +25,8 @@ import mmcore
 from mmcore import log as logs
 from mmcore import pb, placement
 from mmcore._ext.calls import CallCounters
-from mmcore._ext.v2codec import Signature
-from mmcore.adapters import External, ExternalModel, open_runtime
-from mmcore.cache import Cache, Copy
+from mmcore.adapters import External, open_runtime
+from mmcore.cache import Cache
 from mmcore.config import ServeSettings, StorageSettings
 from mmcore.errors import InvalidSetting, Unavailable
 from mmcore.placement import TypeConstraints
@@ -38,11 +36,12 @@ from mmcore.routing.watched_file import WatchedFile
 from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.access import Access
-from mmcore.server.allocator import keep_freed_memory, release_freed_memory
+from mmcore.server.allocator import keep_freed_memory
 from mmcore.server.calls import Answer, Waiting
 from mmcore.server.dashboard.events import Events
 from mmcore.server.dashboard.recent import Recent
 from mmcore.server.dataplane import parse_dataplane_config
+from mmcore.server.external_cache import external_cache, tell_what_goes
 from mmcore.server.inference import MODEL_INFER
 from mmcore.server.interpreter import Collections, take_short_turns
 from mmcore.server.observed import Observed
@@ -50,6 +49,7 @@ from mmcore.server.parts import Parts
 from mmcore.server.passing import PassThrough
 from mmcore.server.payloads import PayloadLog
 from mmcore.server.peer import add_peer_methods, listen_for_peers
+from mmcore.server.process import run_until_told
 from mmcore.server.request_log import RequestLog
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
@@ -71,9 +71,6 @@ ValueT = TypeVar("ValueT")
 
 #: The share of the grace that handing models over may take; the rest is for the calls in flight.
 HANDOVER_SHARE: Final = 0.6
-
-#: Loads, and unloads, that wait for a runtime at once; each has a thread that does nothing else.
-RUNTIME_LOADS: Final = 16
 
 #: The services that reflection tells of.
 _SERVICES: Final = (SERVICE, management.SERVICE, cluster.SERVICE, "grpc.health.v1.Health")
@@ -146,7 +143,7 @@ class Node:
         if self._external is not None:
             self._passing = PassThrough(self._external, self._router, names, Waiting(), config=config, mesh=self._mesh)
             self._passing.register(self._server)
-            self._router.cache.on_gone = partial(_tell_gone, self._external, self._router.cache.on_gone)
+            tell_what_goes(self._router.cache, self._external)
             self._external.on_down = self._runtime_lost
             self._external.on_up = self._runtime_back
         add_peer_methods(self._server, self._router)
@@ -441,12 +438,6 @@ def _puller(settings: StorageSettings) -> Puller:
     return Puller(StorageConfig(settings.entries), cache, pvc_mounts=settings.pvc_mounts)
 
 
-def _tell_gone(external: External, tell: Callable[[Copy], None], copy: Copy) -> None:
-    if isinstance(copy.model, ExternalModel):
-        external.given_up(copy.model)
-    tell(copy)
-
-
 def _external(settings: ServeSettings) -> External | None:
     if settings.runtime is None:
         return None
@@ -458,19 +449,8 @@ def _external(settings: ServeSettings) -> External | None:
 
 def _cache(settings: ServeSettings, external: External | None) -> Cache:
     if external is not None:
-        return Cache(
-            # What it says itself is known when it is ready.
-            capacity_bytes=settings.capacity_bytes,
-            load=external.load,
-            bind=lambda model: Signature(()),
-            warm=lambda source, model, signature: None,
-            predict=external.predict,
-            loader_threads=RUNTIME_LOADS,
-            unloader_threads=RUNTIME_LOADS,
-            eviction=settings.cache.eviction,
-            min_residency_s=settings.cache.min_residency_s,
-            idle_timeout_s=settings.cache.idle_timeout_s,
-        )
+        # What it says itself is known when it is ready.
+        return external_cache(external, settings.capacity_bytes, settings.cache)
     storage = settings.storage.cache.expanduser()
     return Cache(
         capacity_bytes=settings.capacity_bytes,
@@ -496,49 +476,4 @@ def run_one(settings: ServeSettings) -> int:
     take_short_turns()
     logs.configure(settings.log_level)
     log.info("mmcore %s, capacity %d bytes", mmcore.__version__, settings.capacity_bytes)
-    with asyncio.Runner(loop_factory=_loop_factory(settings.event_loop)) as runner:
-        return runner.run(_serve(settings))
-
-
-async def _serve(settings: ServeSettings) -> int:
-    node = Node(settings)
-    told = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        if told.is_set():
-            log.warning("ending at once")
-            # Threads may be inside a model that never returns; nothing of this process is worth waiting for.
-            logging.shutdown()
-            os._exit(1)
-        told.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    starting = loop.create_task(node.start(), name="start")
-    ending = loop.create_task(told.wait(), name="wait for a signal")
-    await asyncio.wait((starting, ending), return_when=asyncio.FIRST_COMPLETED)
-    if starting.done():
-        try:
-            starting.result()
-        except BaseException:
-            ending.cancel()
-            await node.drain()
-            raise
-        release_freed_memory()
-        print(node.ready_line(), flush=True)
-        await ending
-    else:
-        starting.cancel()
-        await asyncio.wait([starting])
-    log.info("draining, for %g seconds at most", settings.grace_s)
-    await node.drain()
-    return 0
-
-
-def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
-    if name == "asyncio":
-        return asyncio.new_event_loop
-    import uvloop
-
-    return uvloop.new_event_loop
+    return run_until_told(lambda: Node(settings), settings.event_loop, settings.grace_s)

@@ -3,11 +3,12 @@
 The surface: :func:`detect` and :func:`inspect` look at one model, :class:`ModelFolder` watches a root of many, and an
 :class:`Origin` gives the source of a version when it is to be loaded. :class:`PulledOrigin` is that of registered
 models: a :class:`Puller` finds them by a :class:`StorageConfig` and keeps them in a :class:`DiskCache`. Where a runtime
-reads the files itself it is :class:`WholeOrigin`.
+reads the files itself it is :class:`WholeOrigin`. Where a mesh has pulled them they are :class:`GivenFiles`.
 """
 
 from mmcore.storage.disk_cache import DiskCache
 from mmcore.storage.folder import Change, ModelFolder
+from mmcore.storage.given import GivenFiles
 from mmcore.storage.layout import Layout, detect, inspect
 from mmcore.storage.origin import FileOrigin, Origin
 from mmcore.storage.places import StorageConfig
@@ -19,6 +20,7 @@ __all__ = [
     "Change",
     "DiskCache",
     "FileOrigin",
+    "GivenFiles",
     "Layout",
     "ModelFolder",
     "Origin",

@@ -13,7 +13,7 @@ from mmcore.model import ModelInfo, ModelSource
 from mmcore.storage.formats import format_of
 from mmcore.storage.layout import DEFAULT_VERSION, Layout, inspect
 from mmcore.storage.places import stated_format
-from mmcore.storage.puller import Pulled, Puller
+from mmcore.storage.puller import Pulled, Pulls
 from mmcore.storage.settings import read_schema
 from mmcore.storage.signature import signature
 from mmcore.storage.stated import Stated
@@ -26,7 +26,7 @@ class PulledOrigin:
     those its files have. It is given under whatever version it is asked for.
     """
 
-    def __init__(self, puller: Puller, find: Callable[[str], ModelInfo | None]) -> None:
+    def __init__(self, puller: Pulls, find: Callable[[str], ModelInfo | None]) -> None:
         self._puller: Final = puller
         self._find = find
         self._lock = threading.Lock()

@@ -88,6 +88,13 @@ class Pulled:
     lease: Lease | None = None
 
 
+class Pulls(Protocol):
+    """What origins ask for files."""
+
+    def pull(self, info: ModelInfo) -> Pulled:
+        """The model's files on this machine; LoadFailed where they cannot be had. Blocking."""
+
+
 class _Remote(Remote, Protocol):
     """What a provider's module makes."""
 

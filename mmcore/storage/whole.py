@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from mmcore.errors import NotFound
 from mmcore.model import ModelInfo, ModelSource
 from mmcore.storage.places import stated_format
-from mmcore.storage.puller import Puller
+from mmcore.storage.puller import Pulls
 
 
 class WholeOrigin:
@@ -18,7 +18,7 @@ class WholeOrigin:
     layouts there are is the runtime's business.
     """
 
-    def __init__(self, puller: Puller, find: Callable[[str], ModelInfo | None]) -> None:
+    def __init__(self, puller: Pulls, find: Callable[[str], ModelInfo | None]) -> None:
         self._puller = puller
         self._find = find
 

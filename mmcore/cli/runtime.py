@@ -1,0 +1,97 @@
+"""``mmcore runtime``: hold models for a mesh, in this process or in a server that an adapter speaks to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+import click
+
+from mmcore import log
+from mmcore.cli.serve import DURATION, SIZE, check_runtime, option, read_config
+from mmcore.config import ISOLATION_POLICIES, THREAD_POOLS, HeldSettings, default_capacity
+
+_HELD: Final = HeldSettings()
+
+
+@click.command("runtime", context_settings={"show_default": True})
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=read_config,
+    is_eager=True,
+    expose_value=False,
+    envvar="MMCORE_CONFIG",
+    show_envvar=True,
+    help="YAML file with any of the options below.",
+)
+@option("--host", default=_HELD.host, help="Address to listen on. Whoever reaches it can have any file loaded.")
+@option("--grpc-port", type=click.IntRange(0, 65535), default=_HELD.port, help="Port; 0 picks a free one.")
+@option("--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket as well.")
+@option(
+    "--adapter",
+    metavar="ADDRESS",
+    show_default="this process",
+    help="The server that holds the models: triton://HOST:PORT?repo=DIR or another that serve --runtime takes.",
+)
+@option(
+    "--capacity",
+    type=SIZE,
+    show_default="80 % of the memory limit",
+    help="What loaded models may take together, for example 2GiB.",
+)
+@option("--load-timeout", type=DURATION, default="90s", help="How long the mesh lets a load take.")
+@option("--loader-threads", type=click.IntRange(1, 64), default=2, help="How many models are loaded at once.")
+@option(
+    "--isolate",
+    type=click.Choice(ISOLATION_POLICIES),
+    default=ISOLATION_POLICIES[0],
+    help="Models to run in worker processes whatever their settings say; untrusted are pickles and Python classes.",
+)
+@option("--server-name", default=_HELD.server_name, help="The server's name in ServerMetadata.")
+@option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
+@option("--grace", type=DURATION, default="30s", help="How long calls in flight may finish after SIGTERM.")
+@option("--event-loop", type=click.Choice(["uvloop", "asyncio"]), default="uvloop", help="Event loop to run on.")
+def command(
+    host: str,
+    grpc_port: int,
+    uds: Path | None,
+    adapter: str | None,
+    capacity: int | None,
+    load_timeout: float,
+    loader_threads: int,
+    isolate: str,
+    server_name: str,
+    log_level: str,
+    grace: float,
+    event_loop: str,
+) -> int:
+    """Hold the models that a mesh says, behind its protocol mmesh.ModelRuntime.
+
+    One line of JSON on standard output says when models can be loaded. Nothing is loaded or unloaded unasked; that is
+    the business of the mesh, `mmcore serve --runtime`, or of ModelMesh.
+    """
+    if adapter is not None:
+        check_runtime(adapter, "--adapter")
+    # Before numpy is imported, whose library starts its threads then.
+    for pool in THREAD_POOLS:
+        os.environ.setdefault(pool, "1")
+    from mmcore.server.runtime import run
+
+    return run(
+        HeldSettings(
+            host=host,
+            port=grpc_port,
+            uds=uds,
+            adapter=adapter,
+            capacity_bytes=capacity or (0 if adapter is not None else default_capacity()),
+            load_timeout_s=load_timeout,
+            loader_threads=loader_threads,
+            isolate=isolate,
+            server_name=server_name,
+            log_level=log_level,
+            grace_s=grace,
+            event_loop=event_loop,
+        )
+    )
