@@ -147,7 +147,7 @@ test: $(EXTENSIONS) $(DEV_PACKAGES) $(TEST_SYSTEM)
 test-fast: $(EXTENSIONS) $(DEV_PACKAGES)
 	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-# Once, in some minutes: a Kubernetes API server, without which the controller's tests with one are left out.
+# Once, in some minutes: a Kubernetes API server, on which the tests of the controller run in place of the one for tests.
 STEP_kube_apiserver = tests/build_kube_apiserver.sh build/kubernetes
 kube-apiserver:
 	$(call step,Kubernetes API server in build/kubernetes,kube_apiserver)

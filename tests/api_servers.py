@@ -1,6 +1,6 @@
-"""Real Kubernetes API servers for tests, where ``KUBEBUILDER_ASSETS`` names the folder of their programs.
+"""Kubernetes API servers for tests: the real one where ``KUBEBUILDER_ASSETS`` says where it is, else ours.
 
-``make kube-apiserver`` builds one. The convention is envtest's: ``kube-apiserver`` and ``etcd`` lie in that folder.
+``make kube-apiserver`` builds the real one. The convention is envtest's: ``kube-apiserver`` lies in that folder.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import json
 import os
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import yaml
 
@@ -35,75 +37,78 @@ def assets() -> Path | None:
     return Path(folder) if (Path(folder) / "kube-apiserver").exists() else None
 
 
-class RealApiServer:
-    """One server with an etcd of its own.
+def api_server(folder: Path) -> ApiServer:
+    """The server that this machine has, not started."""
+    return RealApiServer(folder) if assets() is not None else OwnApiServer(folder)
+
+
+class ApiServer:
+    """One server, with an etcd that tests use for their instances.
 
     Attributes:
         url: where it is.
         kubeconfig: a file by which its administrator reaches it.
         controller_kubeconfig: the same for the controller, which has the rights that are shipped and no others.
-        etcd: the etcd, which tests use for their instances as well.
+        etcd: the etcd.
     """
 
+    scheme = "http"
+
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.etcd = Etcd(folder / "etcd")
-        self.url = f"https://127.0.0.1:{free_port()}"
+        self.port = free_port()
+        self.url = f"{self.scheme}://127.0.0.1:{self.port}"
         self.kubeconfig = folder / "kubeconfig"
         self.controller_kubeconfig = folder / "kubeconfig-of-the-controller"
+        self.tokens = folder / "tokens.csv"
         self._process: subprocess.Popen[bytes] | None = None
-        self._trust = ssl.create_default_context()
-        self._trust.check_hostname, self._trust.verify_mode = False, ssl.CERT_NONE
+        self.trust = ssl.create_default_context()
+        self.trust.check_hostname, self.trust.verify_mode = False, ssl.CERT_NONE
 
-    def start(self) -> RealApiServer:
-        found = assets()
-        assert found is not None
+    def command(self) -> list[object]:
+        """What starts it."""
+        raise NotImplementedError
+
+    def start(self) -> Self:
+        """Start it, with the custom resources that are shipped."""
         self.etcd.start()
-        key, tokens = self._folder / "sa.key", self._folder / "tokens.csv"
-        subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
-        tokens.write_text(f'{TOKEN},admin,1,"system:masters"\n{CONTROLLER_TOKEN},{CONTROLLER},2\n')
+        self.tokens.write_text(f'{TOKEN},admin,1,"system:masters"\n{CONTROLLER_TOKEN},{CONTROLLER},2\n')
         write_kubeconfig(self.kubeconfig, self.url, TOKEN)
         write_kubeconfig(self.controller_kubeconfig, self.url, CONTROLLER_TOKEN)
-        port = self.url.rpartition(":")[2]
-        command = [
-            found / "kube-apiserver",
-            f"--etcd-servers={self.etcd.url}",
-            f"--cert-dir={self._folder}",
-            f"--secure-port={port}",
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
-            "--service-cluster-ip-range=10.0.0.0/24",
-            f"--token-auth-file={tokens}",
-            "--authorization-mode=RBAC",
-            f"--service-account-issuer={self.url}",
-            f"--service-account-key-file={key}",
-            f"--service-account-signing-key-file={key}",
-            "--disable-admission-plugins=ServiceAccount",
-            "--allow-privileged=true",
-        ]
-        with (self._folder / "apiserver.log").open("wb") as log:
-            self._process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+        with (self.folder / "apiserver.log").open("wb") as log:
+            self._process = subprocess.Popen(list(map(str, self.command())), stdout=log, stderr=log, cwd=ROOT)
         self._wait()
         for file in sorted(CRDS.glob("*s.yaml")):
-            self.ask(
-                "POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", yaml.safe_load(file.read_text())
-            )
-        for file in sorted(CRDS.glob("*s.yaml")):
-            self._wait_for(f"/apis/serving.kserve.io/{version_of(file)}/{file.stem}")
+            self.define(yaml.safe_load(file.read_text()))
         return self
 
+    def define(self, definition: Any) -> None:
+        """Have custom resources served."""
+        self.ask("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition)
+        spec = definition["spec"]
+        self._wait_for(f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}")
+
     def stop(self) -> None:
+        """End it and its etcd."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
         self.etcd.kill()
 
-    def ask(self, method: str, path: str, body: Any = None, content: str = "application/json") -> Any:
-        """One request as the administrator; urllib's HTTPError otherwise."""
-        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": content}
+    @cached_property
+    def has_cel(self) -> bool:
+        """Whether it checks the rules in CEL of custom resources, as servers do since 1.25."""
+        return int(self.ask("GET", "/version")["minor"].rstrip("+")) >= 25
+
+    def ask(
+        self, method: str, path: str, body: Any = None, content: str = "application/json", token: str = TOKEN
+    ) -> Any:
+        """One request, of the administrator unless ``token`` is another's; urllib's HTTPError where it is refused."""
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": content}
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(self.url + path, data=data, method=method, headers=headers)
-        with urllib.request.urlopen(request, context=self._trust, timeout=30) as answer:
+        with urllib.request.urlopen(request, context=self.trust, timeout=30) as answer:
             return json.loads(answer.read() or b"{}")
 
     def grant(self, namespace: str, *, cluster_scope: bool) -> None:
@@ -129,10 +134,10 @@ class RealApiServer:
         give_up_at = time.monotonic() + START_S
         while time.monotonic() < give_up_at:
             assert self._process is not None
-            assert self._process.poll() is None, (self._folder / "apiserver.log").read_text()[-2000:]
+            assert self._process.poll() is None, (self.folder / "apiserver.log").read_text()[-2000:]
             request = urllib.request.Request(self.url + "/readyz", headers={"Authorization": f"Bearer {TOKEN}"})
             try:
-                urllib.request.urlopen(request, context=self._trust, timeout=5).close()
+                urllib.request.urlopen(request, context=self.trust, timeout=5).close()
             except OSError:
                 time.sleep(0.05)
             else:
@@ -151,9 +156,48 @@ class RealApiServer:
         raise TimeoutError(f"{path} is not served")
 
 
-def version_of(file: Path) -> str:
-    """The version of a custom resource's file."""
-    return str(yaml.safe_load(file.read_text())["spec"]["versions"][0]["name"])
+class RealApiServer(ApiServer):
+    """Kubernetes' own."""
+
+    scheme = "https"
+
+    def command(self) -> list[object]:
+        found = assets()
+        assert found is not None
+        key = self.folder / "sa.key"
+        subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True, timeout=60)
+        return [
+            found / "kube-apiserver",
+            f"--etcd-servers={self.etcd.url}",
+            f"--cert-dir={self.folder}",
+            f"--secure-port={self.port}",
+            "--bind-address=127.0.0.1",
+            "--advertise-address=127.0.0.1",
+            "--service-cluster-ip-range=10.0.0.0/16",
+            f"--token-auth-file={self.tokens}",
+            "--authorization-mode=RBAC",
+            f"--service-account-issuer={self.url}",
+            f"--service-account-key-file={key}",
+            f"--service-account-signing-key-file={key}",
+            "--disable-admission-plugins=ServiceAccount",
+            "--allow-privileged=true",
+        ]
+
+
+class OwnApiServer(ApiServer):
+    """Ours: :mod:`tests.apiserver`. ``cel`` False is one that is too old for rules in CEL."""
+
+    def __init__(self, folder: Path, *, cel: bool = True) -> None:
+        super().__init__(folder)
+        self._cel = cel
+
+    def command(self) -> list[object]:
+        options = [] if self._cel else ["--without-cel"]
+        return [sys.executable, "-m", "tests.apiserver", "--port", self.port, "--tokens", self.tokens, *options]
+
+    def expire(self) -> None:
+        """End all watches, and have it know no version of objects older than now."""
+        self.ask("POST", "/testing/expire")
 
 
 def write_kubeconfig(file: Path, url: str, token: str) -> None:

@@ -30,7 +30,7 @@ from mmcore.controller.objects import (
     Ref,
     at,
 )
-from tests.api_servers import RealApiServer, secret
+from tests.api_servers import ApiServer, secret
 from tests.etcds import free_port
 from tests.kubelet import Kubelet
 
@@ -53,7 +53,7 @@ class Cluster:
         claims: the folder of the volume claim ``models``, below which models lie.
     """
 
-    def __init__(self, server: RealApiServer, folder: Path, namespace: str) -> None:
+    def __init__(self, server: ApiServer, folder: Path, namespace: str) -> None:
         self.namespace = namespace
         self.api = Api(server.kubeconfig)
         self.server = server
@@ -178,7 +178,7 @@ def runtime(name: str = "own", *formats: str, kind: str = "ServingRuntime", **sp
 
 
 @asynccontextmanager
-async def running(server: RealApiServer, folder: Path, *, cluster_scope: bool = False) -> AsyncIterator[Cluster]:
+async def running(server: ApiServer, folder: Path, *, cluster_scope: bool = False) -> AsyncIterator[Cluster]:
     """A cluster in a namespace of its own."""
     namespace = f"serving-{os.urandom(4).hex()}"
     cluster = Cluster(server, folder, namespace)

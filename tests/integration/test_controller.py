@@ -1,4 +1,7 @@
-"""The controller with a real API server, real instances and real etcd: what a user of manifests sees."""
+"""The controller with an API server, real instances and real etcd: what a user of manifests sees.
+
+The API server is the real one where this machine has it, ours otherwise.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 
 from mmcore._ext.v2codec import decode_infer_response, encode_infer_request
+from mmcore.controller.api import ApiError
 from mmcore.controller.objects import (
     CLUSTER_SERVING_RUNTIME,
     CONFIG_MAP,
@@ -27,20 +31,17 @@ from mmcore.controller.objects import (
     Ref,
 )
 from mmcore.transport import Channel
-from tests.api_servers import RealApiServer, assets, secret
+from tests.api_servers import ApiServer, OwnApiServer, api_server, secret
 from tests.clusters import Cluster, predictor, running, runtime
 from tests.management import BROKEN, SCALE
 from tests.serving import write_model
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(assets() is None, reason="no API server is built: make kube-apiserver"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealApiServer]:
-    started = RealApiServer(tmp_path_factory.mktemp("kubernetes"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    started = api_server(tmp_path_factory.mktemp("kubernetes"))
     try:
         yield started.start()
     finally:
@@ -48,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealApiServer]:
 
 
 @pytest.fixture
-async def cluster(server: RealApiServer, tmp_path: Path) -> AsyncIterator[Cluster]:
+async def cluster(server: ApiServer, tmp_path: Path) -> AsyncIterator[Cluster]:
     async with running(server, tmp_path) as found:
         for factor in (2, 3):
             write_model(found.models, f"scale-{factor}", SCALE.replace("FACTOR", str(factor)))
@@ -131,10 +132,6 @@ async def test_what_cannot_be_served_is_told(cluster: Cluster) -> None:
     await cluster.apply(nokey)
     await cluster.apply(predictor("unknown", "scale-2", model_type="pmml"))
     await cluster.apply(predictor("lost", "scale-2", runtime={"name": "nope"}))
-    twice = predictor("twice", "scale-2")
-    twice["spec"]["path"] = "other"
-    await cluster.apply(twice)
-
     for name, told in (("broken", "the weights are missing"), ("nokey", "no storage entry 'no'")):
         status = (await cluster.until(PREDICTOR, name, failed("ModelLoadFailed")))["status"]
         assert (status["activeModelState"], status["available"]) == ("FailedToLoad", False)
@@ -148,14 +145,33 @@ async def test_what_cannot_be_served_is_told(cluster: Cluster) -> None:
         assert (status["activeModelState"], status["available"]) == ("FailedToLoad", False)
         assert status["lastFailureInfo"]["message"] == message
         assert "location" not in status["lastFailureInfo"]
-    status = (await cluster.until(PREDICTOR, "twice", failed("InvalidPredictorSpec")))["status"]
-    assert (status["transitionStatus"], status["available"]) == ("InvalidSpec", False)
-    assert ("InvalidPredictorSpec", "Only one of spec.path and spec.storage.path can be specified") in (
-        await cluster.events("twice")
-    )
     # They stand in nobody's way.
     await cluster.apply(predictor("good", "scale-2"))
     await cluster.until(PREDICTOR, "good", state("Loaded"))
+
+
+async def test_a_spec_that_contradicts_itself_is_refused_or_told(cluster: Cluster) -> None:
+    twice = predictor("twice", "scale-2")
+    twice["spec"]["path"] = "other"
+    told = "Only one of spec.path and spec.storage.path can be specified"
+    if cluster.server.has_cel:
+        with pytest.raises(ApiError, match=told):
+            await cluster.apply(twice)
+        return
+    await cluster.apply(twice)
+    status = (await cluster.until(PREDICTOR, "twice", failed("InvalidPredictorSpec")))["status"]
+    assert (status["transitionStatus"], status["available"]) == ("InvalidSpec", False)
+    assert ("InvalidPredictorSpec", told) in await cluster.events("twice")
+
+
+async def test_a_server_too_old_for_rules_leaves_them_to_the_status(tmp_path: Path) -> None:
+    (tmp_path / "kubernetes").mkdir()
+    server = OwnApiServer(tmp_path / "kubernetes", cel=False)
+    try:
+        async with running(server.start(), tmp_path) as cluster:
+            await test_a_spec_that_contradicts_itself_is_refused_or_told(cluster)
+    finally:
+        server.stop()
 
 
 async def test_a_store_that_is_mended_is_noticed(cluster: Cluster) -> None:
@@ -294,7 +310,7 @@ async def test_an_instance_that_dies_is_replaced_in_the_status(cluster: Cluster)
     await cluster.until(PREDICTOR, "other", state("Loaded"))
 
 
-async def test_a_cluster_of_several_namespaces(server: RealApiServer, tmp_path: Path) -> None:
+async def test_a_cluster_of_several_namespaces(server: ApiServer, tmp_path: Path) -> None:
     async with running(server, tmp_path, cluster_scope=True) as cluster:
         write_model(cluster.models, "scale-2", SCALE.replace("FACTOR", "2"))
         team = f"{cluster.namespace}-team"
@@ -321,7 +337,8 @@ async def test_a_cluster_of_several_namespaces(server: RealApiServer, tmp_path: 
         own["metadata"]["namespace"] = team
         await cluster.apply(own)
         await cluster.until_gone(DEPLOYMENT, f"modelmesh-serving-{name}", team)
-        await cluster.until(PREDICTOR, "m", failed("RuntimeDisabled"), team)
+        disabled = lambda one: failed("RuntimeDisabled")(one) and not one["status"]["available"]  # noqa: E731
+        await cluster.until(PREDICTOR, "m", disabled, team)
         await cluster.delete(SERVING_RUNTIME, name, team)
         # It is there again; one that was loaded before is loaded by its next request at the latest.
         await cluster.until(PREDICTOR, "m", lambda one: one["status"]["available"], team)
