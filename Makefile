@@ -220,7 +220,7 @@ format: $(DEV_PACKAGES)
 define tree
 mkdir -p build/tree/$(1)/ext
 cp -a --update ext/. build/tree/$(1)/ext/
-for part in setup.py pyproject.toml README.md LICENSE mmcore protos deploy bench tests; do
+for part in setup.py pyproject.toml README.md LICENSE mmcore protos deploy docs bench tests; do
 	rm -rf build/tree/$(1)/$$part
 	cp -a $$part build/tree/$(1)/
 done

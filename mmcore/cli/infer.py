@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mmcore._ext.v2codec import InferResponse, decode_infer_response, encode_infer_request
 from mmcore.cli.connection import Connection, ask, connection_options
+from mmcore.errors import RpcError, Status
 from mmcore.model import NUMPY_DTYPES
 from mmcore.pb import inference_pb2
 
@@ -57,12 +58,7 @@ def command(
     """
 
     async def infer(connection: Connection) -> InferResponse:
-        metadata = await connection.call(
-            "ModelMetadata",
-            inference_pb2.ModelMetadataRequest(name=model, version=version),
-            inference_pb2.ModelMetadataResponse,
-        )
-        known = {one.name: one.datatype for one in metadata.inputs}
+        known = await known_inputs(connection, model, version)
         tensors = [read_input(text, known) for text in inputs]
         body = encode_infer_request(model, tensors, model_version=version, outputs=outputs)
         return decode_infer_response(await connection.send("ModelInfer", body))
@@ -72,6 +68,18 @@ def command(
         click.echo(json.dumps(to_json(response)))
     else:
         _print_table(response)
+
+
+async def known_inputs(connection: Connection, model: str, version: str) -> dict[str, str]:
+    """The model's inputs and their datatypes; none where its runtime does not tell."""
+    request = inference_pb2.ModelMetadataRequest(name=model, version=version)
+    try:
+        metadata = await connection.call("ModelMetadata", request, inference_pb2.ModelMetadataResponse)
+    except RpcError as error:
+        if error.status is not Status.UNIMPLEMENTED:
+            raise
+        return {}
+    return {one.name: one.datatype for one in metadata.inputs}
 
 
 def read_input(text: str, known: Mapping[str, str]) -> Tensor:

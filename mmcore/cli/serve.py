@@ -32,7 +32,6 @@ from mmcore.config import (
 )
 from mmcore.registry import registry_url
 
-_TRANSPORT: Final = TransportSettings()
 _SERVE: Final = ServeSettings()
 _STORAGE: Final = StorageSettings()
 
@@ -107,7 +106,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of models, one folder or file each; kept in step while running.",
 )
-@option("--host", default="127.0.0.1", help="Address to listen on.")
+@option("--host", metavar="ADDRESS", default="127.0.0.1", help="Address to listen on.")
 @option("--grpc-port", type=click.IntRange(0, 65535), default=8033, help="gRPC port; 0 picks a free one.")
 @option("--rest-port", type=click.IntRange(0, 65535), default=8008, help="REST port; 0 picks a free one.")
 @option(
@@ -137,15 +136,23 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     "triton://HOST:PORT?repo=DIR or mlserver://HOST:PORT?repo=DIR.",
 )
 @option("--workers", type=click.IntRange(1), default=1, help="Serving processes that share the ports and the memory.")
-@option("--zone", default="", show_default="none", help="Where this instance runs; copies are spread over zones.")
-@option("--label", multiple=True, help="What this instance is fit for, as type constraints name it; repeat it.")
+@option(
+    "--zone",
+    metavar="NAME",
+    default="",
+    show_default="none",
+    help="Where this instance runs; copies are spread over zones.",
+)
+@option(
+    "--label", metavar="LABEL", multiple=True, help="What this instance is fit for, for type constraints; repeat it."
+)
 @option(
     "--capacity",
     type=SIZE,
     show_default="80 % of the memory limit",
     help="What loaded models may take together, for example 2GiB or 500MB.",
 )
-@option("--max-message", type=SIZE, default=str(_TRANSPORT.max_message_bytes), help="Longest message taken.")
+@option("--max-message", type=SIZE, default="16MiB", help="Longest message taken; others get RESOURCE_EXHAUSTED.")
 @option(
     "--response-cache",
     type=SIZE,
@@ -181,11 +188,19 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     "--peer-ca", type=AUTHORITIES, help="Take only instances whose certificate, --tls-cert, it has signed; likewise."
 )
 @option("--auth-tokens", type=FILE, help="YAML of the bearer tokens that callers need; read again when it changes.")
-@option("--vmodel-owner", default="", show_default="nobody", help="Owner of vmodels that are set without one.")
+@option(
+    "--vmodel-owner",
+    metavar="NAME",
+    default="",
+    show_default="nobody",
+    help="Owner of vmodels that are set without one.",
+)
 @option("--static-models", type=FILE, help="JSON list of models and vmodels to register; read again when it changes.")
 @option("--type-constraints", type=FILE, help="JSON of the labels that types of models need; read again likewise.")
 @option("--dataplane-config", type=FILE, help="JSON of what is served and where requests name their model; likewise.")
-@option("--preload", multiple=True, help="Load this model before being ready; repeat it, or say 'all'.")
+@option(
+    "--preload", metavar="MODEL", multiple=True, help="Load this model before being ready; repeat it, or say 'all'."
+)
 @option(
     "--storage-config",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -225,7 +240,9 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @option("--idle-timeout", type=DURATION, default="0", help="Unload models that are idle for so long; 0 for never.")
 @option("--device-capacity", type=SIZE, default=None, help="What loaded models may take of a device's memory.")
 @option("--loader-threads", type=click.IntRange(1, 64), default=2, help="How many models are loaded at once.")
-@option("--server-name", default="mmcore", help="The server's name in ServerMetadata ('triton' for clients that ask).")
+@option(
+    "--server-name", metavar="NAME", default="mmcore", help="The name in ServerMetadata; 'triton' for clients that ask."
+)
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
 @option(
     "--otlp-endpoint",

@@ -1,0 +1,59 @@
+"""The options of a command as people are told of them: for ``mmcore config`` and the reference in ``docs/``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import click
+
+
+class Described(NamedTuple):
+    """One option.
+
+    Attributes:
+        name: as the command's function has it.
+        flag: as it is typed, what it takes behind it: ``--grpc-port PORT``.
+        environment: the variable that stands for it.
+        default: what holds without it, in words; empty for nothing.
+        help: what it is for.
+    """
+
+    name: str
+    flag: str
+    environment: str
+    default: str
+    help: str
+
+
+def described(command: click.Command) -> Iterator[Described]:
+    """The options of a command in their order, those without a variable left out."""
+    context = click.Context(command)
+    for option in command.params:
+        if isinstance(option, click.Option) and isinstance(option.envvar, str):
+            flag = "/".join((*option.opts, *option.secondary_opts))
+            taken = "" if option.is_flag else f" {_taken(option, context)}"
+            default = _default(option, context)
+            yield Described(option.name or "", flag + taken, option.envvar, default, option.help or "")
+
+
+def _taken(option: click.Option, context: click.Context) -> str:
+    if option.metavar is not None:
+        return option.metavar
+    if isinstance(option.type, click.Choice):
+        return "|".join(option.type.choices)
+    if isinstance(option.type, click.Path):
+        return "DIR" if not option.type.file_okay else "FILE" if not option.type.dir_okay else "PATH"
+    if isinstance(option.type, click.types.IntParamType):
+        return "N"
+    return option.type.name.upper()
+
+
+def _default(option: click.Option, context: click.Context) -> str:
+    """What holds without the option, in words."""
+    if isinstance(option.show_default, str):
+        return option.show_default
+    default = option.get_default(context)
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return str(default) if isinstance(default, int | float | str) else ""
