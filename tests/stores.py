@@ -248,6 +248,28 @@ def cut_after(count: int) -> Callable[[socket.socket, bytes], None]:
     return cut
 
 
+class Stall:
+    """Send the head and so many bytes of the body, and then nothing until the client leaves.
+
+    Attributes:
+        begun, left: whether a client waits, or waited, for the rest, and whether it has gone.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.begun = threading.Event()
+        self.left = threading.Event()
+
+    def __call__(self, client: socket.socket, answer: bytes) -> None:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        client.sendall(head + b"\r\n\r\n" + body[: self._count])
+        self.begun.set()
+        client.settimeout(60)
+        with contextlib.suppress(ConnectionError):
+            client.recv(1)
+        self.left.set()
+
+
 def status(line: str, body: bytes = b"") -> Callable[[socket.socket, bytes], None]:
     """Answer with another status."""
 

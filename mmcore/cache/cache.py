@@ -30,13 +30,13 @@ from mmcore.cache.loads import Load, LoadQueue, Priority
 from mmcore.cache.room import Footprint, Room
 from mmcore.cache.sizes import Files, Sizes
 from mmcore.cache.threads import LoaderThreads
-from mmcore.errors import LoadFailed, MmcoreError, Overloaded, Unavailable
+from mmcore.errors import Cancelled, LoadFailed, MmcoreError, Overloaded, Unavailable
 from mmcore.model import ModelSource
 from mmcore.runtimes import LoadedModel, load_model
 from mmcore.runtimes.isolation import IsolatedModel
 from mmcore.runtimes.size import give_back_freed
 from mmcore.runtimes.warmup import warm_up
-from mmcore.storage import Origin
+from mmcore.storage import Cancellation, Origin
 from mmcore.storage.signature import signature
 
 log = logging.getLogger(__name__)
@@ -241,8 +241,9 @@ class Cache:
         """The version's copy, loaded if need be: joins the load under way, answers a failure that has not expired.
 
         A load of more urgent ``priority`` makes the one it joins as urgent. The future is the caller's own, to be
-        cancelled at its deadline; that leaves the load to the other waiters. A load that nobody waits for is given up
-        before the framework is at it; then it is finished, so that callers who try again find the copy. It ends with
+        cancelled at its deadline; that leaves the load to the other waiters. A load that nobody waits for is given up,
+        its download too, before the framework is at it; then it is finished, so that callers who try again find the
+        copy. It ends with
         LoadFailed, NotFound (the version is gone), Overloaded (no room) or Unavailable (the files are being changed, or
         the instance stops).
         """
@@ -267,11 +268,13 @@ class Cache:
         return joined
 
     def _left(self, load: Load, waiter: asyncio.Future[Copy]) -> None:
-        if waiter.cancelled() and not load.wanted:
+        if waiter.cancelled() and load.unwanted:
             self._reconsider(load)
 
     def _reconsider(self, load: Load) -> None:
         """Its place among those that wait has changed, or nobody waits for it any more."""
+        if load.unwanted:
+            load.given_up.set()
         self._finding.moved(load)
         self._opening.moved(load)
         self.room.wake()
@@ -356,7 +359,7 @@ class Cache:
                 raise Unavailable("this instance is shutting down")
             load.spent("queue_s")
             self._enter(load, CopyState.PULLING)
-            source, stamp, files = await self._finders.run(_find, load.name, load.version, load.origin, self._predict)
+            source, stamp, files = await self._found(load)
         load.spent("find_s")
         load.check_wanted()
         serving = self.lru.get((load.name, load.version))
@@ -395,6 +398,17 @@ class Cache:
         )  # fmt: skip
         self._publish(copy, load)
         return copy
+
+    async def _found(self, load: Load) -> tuple[ModelSource, bytes, Files]:
+        """What :func:`_find` gives; it looks again where somebody came after all others had left."""
+        while True:
+            try:
+                return await self._finders.run(
+                    _find, load.name, load.version, load.origin, self._predict, load.given_up
+                )
+            except Cancelled:
+                load.check_wanted()
+                load.given_up = Cancellation()
 
     async def _open_in_turn(
         self, load: Load, source: ModelSource, needed: Footprint, *, reserved: bool = False
@@ -616,13 +630,17 @@ def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args
 
 
 def _find(
-    name: str, version: str, origin: Origin, predict: Callable[[ModelSource], int | None]
+    name: str,
+    version: str,
+    origin: Origin,
+    predict: Callable[[ModelSource], int | None],
+    given_up: Cancellation | None = None,
 ) -> tuple[ModelSource, bytes, Files]:
     """In a finder thread: where the files are, their signature, and what their size in memory can be told by.
 
     The signature is empty where the version has no folder of its own, so that its files cannot be told from others.
     """
-    source = origin.source(name, version)
+    source = origin.source(name, version, given_up)
     folder = next((parent for parent in (source.path, source.path.parent) if parent.name == version), None)
     stamp = signature(folder).digest if folder is not None else b""
     files = Files(source)

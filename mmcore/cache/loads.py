@@ -12,7 +12,7 @@ from enum import IntEnum
 
 from mmcore.cache.copies import Copy, CopyState, LoadTimes
 from mmcore.errors import Cancelled, MmcoreError
-from mmcore.storage import Origin
+from mmcore.storage import Cancellation, Origin
 
 _order = itertools.count()
 
@@ -29,7 +29,7 @@ class Load:
     """One load under way and those who wait for it."""
 
     __slots__ = (
-        *("_since", "dropped", "name", "order", "origin", "priority", "replacing", "state", "times"),
+        *("_since", "dropped", "given_up", "name", "order", "origin", "priority", "replacing", "state", "times"),
         *("version", "waiters"),
     )
 
@@ -53,6 +53,8 @@ class Load:
         self.waiters: list[asyncio.Future[Copy]] = []
         #: Why its result is not wanted any more.
         self.dropped: MmcoreError | None = None
+        #: Ends the work that is done for it, in a thread.
+        self.given_up = Cancellation()
         self.times = LoadTimes()
         self._since = time.monotonic()
 
@@ -62,9 +64,10 @@ class Load:
         return self.priority, self.order
 
     @property
-    def wanted(self) -> bool:
-        """Whether anybody waits for it."""
-        return any(not waiter.done() for waiter in self.waiters)
+    def unwanted(self) -> bool:
+        """Whether it was dropped, or all who waited for it have left."""
+        left = bool(self.waiters) and all(waiter.done() for waiter in self.waiters)
+        return left or self.dropped is not None
 
     def spent(self, stage: str) -> None:
         """What has passed since the last call went into ``stage``, a field of :class:`LoadTimes`."""
@@ -103,7 +106,7 @@ class Load:
     def check_wanted(self) -> None:
         """Raise what it was dropped with, or Cancelled where all who waited for it have left."""
         self.check_dropped()
-        if self.waiters and not self.wanted:
+        if self.unwanted:
             raise Cancelled("nobody waits for this load any more")
 
 
@@ -156,7 +159,7 @@ class LoadQueue:
         turn = self._waiting.get(load)
         if turn is None or turn.done():
             return
-        if load.dropped is not None or (load.waiters and not load.wanted):
+        if load.unwanted:
             # It takes no slot from anybody: it gives back the one it is handed here.
             self._free -= 1
             turn.set_result(None)

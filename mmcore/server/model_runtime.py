@@ -20,7 +20,7 @@ from mmcore.model import ModelInfo, ModelSource
 from mmcore.pb import model_runtime_pb2 as pb
 from mmcore.routing import Router
 from mmcore.server.calls import Waiting
-from mmcore.storage import Origin
+from mmcore.storage import Cancellation, Origin
 from mmcore.transport import Server
 
 log = logging.getLogger(__name__)
@@ -141,8 +141,8 @@ class _Kept:
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
 
-    def source(self, name: str, version: str) -> ModelSource:
-        source = self._origin.source(name, version)
+    def source(self, name: str, version: str, cancelled: Cancellation | None = None) -> ModelSource:
+        source = self._origin.source(name, version, cancelled)
         return replace(source, settings=replace(source.settings, pinned=True, idle_timeout_s=None))
 
     def confirm(self, name: str) -> None:

@@ -6,6 +6,7 @@ models: a :class:`Puller` finds them by a :class:`StorageConfig` and keeps them 
 reads the files itself it is :class:`WholeOrigin`. Where a mesh has pulled them they are :class:`GivenFiles`.
 """
 
+from mmcore.storage.cancellation import Cancellation
 from mmcore.storage.disk_cache import DiskCache
 from mmcore.storage.folder import Change, ModelFolder
 from mmcore.storage.given import GivenFiles
@@ -17,6 +18,7 @@ from mmcore.storage.puller import Pulled, Puller
 from mmcore.storage.whole import WholeOrigin
 
 __all__ = [
+    "Cancellation",
     "Change",
     "DiskCache",
     "FileOrigin",

@@ -5,6 +5,7 @@ A body is handed on as it arrives, so that whoever reads it can look at the cloc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 import tempfile
@@ -52,6 +53,12 @@ class Answer:
         self._what = what
         self._skip, self.size = _place(response.status, self.headers, start, what)
         self._left = None if stop is None else stop - start
+
+    def end(self) -> None:
+        """From another thread: let no read of the body wait any longer; what it still gives may not be the body's."""
+        # It raises where the connection has just been given back, or was never one of a socket.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            self._response.shutdown()
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes asked for, as they arrive and no more of them than that; fewer when the answer is short.

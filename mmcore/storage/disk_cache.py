@@ -4,7 +4,7 @@ Every entry is a folder named by the digest of a listing; it appears in one step
 may be shared by several processes, which agree by file locks; what a process that ended left half done is removed.
 
     entries/DIGEST/files/      a model, and entry.json with its size, whose time is that of its last use
-    making/DIGEST/, .lock      one that is being pulled
+    making/DIGEST/, .lock      one that is being pulled; without a lock it is what one that was given up has left
     leases/PROCESS/DIGEST      what a living process uses, and never goes; PROCESS.lock is held while it lives
     gone/                      what is being deleted
     lock                       held for moments, and tells what entries and pulls take together
@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from mmcore.errors import LoadFailed
 
@@ -39,6 +39,8 @@ _STEP: Final = 2**20
 #: The limit when none is given: this share of what entries take and the file system has free.
 DEFAULT_SHARE: Final = 0.5
 _ENTRY: Final = "entry.json"
+#: In the folder of one in the making: what a pull that was given up has left in it.
+_LEFT: Final = "left.json"
 
 
 class Waits(Protocol):
@@ -69,13 +71,17 @@ class Room:
     """The place of an entry in the making, and the bytes it may have.
 
     Attributes:
-        folder: an empty folder for the files.
+        folder: a folder for the files; empty where ``left`` is None.
         reserved: bytes set aside for them.
+        left: what was told of the files there when they were kept.
+        kept: set to something JSON can hold, the files are kept for whoever makes the entry next, while there is space.
     """
 
-    def __init__(self, cache: DiskCache, folder: Path, reserved: int) -> None:
+    def __init__(self, cache: DiskCache, folder: Path, reserved: int, left: Any = None) -> None:
         self.folder = folder
         self.reserved = reserved
+        self.left = left
+        self.kept: Any = None
         self._cache = cache
         self._left = 0
         self._lock = threading.Lock()
@@ -183,12 +189,15 @@ class DiskCache:
             if found is not None:
                 yield found
                 return
-            self.reserve(size)
             made = self.folder / "making" / digest
-            room = Room(self, made / "files", size)
+            room = self._taken_up(made)
+            if room is None:
+                self.reserve(size)
+                room = Room(self, made / "files", size)
             try:
-                shutil.rmtree(made, ignore_errors=True)
-                room.folder.mkdir(parents=True)
+                if room.left is None:
+                    shutil.rmtree(made, ignore_errors=True)
+                    room.folder.mkdir(parents=True)
                 yield room
                 taken = _settle(made)
                 with self._locked():
@@ -196,11 +205,25 @@ class DiskCache:
                     _sync(self.folder / "entries")
                     self._count(taken - room.reserved)
                     room.reserved = 0
+                    room.kept = None
             finally:
-                if room.reserved or made.exists():
+                if room.kept:
+                    with self._locked():
+                        (made / _LEFT).write_text(json.dumps({"bytes": room.reserved, "left": room.kept}))
+                elif room.reserved or made.exists():
                     shutil.rmtree(made, ignore_errors=True)
                     with self._locked():
                         self._count(-room.reserved)
+
+    def _taken_up(self, made: Path) -> Room | None:
+        """The room of a pull that was given up, its bytes still set aside; None where there is none."""
+        with self._locked():
+            try:
+                told = json.loads((made / _LEFT).read_bytes())
+                (made / _LEFT).unlink()
+                return Room(self, made / "files", told["bytes"], told["left"])
+            except FileNotFoundError:
+                return None
 
     @contextmanager
     def _alone(self, digest: str, watch: Waits) -> Iterator[None]:
@@ -248,21 +271,24 @@ class DiskCache:
             )
 
     def _evict(self, size: int) -> tuple[list[Path], int]:
-        """Take at least ``size`` bytes out of the entries; what is to be deleted, and its bytes; nothing if too few."""
+        """Take out at least ``size`` bytes; what is to be deleted, and its bytes; nothing if too few.
+
+        What pulls that were given up have left goes before any entry.
+        """
         leased = {one.name for one in (self.folder / "leases").glob("*/*")}
-        entries = []
-        for one in (self.folder / "entries").iterdir():
-            if one.name not in leased:
+        entries = [(0, one) for one in (self.folder / "making").glob(f"*/{_LEFT}")]
+        for entry in (self.folder / "entries").iterdir():
+            if entry.name not in leased:
                 with contextlib.suppress(FileNotFoundError):
-                    entries.append(((one / _ENTRY).stat().st_mtime_ns, one))
+                    entries.append(((entry / _ENTRY).stat().st_mtime_ns, entry / _ENTRY))
         entries.sort()
         chosen: list[Path] = []
         freed = 0
-        for _, entry in entries:
+        for _, book in entries:
             if freed >= size and len(chosen) >= len(entries) * _EVICT_SHARE:
                 break
-            freed += _taken(entry)
-            chosen.append(entry)
+            freed += _taken(book)
+            chosen.append(book.parent)
         if freed < size:
             return [], 0
         gone = [self.folder / "gone" / f"{entry.name}-{secrets.token_hex(4)}" for entry in chosen]
@@ -326,7 +352,11 @@ class DiskCache:
                 # Nobody else counts: what a process that ended had set aside is known to be free.
                 for gone in (self.folder / "gone").iterdir():
                     shutil.rmtree(gone, ignore_errors=True)
-                total = sum(_taken(one) for one in (self.folder / "entries").iterdir())
+                # The disk may have lost some of what was never flushed.
+                for made in (self.folder / "making").iterdir():
+                    if not made.with_name(f"{made.name}.lock").exists():
+                        shutil.rmtree(made, ignore_errors=True)
+                total = sum(_taken(one / _ENTRY) for one in (self.folder / "entries").iterdir())
                 self._count(total - self._bytes())
             if self._limit is None:
                 free = shutil.disk_usage(self.folder).free
@@ -349,10 +379,10 @@ def _settle(made: Path) -> int:
     return total
 
 
-def _taken(entry: Path) -> int:
-    """The bytes of an entry, as it says."""
+def _taken(book: Path) -> int:
+    """The bytes that are told in the file of an entry."""
     try:
-        return int(json.loads((entry / _ENTRY).read_bytes())["bytes"])
+        return int(json.loads(book.read_bytes())["bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -20,6 +20,7 @@ from typing import Final
 
 from mmcore.errors import MmcoreError, NotFound, Unavailable
 from mmcore.model import ModelSource
+from mmcore.storage.cancellation import Cancellation
 from mmcore.storage.formats import format_of
 from mmcore.storage.layout import Layout, inspect, is_temporary
 from mmcore.storage.origin import pick
@@ -116,7 +117,7 @@ class ModelFolder:
             self._scan_s = self._clock() - started
             return changes
 
-    def source(self, name: str, version: str) -> ModelSource:
+    def source(self, name: str, version: str, cancelled: Cancellation | None = None) -> ModelSource:
         """The version's source, see :class:`mmcore.storage.origin.Origin`."""
         self.confirm(name)
         layout = inspect(self.root / self._entry_of.get(name, name))

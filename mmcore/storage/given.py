@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import ModelInfo
+from mmcore.storage.cancellation import Cancellation
 from mmcore.storage.places import ModelKey
 from mmcore.storage.puller import Pulled
 
@@ -13,8 +14,8 @@ from mmcore.storage.puller import Pulled
 class GivenFiles:
     """Satisfies :class:`mmcore.storage.puller.Pulls`: a model's path is that of its files on this machine."""
 
-    def pull(self, info: ModelInfo) -> Pulled:
-        """The files where they are, and the schema that the key names. Blocking.
+    def pull(self, info: ModelInfo, *, cancelled: Cancellation | None = None) -> Pulled:
+        """The files where they are, and the schema that the key names: at once, whoever waits.
 
         Raises:
             InvalidRequest: a path is not absolute.

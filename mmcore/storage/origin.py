@@ -9,6 +9,7 @@ from typing import Protocol
 
 from mmcore.errors import LoadFailed, NotFound, Unavailable
 from mmcore.model import ModelSource
+from mmcore.storage.cancellation import Cancellation
 from mmcore.storage.layout import Layout, inspect
 from mmcore.storage.signature import signature
 from mmcore.storage.stated import Stated
@@ -17,10 +18,11 @@ from mmcore.storage.stated import Stated
 class Origin(Protocol):
     """Gives the sources of one or many models. All calls may block and are made in loader threads."""
 
-    def source(self, name: str, version: str) -> ModelSource:
-        """The version's files and settings as they are now.
+    def source(self, name: str, version: str, cancelled: Cancellation | None = None) -> ModelSource:
+        """The version's files and settings as they are now; given up when ``cancelled`` is set meanwhile.
 
         Raises:
+            Cancelled: it was given up.
             NotFound: it has no such version any more.
             LoadFailed: its files are no model; the text says why.
             Unavailable: its files are being changed at this moment.
@@ -50,7 +52,7 @@ class FileOrigin:
         self._signature = signature(self._path).digest
         return inspect(self._path, name=self._name, override=self._override)
 
-    def source(self, name: str, version: str) -> ModelSource:
+    def source(self, name: str, version: str, cancelled: Cancellation | None = None) -> ModelSource:
         """The version's source, see :class:`Origin`."""
         return pick(self.layout(), name, version)
 

@@ -10,6 +10,7 @@ from typing import Final
 
 from mmcore.errors import InvalidModel, LoadFailed, NotFound, Unavailable
 from mmcore.model import ModelInfo, ModelSource
+from mmcore.storage.cancellation import Cancellation
 from mmcore.storage.formats import format_of
 from mmcore.storage.layout import DEFAULT_VERSION, Layout, inspect
 from mmcore.storage.places import stated_format
@@ -33,12 +34,12 @@ class PulledOrigin:
         #: Of mounted files, by model: what is loaded, and its signature.
         self._mounted: dict[str, tuple[Path, bytes]] = {}
 
-    def source(self, name: str, version: str) -> ModelSource:
+    def source(self, name: str, version: str, cancelled: Cancellation | None = None) -> ModelSource:
         """Pull the model's files, see :class:`mmcore.storage.origin.Origin`; they stay while the source is held."""
         info = self._find(name)
         if info is None:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
-        pulled = self._puller.pull(info)
+        pulled = self._puller.pull(info, cancelled=cancelled)
         taken = None if pulled.lease is not None else (pulled.path, signature(pulled.path).digest)
         layout = layout_of(pulled, name, stated_format(info))
         if not layout.sources:

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mmcore.config import StorageSettings
-from mmcore.errors import LoadFailed, Unavailable
+from mmcore.errors import Cancelled, LoadFailed, Unavailable
 from mmcore.model import ModelInfo
 from mmcore.storage.archives import is_archive, unpack
+from mmcore.storage.cancellation import Cancellation
 from mmcore.storage.disk_cache import DiskCache, Lease, Room
 from mmcore.storage.mounts import mounted
 from mmcore.storage.places import Place, StorageConfig
@@ -35,7 +36,7 @@ from mmcore.storage.progress import LogProgress
 from mmcore.storage.remote import Blob, Changed, Refused, Remote
 from mmcore.storage.settings import SCHEMA
 from mmcore.storage.signature import signature
-from mmcore.storage.transfer import Progress, PullLimits, Transfer, Watch
+from mmcore.storage.transfer import Left, Progress, PullLimits, Transfer, Watch
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,20 @@ class Pulled:
 class Pulls(Protocol):
     """What origins ask for files."""
 
-    def pull(self, info: ModelInfo) -> Pulled:
-        """The model's files on this machine; LoadFailed where they cannot be had. Blocking."""
+    def pull(self, info: ModelInfo, *, cancelled: Cancellation | None = None) -> Pulled:
+        """The model's files on this machine, as :meth:`Puller.pull` gives them; LoadFailed where they cannot be had."""
+
+
+@dataclass(slots=True)
+class _Anywhere:
+    """A folder outside of the cache, in the place of a :class:`mmcore.storage.disk_cache.Room`."""
+
+    folder: Path
+    left: Left | None = None
+    kept: Left | None = None
+
+    def take(self, count: int) -> None:
+        """As many bytes as the disk has."""
 
 
 class _Remote(Remote, Protocol):
@@ -130,14 +143,17 @@ class Puller:
         self._limits = limits
         self._progress = progress
         self._clock = clock
-        self._closed = threading.Event()
+        self._closed = Cancellation()
         self._lock = threading.Lock()
         self._remotes_lock = threading.Lock()
         #: By a digest of their parameters, those used last at the end.
         self._remotes: OrderedDict[bytes, _Remote] = OrderedDict()
 
-    def pull(self, info: ModelInfo, *, cancelled: threading.Event | None = None) -> Pulled:
+    def pull(self, info: ModelInfo, *, cancelled: Cancellation | None = None) -> Pulled:
         """The model's files, in the cache or where they are mounted.
+
+        A pull that is cancelled leaves what has come of large files to the next of the same content, so that a model
+        whose callers have less patience than its download takes is there in the end.
 
         Raises:
             LoadFailed: they cannot be had; the text tells the cause.
@@ -147,7 +163,7 @@ class Puller:
         with self._counted(cancelled) as watch:
             return self._with_credentials(info, lambda place: self._to_cache(place, watch))
 
-    def pull_to(self, info: ModelInfo, folder: Path, *, cancelled: threading.Event | None = None) -> None:
+    def pull_to(self, info: ModelInfo, folder: Path, *, cancelled: Cancellation | None = None) -> None:
         """Bring the model's files to ``folder``, which must not be there yet; raises as :meth:`pull` does."""
         if os.path.lexists(folder):
             raise LoadFailed(f"{folder} is there already")
@@ -160,7 +176,7 @@ class Puller:
                 shutil.rmtree(made, ignore_errors=True)
 
     def close(self) -> None:
-        """End pulls that run, at their next look at the clock, and take no new ones."""
+        """End pulls that run, and take no new ones."""
         self._closed.set()
         with self._remotes_lock:
             for remote in self._remotes.values():
@@ -169,13 +185,13 @@ class Puller:
         self.cache.close()
 
     @contextmanager
-    def _counted(self, cancelled: threading.Event | None) -> Iterator[Watch]:
+    def _counted(self, cancelled: Cancellation | None) -> Iterator[Watch]:
         """One pull: its clock, its place in the counters, and our errors for those of the disk."""
         events = (self._closed,) if cancelled is None else (self._closed, cancelled)
         watch = Watch(self._limits, self._progress(), *events, clock=self._clock)
         began, failed = self._clock(), 1
         try:
-            if self._closed.is_set():
+            if self._closed.is_set:
                 raise Unavailable("this instance is shutting down")
             yield watch
             failed = 0
@@ -237,7 +253,7 @@ class Puller:
             with self.cache.making(digest, sum(blob.size or 0 for blob in blobs), watch) as room:
                 if isinstance(room, Lease):
                     return room
-                self._fetch(remote, blobs, room.folder, room.take, watch)
+                self._fetch(remote, blobs, room, watch)
             # Another process may have evicted it already.
             if (lease := self.cache.lease(digest)) is not None:
                 return lease
@@ -251,7 +267,7 @@ class Puller:
             with self.cache.making(digest, 0, watch) as room:
                 if isinstance(room, Room):
                     (room.folder / _MODEL).mkdir()
-                    unpack(archive, room.folder / _MODEL, room.take)
+                    unpack(archive, room.folder / _MODEL, _watched(room.take, watch))
             lease = self.cache.lease(digest)
         return Pulled(self.cache.files(digest) / _MODEL, digest=digest, size_bytes=taken.size_bytes, lease=lease)
 
@@ -262,7 +278,7 @@ class Puller:
                 shutil.copytree(found, folder)
             elif is_archive(found.name):
                 folder.mkdir(parents=True)
-                unpack(found, folder, lambda count: None)
+                unpack(found, folder, lambda count: watch.check())
             else:
                 folder.mkdir(parents=True)
                 shutil.copy2(found, folder)
@@ -274,25 +290,28 @@ class Puller:
             with contextlib.suppress(Changed):
                 blobs = _listed(remote, place, watch, folder="", schema=SCHEMA)
                 folder.mkdir(parents=True)
-                self._fetch(remote, blobs, folder, lambda count: None, watch)
+                self._fetch(remote, blobs, _Anywhere(folder), watch)
                 return Pulled(folder)
             shutil.rmtree(folder)
         raise _always_changing(remote, place)
 
-    def _fetch(
-        self, remote: _Remote, blobs: list[Blob], folder: Path, take: Callable[[int], None], watch: Watch
-    ) -> None:
-        """Download the objects to their names below ``folder``."""
+    def _fetch(self, remote: _Remote, blobs: list[Blob], room: Room | _Anywhere, watch: Watch) -> None:
+        """Download the objects to their names below the room's folder."""
         began = self._clock()
         sizes = [blob.size for blob in blobs]
         total = None if None in sizes else sum(size or 0 for size in sizes)
         what = f"{remote.where}/{blobs[0].key}"
         watch.progress.started(what, len(blobs), total)
-        Transfer(remote, remote.connections, watch, take=take).run(blobs, folder)
+        transfer = Transfer(remote, remote.connections, watch, take=room.take, left=room.left)
+        try:
+            transfer.run(blobs, room.folder)
+        except Cancelled:
+            room.kept = transfer.left
+            raise
         models = [blob for blob in blobs if blob.name not in (_SCHEMA, SCHEMA)]
         if len(models) == 1 and is_archive(models[0].name):
-            archive = folder / models[0].name
-            _unpack_apart(archive, archive.parent, take)
+            archive = room.folder / models[0].name
+            _unpack_apart(archive, archive.parent, _watched(room.take, watch))
         with self._lock:
             self.pulls += 1
         log.info("pulled %s: %d files, %d bytes, %.3f s", what, len(blobs), watch.received, self._clock() - began)
@@ -339,6 +358,16 @@ def _listed(remote: Remote, place: Place, watch: Watch, *, folder: str, schema: 
             raise LoadFailed(f"{remote.where}/{path}: the schema is a folder")
         listed.append(replace(found[0], name=schema))
     return listed
+
+
+def _watched(take: Callable[[int], None], watch: Watch) -> Callable[[int], None]:
+    """``take``, with a look at whether the pull may go on."""
+
+    def look_and_take(count: int) -> None:
+        watch.check()
+        take(count)
+
+    return look_and_take
 
 
 def _unpack_apart(archive: Path, folder: Path, take: Callable[[int], None]) -> None:

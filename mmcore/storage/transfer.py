@@ -12,20 +12,25 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from mmcore.errors import Cancelled, LoadFailed
+from mmcore.storage.cancellation import Cancellation
 from mmcore.storage.remote import Blob, Changed, Interrupted, Remote
 
 if TYPE_CHECKING:
     # It needs a package that is there for those alone who pull from a remote store.
-    from mmcore.storage.connections import Connections
+    from mmcore.storage.connections import Answer, Connections
 
 ResultT = TypeVar("ResultT")
+
+#: By the name of each file: where its parts begin, and how far they have come.
+Left = Mapping[str, Sequence[tuple[int, int]]]
 
 #: Objects above it are asked for in parts of about that size.
 PART_BYTES: Final = 16 * 2**20
@@ -74,7 +79,7 @@ class Watch:
     """One pull's clock: whether it may go on, and how far it is."""
 
     def __init__(
-        self, limits: PullLimits, progress: Progress, *cancelled: threading.Event, clock: Callable[[], float]
+        self, limits: PullLimits, progress: Progress, *cancelled: Cancellation, clock: Callable[[], float]
     ) -> None:
         self.limits = limits
         self.progress = progress
@@ -91,7 +96,7 @@ class Watch:
             Cancelled: nobody wants it any more.
             LoadFailed: its time is over.
         """
-        if any(one.is_set() for one in self._cancelled):
+        if any(one.is_set for one in self._cancelled):
             raise Cancelled("the pull was cancelled")
         if self.clock() > self._deadline:
             raise LoadFailed(f"timeout: the files were not there after {self.limits.total_s:g} s")
@@ -105,11 +110,18 @@ class Watch:
         self.check()
 
     def add(self, count: int) -> None:
-        """Count bytes that have come; raises as :meth:`check` does."""
+        """Count bytes that have come."""
         with self._lock:
             self.received += count
         self.progress.received(count)
-        self.check()
+
+    @contextmanager
+    def ending(self, answer: Answer) -> Iterator[None]:
+        """Inside the block no read of an answer waits once the pull is cancelled."""
+        with ExitStack() as calls:
+            for one in self._cancelled:
+                calls.enter_context(one.calling(answer.end))
+            yield
 
     def again(self, call: Callable[[], ResultT]) -> ResultT:
         """The result of ``call``, made again while it is interrupted, so many times.
@@ -132,6 +144,7 @@ class Watch:
         Raises:
             LoadFailed: it was the last one.
         """
+        self.check()
         if failed >= self.limits.tries:
             raise LoadFailed(f"{error}; tried {failed} times") from None
         longest = min(self.limits.pause_s * 2 ** (failed - 1), _MAX_PAUSE_S)
@@ -157,12 +170,12 @@ class _File:
         self.checked = True
         self.lock = threading.Lock()
 
-    def open(self) -> int:
-        """The descriptor; the file is made by the first who asks."""
+    def open(self) -> None:
+        """Have the descriptor; the file is made by the first who asks, unless an earlier download has left it."""
         with self.lock:
             if self.descriptor < 0:
-                self.descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
-            return self.descriptor
+                new = 0 if any(part.left for part in self.parts) else os.O_EXCL
+                self.descriptor = os.open(self.path, os.O_CREAT | new | os.O_RDWR | os.O_CLOEXEC, 0o644)
 
     def sum_up(self, *, wait: bool) -> None:
         """Bring the digest to the first byte that is missing; while another thread does, wait for it or leave it to it.
@@ -192,13 +205,15 @@ class _File:
 class _Part:
     """Bytes of a file from ``at`` to ``stop``, which is None while the size is not known; they come in order.
 
-    ``piece`` is the size of the pieces the object was uploaded in, where these are checked one by one.
+    ``piece`` is the size of the pieces the object was uploaded in, where these are checked one by one; ``left`` is how
+    far an earlier download has come.
     """
 
-    def __init__(self, file: _File, start: int, stop: int | None, piece: int | None) -> None:
+    def __init__(self, file: _File, start: int, stop: int | None, piece: int | None, left: int = 0) -> None:
         self.file = file
-        self.at = start
+        self.start = self.at = start
         self.stop = stop
+        self.left = left
         self.whole = start == 0 and stop == file.blob.size
         self._piece = piece
         self._sum = hashlib.md5(usedforsecurity=False)
@@ -207,6 +222,12 @@ class _Part:
     def done(self) -> bool:
         """Whether all bytes are there."""
         return self.stop is not None and self.at >= self.stop
+
+    def recall(self) -> bool:
+        """Sum up more of what an earlier download has left; false when that is done."""
+        chunk = os.pread(self.file.descriptor, min(_SUM_BYTES, max(0, self.left - self.at)), self.at)
+        self._count(memoryview(chunk))
+        return bool(chunk)
 
     def take(self, chunk: bytes) -> None:
         """Write the next bytes and sum them up."""
@@ -235,7 +256,8 @@ class _Part:
 class Transfer:
     """One model's download; :meth:`run` does it, once.
 
-    ``take`` is called with the number of bytes that come beyond what the store's listing told.
+    ``take`` is called with the number of bytes that come beyond what the store's listing told. ``left`` is what an
+    earlier download of the same objects has :attr:`left` in the folder.
     """
 
     def __init__(
@@ -245,12 +267,14 @@ class Transfer:
         watch: Watch,
         *,
         take: Callable[[int], None],
+        left: Left | None = None,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self._remote = remote
         self._connections = connections
         self._watch = watch
         self._take = take
+        self._left = left or {}
         self._part_bytes = part_bytes
         self._files: list[_File] = []
         self._parts: deque[_Part] = deque()
@@ -291,16 +315,33 @@ class Transfer:
         if self._failure is not None:
             raise self._failure
 
+    @property
+    def left(self) -> Left:
+        """What has come so far, for a later download of the same objects; nothing where it would not be worth it."""
+        if not self._files:
+            return self._left
+        came = {
+            file.blob.name: [(part.start, max(part.at, part.left)) for part in file.parts]
+            for file in self._files
+            if file.blob.size is not None and file.blob.ranges
+        }
+        known = all(file.blob.version or file.blob.content for file in self._files)
+        count = sum(at - start for parts in came.values() for start, at in parts)
+        return came if known and count >= self._watch.limits.least_bytes else {}
+
     def _plan(self, file: _File, piece: int | None) -> None:
         """Cut a file into parts; along the pieces it was uploaded in, where these can be checked one by one."""
         size, step = file.blob.size, self._part_bytes
         if piece is not None:
             step = max(1, step // piece) * piece
         if size is None or not file.blob.ranges or size <= step:
-            parts = [_Part(file, 0, size, piece)]
+            spans: list[tuple[int, int | None]] = [(0, size)]
         else:
-            parts = [_Part(file, start, min(start + step, size), piece) for start in range(0, size, step)]
-        file.parts = parts
+            spans = [(start, min(start + step, size)) for start in range(0, size, step)]
+        left = dict(self._left.get(file.blob.name, ()))
+        file.parts = parts = [
+            _Part(file, start, stop, piece, min(left.get(start, 0), stop or 0)) for start, stop in spans
+        ]
         file.left = len(parts)
         self._files.append(file)
         self._parts.extend(parts)
@@ -326,6 +367,8 @@ class Transfer:
     def _bring(self, part: _Part) -> None:
         file = part.file
         file.open()
+        while part.recall():
+            self._watch.check()
         failed = 0
         while not part.done:
             before = part.at
@@ -350,7 +393,10 @@ class Transfer:
         what = self._what(blob)
         # Without a range an old server's whole object is as good.
         stop = None if part.whole and part.at == 0 else part.stop
-        with self._connections.get(self._remote.request(blob), what, start=part.at, stop=stop) as answer:
+        with (
+            self._connections.get(self._remote.request(blob), what, start=part.at, stop=stop) as answer,
+            watch.ending(answer),
+        ):
             if blob.size is not None and answer.size not in (None, blob.size):
                 raise Changed(f"{what} was changed while it was pulled")
             if not self._remote.checks(answer.headers):
@@ -359,6 +405,8 @@ class Transfer:
             for chunk in answer.chunks():
                 if self._failure is not None:
                     raise Cancelled("another object of the model failed")
+                # Before it is taken: an answer that was ended may give what is not the object's.
+                watch.check()
                 if blob.size is None:
                     self._take(len(chunk))
                 elif part.at + len(chunk) > blob.size:

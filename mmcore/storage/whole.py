@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from mmcore.errors import NotFound
 from mmcore.model import ModelInfo, ModelSource
+from mmcore.storage.cancellation import Cancellation
 from mmcore.storage.places import stated_format
 from mmcore.storage.puller import Pulls
 
@@ -22,12 +23,12 @@ class WholeOrigin:
         self._puller = puller
         self._find = find
 
-    def source(self, name: str, version: str) -> ModelSource:
+    def source(self, name: str, version: str, cancelled: Cancellation | None = None) -> ModelSource:
         """Pull the model's files, see :class:`mmcore.storage.origin.Origin`; they stay while the source is held."""
         info = self._find(name)
         if info is None:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
-        pulled = self._puller.pull(info)
+        pulled = self._puller.pull(info, cancelled=cancelled)
         return ModelSource(
             name,
             version,

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import pytest
 
 from mmcore.errors import Cancelled, LoadFailed, Unavailable
 from mmcore.model import ModelInfo
-from mmcore.storage import DiskCache, Pulled, PulledOrigin, Puller, StorageConfig
+from mmcore.storage import Cancellation, DiskCache, Pulled, PulledOrigin, Puller, StorageConfig
 from mmcore.storage.places import Place
 from mmcore.storage.remote import Blob
 from mmcore.storage.s3 import S3Remote
 from mmcore.storage.transfer import PullLimits
-from tests.stores import BUCKET, SECRET, Bucket, Proxy, cut_after, flip, moto, status, trickle
+from tests.stores import BUCKET, SECRET, Bucket, Proxy, Stall, cut_after, flip, moto, status, trickle
 
 pytestmark = pytest.mark.slow
 
@@ -54,12 +55,14 @@ def proxy(server: str) -> Iterator[Proxy]:
 class Pulling:
     """A puller of one entry named ``store``, and its folders."""
 
-    def __init__(self, folder: Path, entry: dict[str, Any], limit_bytes: int = 10**9) -> None:
+    def __init__(
+        self, folder: Path, entry: dict[str, Any], limit_bytes: int = 10**9, limits: PullLimits = LIMITS
+    ) -> None:
         self.config = folder / "config"
         self.config.mkdir(parents=True, exist_ok=True)
         self.write(entry)
         self.cache = DiskCache(folder / "cache", limit_bytes)
-        self.puller = Puller(StorageConfig(self.config), self.cache, limits=LIMITS)
+        self.puller = Puller(StorageConfig(self.config), self.cache, limits=limits)
 
     def write(self, entry: dict[str, Any]) -> None:
         (self.config / "store").write_text(json.dumps(entry))
@@ -312,11 +315,11 @@ def test_silent_store_is_a_timeout(bucket: Bucket, proxy: Proxy, spoiled: Pullin
 def test_object_replaced_while_it_comes_is_pulled_anew(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
     bucket.put("m/model.onnx", b"1" * 200_000)
 
-    def replace(client: Any, answer: bytes) -> None:
+    def renew(client: Any, answer: bytes) -> None:
         bucket.put("m/model.onnx", b"2" * 200_000)
         cut_after(100_000)(client, answer)
 
-    proxy.faults = [replace]
+    proxy.faults = [renew]
     assert tree(spoiled("m").path) == {"model.onnx": b"2" * 200_000}
 
 
@@ -334,7 +337,7 @@ def test_credentials_rotated_while_it_runs_are_taken_up(bucket: Bucket, proxy: P
 
 def test_cancelled_and_closed_pulls_end_between_chunks(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
     bucket.put("m/model.onnx", b"x" * 1000)
-    cancelled = threading.Event()
+    cancelled = Cancellation()
 
     def cancel(client: Any, answer: bytes) -> None:
         cancelled.set()
@@ -347,6 +350,68 @@ def test_cancelled_and_closed_pulls_end_between_chunks(bucket: Bucket, proxy: Pr
     spoiled.puller.close()
     with pytest.raises(Unavailable):
         spoiled("m")
+
+
+@pytest.fixture
+def patient(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Iterator[Pulling]:
+    """As ``spoiled``, in whose store an answer may stop for longer than a test may take."""
+    entry = {**bucket.entry, "endpoint_url": proxy.address}
+    made = Pulling(tmp_path / "patient", entry, limits=replace(LIMITS, silence_s=60))
+    yield made
+    made.puller.close()
+
+
+def give_up(pulling: Pulling, path: str, stall: Stall) -> None:
+    """Pull, and cancel that when the store has fallen silent; fails unless both ends notice soon."""
+    cancelled = Cancellation()
+    errors: list[BaseException] = []
+
+    def pull() -> None:
+        try:
+            pulling.puller.pull(pulling.info(path), cancelled=cancelled)
+        except Cancelled as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=pull)
+    thread.start()
+    assert stall.begun.wait(10)
+    cancelled.set()
+    thread.join(10)
+    assert len(errors) == 1
+    assert stall.left.wait(10)
+
+
+@pytest.mark.parametrize("upload", ["whole", "parts"])
+def test_pull_given_up_ends_in_a_silent_store_and_the_next_goes_on_from_there(
+    bucket: Bucket, proxy: Proxy, patient: Pulling, upload: str
+) -> None:
+    parts = [*(os.urandom(5 * MIB) for _ in range(4)), b"rest"]
+    if upload == "whole":
+        bucket.put("m/model.onnx", b"".join(parts))
+    else:
+        bucket.put_in_parts("m/model.onnx", parts)
+    for count in (MIB, 6 * MIB):
+        proxy.faults = [stall := Stall(count)]
+        give_up(patient, "m", stall)
+    assert list((patient.cache.folder / "entries").iterdir()) == []
+    assert tree(patient("m").path) == {"model.onnx": b"".join(parts)}
+    # Hardly a byte was asked for twice.
+    assert patient.puller.received_bytes == pytest.approx(sum(map(len, parts)), abs=MIB)
+    assert patient.left() == []
+
+
+def test_what_is_left_of_a_pull_is_checked_with_the_rest(bucket: Bucket, proxy: Proxy, patient: Pulling) -> None:
+    body = os.urandom(2 * MIB)
+    bucket.put("m/model.onnx", body)
+    proxy.faults = [stall := Stall(MIB)]
+    give_up(patient, "m", stall)
+    (half,) = (patient.cache.folder / "making").glob("*/files/model/model.onnx")
+    with half.open("r+b") as file:
+        file.write(bytes([body[0] ^ 1]))
+    with pytest.raises(LoadFailed, match="has the checksum"):
+        patient("m")
+    assert patient.left() == []
+    assert tree(patient("m").path) == {"model.onnx": body}
 
 
 def test_missing_things_are_named(bucket: Bucket, pulling: Pulling) -> None:

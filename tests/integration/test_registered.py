@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import time
@@ -20,7 +22,7 @@ from mmcore.cli import main
 from mmcore.pb import model_mesh_pb2 as pb
 from tests.management import BROKEN, SCALE, WITHIN_S, Manager, States, files, scale
 from tests.serving import Instance, Serve, command, environment
-from tests.stores import Bucket, moto
+from tests.stores import Bucket, Proxy, Stall, moto
 
 pytestmark = pytest.mark.slow
 
@@ -34,11 +36,11 @@ def start(serve: Serve, tmp_path: Path, *args: object) -> Instance:
     return serve(None, "--model-cache", tmp_path / "cache", *args)
 
 
-def ask(instance: Instance, model: str) -> float:
+def ask(instance: Instance, model: str, within_s: float = WITHIN_S) -> float:
     x = triton.InferInput("X", [1], "FP32")
     x.set_data_from_numpy(np.ones(1, np.float32))
     with triton.InferenceServerClient(instance.grpc) as client:
-        answer = client.infer(model, [x], client_timeout=WITHIN_S).as_numpy("Y")
+        answer = client.infer(model, [x], client_timeout=within_s).as_numpy("Y")
     assert answer is not None
     return float(answer[0])
 
@@ -126,6 +128,33 @@ def test_a_model_in_a_bucket_is_registered_asked_and_unregistered(serve: Serve, 
         manager.unregister("scale")
         with pytest.raises(InferenceServerException, match="is not found"):
             ask(instance, "scale")
+
+
+def test_the_deadline_of_a_request_ends_the_download_it_waits_for(serve: Serve, tmp_path: Path, bucket: Bucket) -> None:
+    bucket.put("slow/model.py", SCALE.replace("FACTOR", "7").encode())
+    bucket.put("slow/weights", os.urandom(400_000))
+    proxy = Proxy(bucket.endpoint.removeprefix("http://"), lambda line: "/slow/weights" in line)
+    proxy.faults = [stall := Stall(300_000)]
+    entries = tmp_path / "storage-config"
+    entries.mkdir()
+    (entries / "slow").write_text(json.dumps({**bucket.entry, "endpoint_url": proxy.address}))
+    instance = start(serve, tmp_path, "--storage-config", entries)
+    with Manager(instance.grpc) as manager:
+        manager.register("slow", pb.ModelInfo(type="mt:python", path="slow", key='{"storage_key": "slow"}'))
+        with pytest.raises(InferenceServerException, match=r"(?i)deadline"):
+            ask(instance, "slow", within_s=3.0)
+        assert stall.begun.is_set()
+        # The store would say nothing for longer than a pull waits for it.
+        assert stall.left.wait(5)
+        deadline = time.monotonic() + WITHIN_S
+        while manager.status("slow").status != States.NOT_LOADED:
+            assert time.monotonic() < deadline
+    # Who comes then is brought what is missing.
+    assert ask(instance, "slow") == 7.0
+    told = re.search(r"pulled s3://models/slow/model.py: 2 files, (\d+) bytes", instance.log_text())
+    assert told is not None
+    assert int(told[1]) < 200_000
+    proxy.close()
 
 
 def entry(name: str, info: pb.ModelInfo, **fields: Any) -> dict[str, Any]:

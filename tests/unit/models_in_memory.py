@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmcore.cache import Copy
-from mmcore.errors import NotFound
+from mmcore.errors import Cancelled, NotFound
 from mmcore.model import ModelSettings, ModelSource, TensorSpec
 from mmcore.registry import open_registry
 from mmcore.routing import Names, Router
 from mmcore.runtimes import OutputTensor
+from mmcore.storage.cancellation import Cancellation
 
 
 class FakeModel:
@@ -52,8 +53,17 @@ class FakeOrigin:
         self.settings = settings or ModelSettings()
         self.gone: set[str] = set()
         self.fault: Exception | None = None
+        #: Released by each who looks for files that are being pulled, which ends only when the load is given up.
+        self.pulling: threading.Semaphore | None = None
 
-    def source(self, name: str, version: str) -> ModelSource:
+    def source(self, name: str, version: str, cancelled: Cancellation | None = None) -> ModelSource:
+        if self.pulling is not None:
+            assert cancelled is not None
+            given_up = threading.Event()
+            with cancelled.calling(given_up.set):
+                self.pulling.release()
+                assert given_up.wait(10)
+            raise Cancelled("the pull was cancelled")
         if version in self.gone:
             raise NotFound(f"Request for unknown model: '{name}' version {version} is not found")
         return ModelSource(name, version, "fake", Path(__file__), self.settings)

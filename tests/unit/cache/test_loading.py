@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -63,6 +64,37 @@ async def test_each_waiter_has_its_own_deadline(one_loader: Fixture) -> None:
     assert not patient.done()
     gate.set()
     assert (await patient).name == "a"
+
+
+async def test_a_pull_ends_with_its_last_waiter_and_begins_anew_for_who_comes_then(one_loader: Fixture) -> None:
+    cache, origin = one_loader.cache, one_loader.origin
+    origin.pulling = begun = threading.Semaphore(0)
+    first, second = one_loader.load("a"), one_loader.load("a")
+    assert await asyncio.to_thread(begun.acquire, timeout=10)
+    first.cancel()
+    await asyncio.sleep(0)
+    assert cache.state("a", "1") is CopyState.PULLING
+    second.cancel()
+    await asyncio.sleep(0)
+    # Joined before the pull has ended, most likely; what that ends with is of no use to this one.
+    third = one_loader.load("a")
+    assert await asyncio.to_thread(begun.acquire, timeout=10)
+    third.cancel()
+    await settled(lambda: cache.loading == 0)
+    assert cache.failures.last("a", "1") == ""
+    origin.pulling = None
+    assert (await one_loader.load("a")).name == "a"
+
+
+async def test_dropping_a_load_ends_its_pull(one_loader: Fixture) -> None:
+    cache, origin = one_loader.cache, one_loader.origin
+    origin.pulling = begun = threading.Semaphore(0)
+    waiter = one_loader.load("a")
+    assert await asyncio.to_thread(begun.acquire, timeout=10)
+    cache.drop_loads("a", NotFound("model not found: a"))
+    with pytest.raises(NotFound):
+        await waiter
+    await settled(lambda: not cache._tasks)
 
 
 async def test_every_state_is_told_in_order(one_loader: Fixture) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mmcore.errors import Cancelled, LoadFailed
+from mmcore.storage.cancellation import Cancellation
 from mmcore.storage.disk_cache import DiskCache, Lease, Room
 from mmcore.storage.progress import LogProgress
 from mmcore.storage.transfer import PullLimits, Watch
@@ -41,7 +42,7 @@ else:
 """
 
 
-def watch(*cancelled: threading.Event) -> Watch:
+def watch(*cancelled: Cancellation) -> Watch:
     return Watch(PullLimits(), LogProgress(), *cancelled, clock=time.monotonic)
 
 
@@ -121,7 +122,7 @@ def test_what_another_living_process_uses_stays(cache: DiskCache, others: list[O
 def test_half_made_entry_of_a_process_that_died_is_removed(cache: DiskCache, others: list[Other]) -> None:
     others.append(Other(cache, "make", "a"))
     # While it lives nobody else makes the same.
-    cancelled = threading.Event()
+    cancelled = Cancellation()
     threading.Timer(0.2, cancelled.set).start()
     with pytest.raises(Cancelled), cache.making("a", 600, watch(cancelled)):
         raise AssertionError("two are making it")
@@ -144,6 +145,47 @@ def test_failed_making_gives_its_room_back(cache: DiskCache) -> None:
     assert cache.used_bytes == 0
     assert list((cache.folder / "making").iterdir()) == []
     make(cache, "a", 600)
+
+
+def give_up(cache: DiskCache, digest: str) -> None:
+    with pytest.raises(Cancelled), cache.making(digest, 600, watch()) as room:
+        assert isinstance(room, Room)
+        (room.folder / "half").write_bytes(b"half")
+        room.kept = {"half": [[0, 4]]}
+        raise Cancelled("nobody wants it")
+
+
+def test_what_was_given_up_is_there_for_the_next_who_makes_it(cache: DiskCache) -> None:
+    give_up(cache, "a")
+    assert cache.used_bytes == 600
+    assert cache.lease("a") is None
+    with cache.making("a", 600, watch()) as room:
+        assert isinstance(room, Room)
+        assert room.left == {"half": [[0, 4]]}
+        assert (room.folder / "half").read_bytes() == b"half"
+        (room.folder / "half").write_bytes(b"whole")
+    assert cache.used_bytes == 5
+    give_up(cache, "b")
+    with pytest.raises(ValueError, match="broken"), cache.making("b", 600, watch()):
+        raise ValueError("broken")
+    assert cache.used_bytes == 5
+    assert list((cache.folder / "making").iterdir()) == []
+
+
+def test_what_was_given_up_goes_before_any_entry_and_with_the_last_process(cache: DiskCache) -> None:
+    make(cache, "a", 100)
+    give_up(cache, "b")
+    make(cache, "c", 500)
+    assert cache.lease("a") is not None
+    assert cache.used_bytes == 600
+    assert [*(cache.folder / "making").iterdir(), *(cache.folder / "gone").iterdir()] == []
+    cache.close()
+    again = DiskCache(cache.folder, 2000)
+    give_up(again, "b")
+    again.close()
+    # Nobody knows what the disk has really kept of it.
+    assert DiskCache(cache.folder, 2000).used_bytes == 600
+    assert list((cache.folder / "making").iterdir()) == []
 
 
 def test_bytes_beyond_those_expected_are_asked_for(tmp_path: Path) -> None:
