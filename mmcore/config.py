@@ -57,8 +57,10 @@ class TransportSettings:
     handshake_timeout_s: float = 10.0
     #: A connection that has answers waiting and takes none for so long is closed.
     send_stall_timeout_s: float = 60.0
-    #: A PING after so long without a byte from the peer, and how long its answer may take.
+    #: A PING after so long without a byte from the peer, or after so long while calls of ours wait for their answers,
+    #: and how long its answer may take.
     keepalive_s: float = 7200.0
+    keepalive_waiting_s: float = 7200.0
     keepalive_timeout_s: float = 20.0
     #: Age at which a server asks a connection to go (GOAWAY), 0 for never, and how long its calls may then take.
     max_connection_age_s: float = 0.0

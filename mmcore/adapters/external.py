@@ -159,17 +159,11 @@ class External:
         pause_s = FIRST_PAUSE_S
         while True:
             with contextlib.suppress(RpcError):
-                return await self._connect()
+                return await self.channel.greeted(GREETING_S)
             if self.up:
                 self._down()
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-    async def _connect(self) -> ClientConnection:
-        connection = await self.channel.greeted(GREETING_S)
-        if connection is None or connection.lost.done():
-            raise RpcError(Status.UNAVAILABLE, f"{self.runtime.address} takes connections and says nothing")
-        return connection
 
     async def _handshake(self, *, starting: bool = False) -> None:
         """Ask the runtime until it says that it is ready and empty."""

@@ -84,24 +84,26 @@ class Channel:
         if self._usable() < self._wanted:
             await self._open_more(None)
 
-    async def greeted(self, within_s: float) -> ClientConnection | None:
+    async def greeted(self, within_s: float) -> ClientConnection:
         """Connect, and hear from the other side itself: the kernel takes connections for a process that hangs, too.
 
-        None where the connection does not take calls any more.
-
         Raises:
-            RpcError: UNAVAILABLE: it cannot be reached, or says nothing in time.
+            RpcError: UNAVAILABLE: it cannot be reached, says nothing in time, or closes the connection again.
         """
         await self.connect()
         connection = self.pick()
         try:
             async with asyncio.timeout(within_s):
-                while connection is not None and not connection.settled:  # noqa: ASYNC110  # nobody is woken by it
+                while (  # noqa: ASYNC110  # nobody is woken by it
+                    connection is not None and not connection.settled and not connection.lost.done()
+                ):
                     await asyncio.sleep(0.002)
         except TimeoutError:
             assert connection is not None
             connection.abort()
             raise RpcError(Status.UNAVAILABLE, f"{self.target} takes connections and says nothing") from None
+        if connection is None or not connection.request_allowed():
+            raise RpcError(Status.UNAVAILABLE, f"{self.target} closed the connection at once")
         return connection
 
     async def close(self) -> None:

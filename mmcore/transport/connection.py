@@ -160,10 +160,17 @@ class Connection(_Base):
         if self._pinged_at is not None:
             if now - self._pinged_at > settings.keepalive_timeout_s:
                 return self._drop("a keepalive PING was not answered")
-        elif now - self._heard_at > settings.keepalive_s:
+        elif now - self._heard_at > self._silence_s():
             self._pinged_at = now
             self.ping()
         return None
+
+    def _silence_s(self) -> float:
+        """How long the peer may be silent before it is asked whether it lives."""
+        settings = self._settings
+        if self.client and self.open_streams:
+            return min(settings.keepalive_s, settings.keepalive_waiting_s)
+        return settings.keepalive_s
 
     def _drop(self, reason: str) -> str:
         log.info("connection dropped: %s", reason, extra={"peer": self.peer})

@@ -432,6 +432,25 @@ async def test_our_keepalive_is_answered_and_a_dead_peer_noticed(peer: Peer, ope
         assert error.status == Status.UNAVAILABLE
 
 
+async def test_a_peer_that_owes_an_answer_is_found_dead_sooner(open_channel: Open) -> None:
+    settings = replace(SETTINGS, keepalive_waiting_s=0.01, keepalive_timeout_s=0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(5)
+        channel = open_channel(f"127.0.0.1:{silent.getsockname()[1]}", settings=settings)
+        error = await failure(channel.unary("/e.E/Unary", b"", timeout_s=WITHIN_S))
+        assert error.status == Status.UNAVAILABLE
+
+
+async def test_a_connection_that_is_lost_before_its_first_word_is_not_waited_for(open_channel: Open) -> None:
+    server = await asyncio.start_server(lambda reader, writer: writer.transport.abort(), "127.0.0.1", 0)
+    async with server:
+        channel = open_channel(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        async with asyncio.timeout(WITHIN_S):
+            error = await failure(channel.greeted(2 * WITHIN_S))
+    assert error.status == Status.UNAVAILABLE
+
+
 async def test_unix_sockets(start: StartPeer, open_channel: Open, tmp_path: Path) -> None:
     start(f"unix:{tmp_path}/socket")
     assert await open_channel(f"unix:{tmp_path}/socket").unary("/e.E/Unary", b"x") == b"x"
