@@ -7,11 +7,16 @@ the request's message is sent from where it lies, as is the answer's. Threads: t
 
 import cython
 
+from libc.math cimport exp
 from libc.stdint cimport int64_t, uint8_t
 
 from mmcore._ext.h2 cimport CANCELLED, OK, RESOURCE_EXHAUSTED, Method, encode_metadata, now
 from mmcore._ext.h2client cimport ClientCall, ClientSession
 from mmcore._ext.h2server cimport ServerCall
+
+
+#: What was measured counts 1/e after so long: a peer that was slow is tried again.
+cdef double LATENCY_DECAY_S = 10.0
 
 
 cdef class Traffic:
@@ -21,7 +26,7 @@ cdef class Traffic:
         usable: whether requests may be sent to it.
         session: the connection used last, which may take no calls any more; None before the first.
         in_flight: requests sent and not answered.
-        latency_s: moving average of the seconds to an answer with OK; 0 before the first.
+        latency_s: moving average of the seconds to an answer with OK, which fades; 0 before the first.
         answered: requests that got any answer.
         failures: connections that broke or were not to be had since the last answer with OK.
     """
@@ -29,16 +34,23 @@ cdef class Traffic:
     cdef public bint usable
     cdef public ClientSession session
     cdef readonly Py_ssize_t in_flight
-    cdef readonly double latency_s
+    cdef double latency       # when it was measured
+    cdef double measured_at
     cdef readonly int64_t answered
     cdef public int failures
 
-    cdef void succeeded(self, double seconds) noexcept:
+    @property
+    def latency_s(self):
+        return self.latency_at(now())
+
+    cdef double latency_at(self, double moment) noexcept:
+        return self.latency * exp((self.measured_at - moment) / LATENCY_DECAY_S)
+
+    cdef void succeeded(self, double seconds, double moment) noexcept:
+        cdef double faded = self.latency_at(moment)
         self.failures = 0
-        if self.latency_s == 0:
-            self.latency_s = seconds
-        else:
-            self.latency_s += (seconds - self.latency_s) / 8
+        self.latency = seconds if self.latency == 0 else faded + (seconds - faded) / 8
+        self.measured_at = moment
 
 
 @cython.final
@@ -145,13 +157,15 @@ cdef class Forwarded:
     def answered(self, ClientCall call not None):
         """The transport's callback: a peer has answered, or never will."""
         cdef Traffic peer = self.peer
+        cdef double moment
         peer.in_flight -= 1
         self.sent = None
         if self.over:
             return
         peer.answered += not call.lost
         if call.grpc_status == OK:
-            peer.succeeded(now() - self.began)
+            moment = now()
+            peer.succeeded(moment - self.began, moment)
             self.answer(call)
         else:
             self.owner.failed(self, call)
@@ -266,7 +280,7 @@ cdef class Forwards:
             peer = <Traffic?>one
             if peer.usable and (
                 best is None or peer.in_flight < best.in_flight
-                or (peer.in_flight == best.in_flight and peer.latency_s < best.latency_s)
+                or (peer.in_flight == best.in_flight and peer.latency < best.latency)
             ):
                 best = peer
         return best

@@ -10,7 +10,8 @@ class Traffic:
     usable: bool
     session: ClientSession | None
     in_flight: int
-    latency_s: float
+    @property
+    def latency_s(self) -> float: ...
     answered: int
     failures: int
 

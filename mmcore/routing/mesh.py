@@ -204,6 +204,9 @@ class Mesh(Loads):
             record = self._registry.models.get(asked.model)
             if record is None:
                 return False
+            # One that is on its way here is as good a place as any, and the last one where the others are gone.
+            if self._registry.instance not in tried and self._has(asked.model):
+                return False
             target = self._target(asked.model, record, tried)
             if target == self._registry.instance:
                 return False
@@ -221,6 +224,10 @@ class Mesh(Loads):
                 )
                 return True
             tried = (*tried, target)
+
+    def _has(self, model: str) -> bool:
+        """Whether this instance has a copy, or is about to."""
+        return bool(self._router.copies(model)) or self._router.loading(model)
 
     def _place_again(self, asked: _Asked, call: Any, body: bytes, unanswered: Unanswered) -> None:
         """Those that were asked have not answered: have it loaded by another one."""

@@ -17,9 +17,14 @@ from mmcore.transport.channel import ClientConnection
 
 log = logging.getLogger(__name__)
 
-#: Of channels between instances: answers may be as long as they are, and one that is silent for long is found out.
+#: Of channels between instances: answers may be as long as they are, and one that hangs or cannot be reached any more
+#: is found out, within some seconds while requests wait for it.
 PEER_SETTINGS: Final = TransportSettings(
-    max_message_bytes=2**31 - 1, keepalive_s=10.0, keepalive_timeout_s=10.0, connect_timeout_s=2.0
+    max_message_bytes=2**31 - 1,
+    keepalive_s=10.0,
+    keepalive_waiting_s=1.0,
+    keepalive_timeout_s=4.0,
+    connect_timeout_s=2.0,
 )
 #: How long a peer may take for its first word on a connection.
 GREETING_S: Final = 2.0

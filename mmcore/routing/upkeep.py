@@ -54,7 +54,7 @@ class Upkeep:
         interval_s: float = INTERVAL_S,
         clock_ms: Callable[[], int] = wall_ms,
     ) -> None:
-        self.usage: Final = Usage(clock_ms)
+        self.usage: Final = Usage()
         self._registry = registry
         self._router = router
         self._actions = actions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -37,6 +38,11 @@ class _Use:
     minute: int = 0
 
 
+def monotonic_ms() -> int:
+    """Milliseconds by a clock that nobody sets: rates and minutes ago are not to follow one that is."""
+    return time.monotonic_ns() // 1_000_000
+
+
 class Usage:
     """The use of the copies that :meth:`look` is given, from one look to the next.
 
@@ -44,7 +50,7 @@ class Usage:
         requests_per_minute: of all of them together.
     """
 
-    def __init__(self, clock_ms: Callable[[], int]) -> None:
+    def __init__(self, clock_ms: Callable[[], int] = monotonic_ms) -> None:
         self.requests_per_minute = 0.0
         self._clock_ms = clock_ms
         self._uses: dict[str, _Use] = {}

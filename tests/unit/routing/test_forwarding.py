@@ -212,7 +212,10 @@ async def test_latency_and_requests_in_flight_are_measured(start: Start) -> None
     holder.service.release()
     assert await asked == b"released"
     assert (peer.in_flight, peer.answered) == (0, 1)
-    assert 0 < peer.latency_s < WITHIN_S
+    measured = peer.latency_s
+    assert 0 < measured < WITHIN_S
+    # It fades, so that a peer that was slow once is tried again.
+    await until(lambda: peer.latency_s < 0.99 * measured, "it counts for less")
 
 
 # -- which holder
