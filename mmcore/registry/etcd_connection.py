@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: How long one member may take to show that it works, and how long a call may take.
+#: How long one of several members may take to show that it works, and how long a call may take, or the only member.
 CONNECT_S: Final = 1.0
 CALL_S: Final = 2.0
 
@@ -92,6 +92,7 @@ class EtcdConnection:
             raise ValueError("a registry in etcd needs grpcio: pip install 'mmcore[etcd]'")
         self._address = address
         self._probed = probed
+        self._connect_s = CONNECT_S if len(address.endpoints) > 1 else CALL_S
         self._live: _Live | None = None
         self._next = 0
         self._lock = asyncio.Lock()
@@ -196,7 +197,7 @@ class EtcdConnection:
             try:
                 return await self._try(endpoint)
             except TimeoutError:
-                failures.append(f"{endpoint} did not answer within {CONNECT_S:g} s")
+                failures.append(f"{endpoint} did not answer within {self._connect_s:g} s")
             except (Unavailable, Refused) as error:
                 failures.append(str(error))
         raise Unavailable(f"cannot connect to etcd: {'; '.join(failures)}")
@@ -205,9 +206,9 @@ class EtcdConnection:
         """A connection to a member that has answered a read, which it does only as a part of a working cluster."""
         live = _Live(self._open(endpoint), endpoint, ())
         try:
-            async with asyncio.timeout(CONNECT_S):
+            async with asyncio.timeout(self._connect_s):
                 live = replace(live, metadata=await self._token(live))
-                await self._call(live, _RANGE, pb.RangeRequest(key=self._probed, limit=1), CONNECT_S)
+                await self._call(live, _RANGE, pb.RangeRequest(key=self._probed, limit=1), self._connect_s)
         except BaseException:
             self._next += 1
             await live.channel.close()
@@ -221,7 +222,7 @@ class EtcdConnection:
             return ()
         request = pb.AuthenticateRequest(name=address.user, password=address.password)
         try:
-            answer = await self._call(live, _AUTHENTICATE, request, CONNECT_S)
+            answer = await self._call(live, _AUTHENTICATE, request, self._connect_s)
         except Refused as error:
             if "authentication is not enabled" in error.text:
                 return ()
