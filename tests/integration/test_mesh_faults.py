@@ -1,0 +1,222 @@
+"""A mesh under faults: etcd and instances stopped, killed, wiped, cut off, slow, restarted, with clocks that are wrong.
+
+The tests share one mesh and leave it whole. In every one of them each request carries a number of its own and each
+answer is checked to be of that model to that number; a registration that was acknowledged is known to all at the end.
+What README-mesh.md lists is proved here and in the tests that it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from mmcore.pb import model_mesh_pb2 as pb
+from tests.etcds import Etcd
+from tests.meshes import CALLERS, MODELS, Client, Load, Member, Mesh, Registrar, name_of, until
+from tests.serving import Instances
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+
+#: An instance that hangs or is cut off is found out within this time; twice, where one after the other is asked.
+FOUND_OUT_S = 8.0
+#: A write is refused within this time when the registry is away.
+PROMPTLY_S = 5.0
+HOUR_S = 3600.0
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mesh]:
+    folder = tmp_path_factory.mktemp("mesh")
+    instances = Instances(folder)
+    etcd = await asyncio.to_thread(Etcd(folder / "etcd").start)
+    made = Mesh(instances, folder, etcd, 3)
+    # None of the clocks agree, in any of the tests.
+    for member, off_s in zip(made.members, (0.0, HOUR_S, -HOUR_S), strict=True):
+        member.set_clock(off_s)
+    try:
+        await made.start()
+        request = pb.SetVModelRequest(vModelId="alias", targetModelId=name_of(3))
+        await made.members[0].client.manage("setVModel", request, pb.VModelStatusInfo)
+        yield made
+    finally:
+        await made.close()
+        await asyncio.to_thread(instances.end)
+        etcd.kill()
+
+
+async def refused(client: Client) -> None:
+    """A registration is refused, in time and as what it is."""
+    began = time.monotonic()
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await client.register("refused", pb.ModelInfo(type="python", path="/nowhere"))
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert time.monotonic() - began < PROMPTLY_S
+
+
+async def test_an_instance_that_hangs_is_found_out_and_its_requests_are_answered_by_others(mesh: Mesh) -> None:
+    a, b, c = mesh.members
+    await mesh.place(0, a, b)
+    await mesh.place(1, a)
+    load = Load(c.client, (0, 1))
+    await load.more(100)
+    a.instance.signal(signal.SIGSTOP)
+    try:
+        await load.more(300)
+        assert load.slowest_s() < FOUND_OUT_S
+        since = time.monotonic()
+        await load.more(200)
+        assert load.slowest_s(since) < 1.0
+    finally:
+        a.instance.signal(signal.SIGCONT)
+    await load.stop()
+    assert load.failures == []
+    await mesh.whole()
+
+
+async def test_a_slow_way_to_one_holder_is_left_to_the_other(mesh: Mesh) -> None:
+    a, b, c = mesh.members
+    await mesh.place(0, a, b)
+    a.door.delay_s = 0.3
+    load = Load(c.client, (0,))
+    try:
+        await load.more(50)
+        since = time.monotonic()
+        await load.more(300)
+        slow = sum(took >= a.door.delay_s for took, at in load.times if at >= since)
+        assert slow < 30
+    finally:
+        a.door.delay_s = 0.0
+        await load.stop()
+    assert load.failures == []
+
+
+async def test_without_etcd_inference_goes_on_models_load_and_what_a_dead_instance_had_is_loaded_again(
+    mesh: Mesh,
+) -> None:
+    a, b, c = mesh.members
+    await mesh.place(2, c)
+    cold = [await mesh.register(a.client) for _ in mesh.members]
+    await mesh.whole()
+    load = Load(Client(a.address, b.address))
+    direct = Load(Client(c.address, a.address))
+    await load.more(100)
+    await asyncio.to_thread(mesh.etcd.stop)
+    for name, member in zip(cold, mesh.members, strict=True):
+        assert await member.client.ask(0, 7, name=name)
+    await asyncio.gather(*(refused(member.client) for member in mesh.members))
+    c.instance.process.kill()
+    await c.ended()
+    for member in (a, b):
+        for number in range(MODELS):
+            assert await member.client.ask(number, number)
+    await load.more(100)
+    await direct.more(100)
+    await asyncio.to_thread(mesh.etcd.start)
+    await until(lambda: _registers(mesh, a))
+    await c.start(mesh.serve)
+    await mesh.whole()
+    for one in (load, direct):
+        await one.stop()
+    # Nothing that went through the others was lost; of those that were at the dead one itself, those that it had.
+    assert load.failures == []
+    assert len(direct.failures) <= CALLERS
+    assert all("UNAVAILABLE" in failure for failure in direct.failures)
+
+
+async def _registers(mesh: Mesh, member: Member) -> bool:
+    await mesh.register(member.client)
+    return True
+
+
+async def test_an_etcd_that_comes_back_empty_gets_back_all_that_was_acknowledged(mesh: Mesh) -> None:
+    _, b, _ = mesh.members
+    load = Load(Client(*(member.address for member in mesh.members)))
+    registrar = Registrar(mesh, b.client)
+    known = len(mesh.registered)
+    await until(lambda: _more(mesh, known + 5))
+    await asyncio.to_thread(mesh.etcd.wipe)
+    await until(lambda: _is(bool(registrar.refused)))
+    await load.more(100)
+    await asyncio.to_thread(mesh.etcd.start)
+    known = len(mesh.registered)
+    await until(lambda: _more(mesh, known + 5))
+    await registrar.stop()
+    await mesh.whole()
+    for member in mesh.members:
+        assert await member.client.alias("alias") == name_of(3)
+    await load.stop()
+    assert load.failures == []
+
+
+async def _more(mesh: Mesh, count: int) -> bool:
+    return len(mesh.registered) >= count
+
+
+async def _is(value: bool) -> bool:
+    return value
+
+
+async def test_an_instance_cut_off_from_etcd_and_the_others_answers_what_it_is_asked_and_catches_up(
+    mesh: Mesh,
+) -> None:
+    a, b, c = mesh.members
+    await mesh.place(4, c)
+    await mesh.place(5, a)
+    gone = await mesh.register(b.client)
+    await mesh.whole()
+    inside, outside = Load(c.client), Load(Client(a.address, b.address))
+    registrar = Registrar(mesh, a.client)
+    await inside.more(50)
+    c.etcd.silence()
+    c.door.silence()
+    for member in (a, b):
+        member.door.shut_out(c.pid)
+    cut_off = c.id
+    await inside.more(200)
+    await until(lambda: _knows_no_more(a, cut_off))
+    await refused(c.client)
+    await b.client.unregister(gone)
+    mesh.registered.discard(gone)
+    await inside.more(50)
+    await outside.more(50)
+    for member in mesh.members:
+        await member.door.mend()
+        await member.etcd.mend()
+    await mesh.whole()
+    for one in (inside, outside):
+        await one.stop()
+        assert one.failures == []
+        assert one.slowest_s() < 2 * FOUND_OUT_S
+    await registrar.stop()
+    assert registrar.refused == []
+    await mesh.whole()
+    for member in mesh.members:
+        assert gone not in await member.client.models()
+
+
+async def _knows_no_more(member: Member, instance: str) -> bool:
+    return instance not in await member.client.instances()
+
+
+async def test_no_request_fails_while_all_instances_are_restarted_one_after_the_other(mesh: Mesh) -> None:
+    load = Load(Client(*(member.address for member in mesh.members)))
+    await load.more(100)
+    for member in mesh.members:
+        # A clock that is set back must not keep an instance from handing over what it has.
+        member.set_clock(-12 * HOUR_S)
+        await load.more(20)
+        member.instance.signal(signal.SIGTERM)
+        assert await member.ended() == 0
+        assert "Traceback" not in member.instance.log_text()
+        await member.start(mesh.serve)
+        await load.more(100)
+    await load.stop()
+    assert load.failures == []
+    # None of them was there from the beginning: what they know they have from etcd.
+    await mesh.whole()
