@@ -198,6 +198,7 @@ class ServeSettings:
         isolate: the models to be run in worker processes whatever they say: ``none``, ``untrusted`` formats or ``all``.
         server_name: what ServerMetadata calls this server.
         log_level: name of a level of :mod:`logging`, in lower case.
+        log_requests: whether each request is logged, until a client changes that.
         grace_s: how long a draining instance waits for calls in flight.
         event_loop: ``uvloop`` or ``asyncio``.
         tls: for the gRPC, REST and management ports; None: plain text.
@@ -241,6 +242,7 @@ class ServeSettings:
     isolate: str = "none"
     server_name: str = "mmcore"
     log_level: str = "info"
+    log_requests: bool = False
     grace_s: float = 90.0
     event_loop: str = "uvloop"
     tls: TlsFiles | None = None

@@ -105,3 +105,17 @@ class Pod:
     def end(self) -> None:
         self.process.kill()
         self.process.communicate(timeout=20)
+
+
+def beside(deployment: Object, name: str, folders: Mapping[str, Path]) -> tuple[list[str], dict[str, str]]:
+    """The command line and the variables of another server's container, with the paths of its mounts in both."""
+    containers = deployment["spec"]["template"]["spec"]["containers"]
+    container = next(one for one in containers if one["name"] == name)
+
+    def placed(text: str) -> str:
+        for mount in container["volumeMounts"]:
+            text = text.replace(mount["mountPath"], str(folders[mount["name"]]))
+        return text
+
+    line = [placed(one) for one in (*(container.get("command") or []), *(container.get("args") or []))]
+    return line, {entry["name"]: placed(entry["value"]) for entry in container.get("env") or []}

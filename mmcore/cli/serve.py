@@ -244,6 +244,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     "--server-name", metavar="NAME", default="mmcore", help="The name in ServerMetadata; 'triton' for clients that ask."
 )
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
+@option("--log-requests/--no-log-requests", default=False, help="A line in the log for each request.")
 @option(
     "--otlp-endpoint",
     metavar="URL",
@@ -317,6 +318,7 @@ def command(
     loader_threads: int,
     server_name: str,
     log_level: str,
+    log_requests: bool,
     otlp_endpoint: str | None,
     trace_ratio: float,
     payload_log: str | None,
@@ -389,6 +391,7 @@ def command(
             ),
             server_name=server_name,
             log_level=log_level,
+            log_requests=log_requests,
             grace_s=grace,
             event_loop=event_loop,
             traces=TraceSettings(otlp_endpoint, trace_ratio),

@@ -17,6 +17,7 @@ from mmcore.controller.objects import (
     SERVING_RUNTIME,
     Kind,
     Object,
+    annotations_of,
     at,
 )
 from mmcore.controller.runtimes import Runtime, effective_runtimes, problems
@@ -28,6 +29,13 @@ from mmcore.controller.wanted import DEPLOYMENT_MODE, InvalidSpec, is_served, of
 _MODEL_FIELDS: Final = (
     *("model", "xgboost", "lightgbm", "sklearn", "tensorflow", "onnx", "pytorch", "triton", "pmml", "paddle"),
 )
+#: Fields of ``builtInAdapter``, and annotations of runtimes, that were for the adapter's container.
+_ADAPTER_FIELDS: Final = {
+    "modelLoadingTimeoutMillis": "a load may take as long as the adapter of its server allows",
+    "maxLoadingConcurrency": "instances load as many models at once as the server's adapter allows",
+    "perModelConcurrencyLimit": "no limit is set",
+    "productConfig": "it had none",
+}
 _RUNTIME_KINDS: Final = (SERVING_RUNTIME, CLUSTER_SERVING_RUNTIME)
 
 
@@ -99,6 +107,12 @@ def _runtime(item: Object, runtimes: list[Object], config: ServingConfig) -> Ite
     for field in ("httpDataEndpoint", "storageHelper"):
         if runtime.spec.get(field):
             yield "note", f"{field} has no effect: instances pull models and serve REST themselves"
+    for name, reason in _ADAPTER_FIELDS.items():
+        if (at(runtime.spec, "builtInAdapter", name) or annotations_of(item).get(name)) is not None:
+            yield "note", f"{name} has no effect: {reason}"
+    for entry in at(runtime.spec, "builtInAdapter", "env") or []:
+        if not entry["name"].startswith("MMCORE_"):
+            yield "note", f"builtInAdapter.env {entry['name']} has no effect: an instance is in the adapter's place"
     if not wrong:
         names = ", ".join(f"'{one['name']}'" for one in runtime.containers)
         beside = f"{names} and one instance beside it" if names else "one instance and nothing else"

@@ -15,6 +15,7 @@ from typing import Any, Final
 from mmcore.config import CAPACITY_SHARE
 from mmcore.controller.objects import DEPLOYMENT, MANAGER, SERVICE_LABEL, Object, at, owner_reference
 from mmcore.controller.quantities import memory_bytes, total_memory_limit
+from mmcore.controller.runtime_address import MODELS, runtime_address
 from mmcore.controller.runtimes import OWN, PEER_PORT, Runtime
 from mmcore.controller.serving_config import ServingConfig
 from mmcore.controller.type_constraints import instance_labels
@@ -34,7 +35,9 @@ _GRACE_S: Final = 85
 _LEAVE_S: Final = 5
 _TERMINATION_S: Final = 95
 
-_MODELS: Final = "/models"
+#: Longer than an instance waits for the server beside it, whose own words in the log then say what is missing.
+_START_S: Final = 240
+
 _CONSTRAINTS: Final = "/etc/mmcore/constraints"
 _ETCD: Final = "/etc/mmcore/etcd"
 _TLS: Final = "/etc/mmcore/tls"
@@ -133,7 +136,8 @@ def _scrape_annotations(config: ServingConfig) -> dict[str, str]:
 def _pod(runtime: Runtime, config: ServingConfig, place: Place, chosen: dict[str, str]) -> Object:
     spec = runtime.spec
     # The user's first, so that the instance's start is not held up by the pull of their images.
-    containers = [*(_beside(one, runtime, place) for one in runtime.containers), _instance(runtime, config, place)]
+    beside = [_beside(one, runtime, config, place) for one in runtime.containers]
+    containers = [*beside, _instance(runtime, config, place)]
     spread = {"whenUnsatisfiable": "ScheduleAnyway", "maxSkew": 1, "labelSelector": {"matchLabels": chosen}}
     pod: Object = {
         "containers": containers,
@@ -167,14 +171,22 @@ def with_architectures(affinity: Object) -> Object:
     return {**affinity, "nodeAffinity": node}
 
 
-def _beside(container: Object, runtime: Runtime, place: Place) -> Object:
+def _beside(container: Object, runtime: Runtime, config: ServingConfig, place: Place) -> Object:
     mounts = [
-        {"name": "models-dir", "mountPath": _MODELS},
+        {"name": "models-dir", "mountPath": MODELS},
         *_claim_mounts(place),
         *_socket_mounts(runtime),
         *(container.get("volumeMounts") or []),
     ]
-    return {"securityContext": {"capabilities": {"drop": ["ALL"]}}, **container, "volumeMounts": mounts}
+    # It is told to end when the instance has ended its calls, which it answers.
+    scheme = {"scheme": "HTTPS"} if config.metrics_tls else {}
+    stop = {"preStop": {"httpGet": {"path": "/drained", "port": config.metrics_port, **scheme}}}
+    return {
+        "securityContext": {"capabilities": {"drop": ["ALL"]}},
+        **container,
+        "lifecycle": {**stop, **(container.get("lifecycle") or {})},
+        "volumeMounts": mounts,
+    }
 
 
 def _instance(runtime: Runtime, config: ServingConfig, place: Place) -> Object:
@@ -198,12 +210,12 @@ def _instance(runtime: Runtime, config: ServingConfig, place: Place) -> Object:
         "ports": [{"name": name, "containerPort": port, "protocol": "TCP"} for name, port in ports],
         "resources": resources,
         "securityContext": _HARDENED,
-        "startupProbe": probe("/live", periodSeconds=1, failureThreshold=120),
+        "startupProbe": probe("/live", periodSeconds=1, failureThreshold=_START_S),
         "readinessProbe": probe("/ready", periodSeconds=5),
         "livenessProbe": probe("/live", periodSeconds=30, failureThreshold=2),
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(_LEAVE_S)]}}},
         "volumeMounts": [
-            {"name": "models-dir", "mountPath": _MODELS},
+            {"name": "models-dir", "mountPath": MODELS},
             {"name": "mmcore-tmp", "mountPath": "/tmp"},  # noqa: S108  # of the container
             {"name": "storage-config", "mountPath": _STORAGE, "readOnly": True},
             {"name": "tc-config", "mountPath": _CONSTRAINTS, "readOnly": True},
@@ -232,13 +244,14 @@ def environment(runtime: Runtime, config: ServingConfig, place: Place, resources
         "MMCORE_DATAPLANE_CONFIG": f"{_CONSTRAINTS}/{DATAPLANE_KEY}",
         "MMCORE_STORAGE_CONFIG": _STORAGE,
         "MMCORE_PVC_MOUNTS": _CLAIMS,
-        "MMCORE_MODEL_CACHE": f"{_MODELS}/.mmcore",
+        "MMCORE_MODEL_CACHE": f"{MODELS}/.mmcore",
         "MMCORE_MODEL_CACHE_LIMIT": str(int(limit * _CACHE_SHARE))
         if (limit := models_limit(runtime, config))
         else None,
         "MMCORE_VMODEL_OWNER": DEFAULT_OWNER,
         "MMCORE_MAX_MESSAGE": str(config.max_message_bytes),
         "MMCORE_GRACE": f"{_GRACE_S}s",
+        "MMCORE_LOG_REQUESTS": "true" if config.access_log else None,
         "MMCORE_CAPACITY": str(size) if (size := capacity_bytes(runtime, resources)) else None,
         "MMCORE_RUNTIME": runtime_address(runtime),
         **_tls_environment(config),
@@ -294,23 +307,6 @@ def models_limit(runtime: Runtime, config: ServingConfig) -> int:
     """How large the folder of models may be, in bytes: one and a half of what the containers may hold; 0: no limit."""
     held = runtime.containers or [{"resources": _instance_resources(runtime, config)}]
     return total_memory_limit(held) * 3 // 2
-
-
-def runtime_address(runtime: Runtime) -> str | None:
-    """What an instance is told as ``--runtime``: where the other server is; None where it is the runtime itself."""
-    if not runtime.containers:
-        return None
-    spec, server = runtime.spec, runtime.server_type
-    if not server:
-        return endpoint_address(spec["grpcEndpoint"])
-    port = at(spec, "builtInAdapter", "runtimeManagementPort") or 8001
-    return f"{server}://127.0.0.1:{port}?repo={_MODELS}/_{server}_models"
-
-
-def endpoint_address(endpoint: str) -> str:
-    """``port:N`` and ``unix:PATH`` as instances state addresses."""
-    scheme, _, rest = endpoint.partition(":")
-    return f"127.0.0.1:{rest}" if scheme == "port" else "unix:" + rest.removeprefix("//")
 
 
 def _sockets(runtime: Runtime) -> list[str]:

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from mmcore.adapters import open_runtime
 from mmcore.controller.objects import CLUSTER_SERVING_RUNTIME, SERVING_RUNTIME, Kind, Object, annotations_of, at
 from mmcore.controller.quantities import quantity
+from mmcore.controller.runtime_address import endpoint_address, runtime_address, valid_endpoint
 from mmcore.controller.serving_config import ServingConfig
 
 #: The server type of runtimes that are instances themselves, without another server; and the name of the container
@@ -148,6 +150,8 @@ def _server_problems(runtime: Runtime, config: ServingConfig) -> list[str]:
         if server not in config.server_types:
             known = ", ".join(config.server_types)
             found.append(f"builtInAdapter.serverType '{server}' is not one of builtInServerTypes: {known}")
+        elif not _has_adapter(runtime):
+            found.append(f"instances have no adapter for builtInAdapter.serverType '{server}'")
         if server not in names:
             found.append(f"builtInAdapter.serverType is '{server}', and no container has that name")
     elif not runtime.spec.get("grpcEndpoint"):
@@ -156,15 +160,23 @@ def _server_problems(runtime: Runtime, config: ServingConfig) -> list[str]:
         endpoint = runtime.spec.get(field)
         if endpoint and not valid_endpoint(endpoint):
             found.append(f"{field} must be port:NUMBER or unix:PATH, not '{endpoint}'")
-    return found
+    return found or _two_endpoints(runtime)
 
 
-def valid_endpoint(endpoint: str) -> bool:
-    """Whether it is ``port:NUMBER``, ``unix:PATH`` or ``unix://PATH``."""
-    scheme, _, rest = endpoint.partition(":")
-    if scheme == "port":
-        return rest.isdigit() and 0 < int(rest) < 65536
-    return scheme == "unix" and rest.removeprefix("//").startswith("/")
+def _has_adapter(runtime: Runtime) -> bool:
+    try:
+        open_runtime(runtime_address(runtime) or "")
+    except ValueError:
+        return False
+    return True
+
+
+def _two_endpoints(runtime: Runtime) -> list[str]:
+    """A server that speaks the SPI takes requests where it is managed."""
+    managed, data = runtime.spec.get("grpcEndpoint"), runtime.spec.get("grpcDataEndpoint")
+    if runtime.server_type or not managed or not data or endpoint_address(managed) == endpoint_address(data):
+        return []
+    return [f"grpcDataEndpoint {data} must be grpcEndpoint {managed}: instances ask a runtime at one address"]
 
 
 def _name_problems(runtime: Runtime) -> list[str]:

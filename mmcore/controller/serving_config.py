@@ -29,7 +29,7 @@ _WITHOUT_EFFECT: Final = {
     "storagehelperimage": "instances pull models themselves",
     "storagehelperresources": "instances pull models themselves",
     "etcdsecretname": "the secret is named by --etcd-secret",
-    "payloadprocessors": "instances have none",
+    "payloadprocessors": "say MMCORE_PAYLOAD_LOG in internalModelMeshEnvVars: a file, or where CloudEvents go",
 }
 _REST_WITHOUT_EFFECT: Final = {
     "image": "instances serve REST themselves",

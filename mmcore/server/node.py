@@ -72,6 +72,9 @@ ValueT = TypeVar("ValueT")
 #: The share of the grace that handing models over may take; the rest is for the calls in flight.
 HANDOVER_SHARE: Final = 0.6
 
+#: For answers of the metrics port that are on their way when everything else is over.
+_LAST_ANSWERS_S: Final = 1.0
+
 #: The services that reflection tells of.
 _SERVICES: Final = (SERVICE, management.SERVICE, cluster.SERVICE, "grpc.health.v1.Health")
 
@@ -165,6 +168,7 @@ class Node:
             ),
             per_model=settings.metrics_per_model,
         )  # fmt: skip
+        self._observed = observed
         self._metrics = Listener(observed.handle, settings.transport)
         self._tracer = self._started_tracer()
         payloads = settings.payloads
@@ -363,7 +367,8 @@ class Node:
             self._server.drain(grace_s), self._management_server.drain(grace_s), self._rest.drain(grace_s)
         )
         # Up to here it can be watched how it ends.
-        await self._metrics.drain(0)
+        self._observed.drained()
+        await self._metrics.drain(_LAST_ANSWERS_S)
         await self._static.close()
         await self._transitions.close()
         if self._mesh is not None:
@@ -474,6 +479,7 @@ def run_one(settings: ServeSettings) -> int:
     """The same for one instance in this process."""
     keep_freed_memory()
     take_short_turns()
+    logs.switches.requests = settings.log_requests
     logs.configure(settings.log_level)
     log.info("mmcore %s, capacity %d bytes", mmcore.__version__, settings.capacity_bytes)
     return run_until_told(lambda: Node(settings), settings.event_loop, settings.grace_s)

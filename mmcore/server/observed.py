@@ -1,4 +1,6 @@
-"""The metrics port: ``/metrics`` for Prometheus, ``/live`` and ``/ready`` for probes, ``/debug/state`` for support."""
+"""The metrics port: ``/metrics`` for Prometheus, ``/live``, ``/ready`` and ``/drained`` for Kubernetes, and for support
+``/debug/state``.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ class Observed:
         self._parts = parts
         self._started = time.time()
         self._scrape = Scrape(parts, per_model=per_model, started=self._started)
+        self._waiting: list[Request] = []
 
     def handle(self, request: Request) -> None:
         """Answer one request."""
@@ -36,10 +39,18 @@ class Observed:
         elif path == "/ready":
             ready = self._parts.ready()
             request.send(json.dumps({"ready": ready}).encode(), status=200 if ready else 503)
+        elif path == "/drained":
+            self._waiting.append(request)
         elif path == "/debug/state":
             request.send(json.dumps(self.state(), indent=1).encode())
         else:
-            request.fail(404, f"no such path: {path}; there are /metrics, /live, /ready and /debug/state")
+            request.fail(404, f"no such path: {path}; there are /metrics, /live, /ready, /drained and /debug/state")
+
+    def drained(self) -> None:
+        """Answer those who wait for this instance to have ended its calls: servers that answer for it may end now."""
+        for request in self._waiting:
+            request.send(b'{"drained":true}')
+        self._waiting.clear()
 
     def state(self) -> dict[str, Any]:
         """The instance's view, for people: what is loaded, how much it takes and what went wrong."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.client
 import json
+import signal
 import ssl
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from mmcore.pb import model_mesh_pb2 as pb
 from tests.certificates import Authority, Signed, self_signed
 from tests.etcds import Etcd
 from tests.pods import Pod
-from tests.serving import IDENTITY, write_model
+from tests.serving import IDENTITY, WAITING, write_model
 from tests.unit.controller.objects import own_runtime
 
 pytestmark = pytest.mark.slow
@@ -107,7 +111,16 @@ def infer(
     return values
 
 
-async def register(pods: list[Pod], tls: ssl.SSLContext | None, within_s: float = WITHIN_S) -> pb.VModelStatusInfo:
+def until(condition: Callable[[], bool]) -> None:
+    ends_at = time.monotonic() + WITHIN_S
+    while not condition():
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
+
+
+async def register(
+    pods: list[Pod], tls: ssl.SSLContext | None, within_s: float = WITHIN_S, model: str = "identity"
+) -> pb.VModelStatusInfo:
     """What the controller does with a Predictor."""
     moved = asyncio.Event()
 
@@ -117,18 +130,18 @@ async def register(pods: list[Pod], tls: ssl.SSLContext | None, within_s: float 
     mesh = Mesh("models", lambda names: moved.set(), credentials)
     mesh.set_addresses([pod.target("grpc") for pod in pods])
     key = {"model_type": {"name": "python"}, "storage_params": {"type": "pvc", "name": "models"}}
-    info = pb.ModelInfo(type=RUNTIME.label, path="identity", key=json.dumps(key))
+    info = pb.ModelInfo(type=RUNTIME.label, path=model, key=json.dumps(key))
     request = pb.SetVModelRequest(
-        vModelId="identity", targetModelId="identity__ksp-1", modelInfo=info, loadNow=True, owner="ksp"
+        vModelId=model, targetModelId=f"{model}__ksp-1", modelInfo=info, loadNow=True, owner="ksp"
     )
     loaded = pb.ModelStatusInfo.LOADED
     try:
         async with asyncio.timeout(within_s):
             await mesh.set_vmodel(request)
-            while mesh.vmodels["identity"].activeModelStatus.status != loaded:
+            while mesh.vmodels[model].activeModelStatus.status != loaded:
                 moved.clear()
                 await moved.wait()
-        return mesh.vmodels["identity"]
+        return mesh.vmodels[model]
     finally:
         await mesh.close()
 
@@ -179,6 +192,36 @@ def test_pods_with_tls_are_one_mesh_that_asks_clients_for_certificates(start: St
         get(url, context)
     context.load_cert_chain(pair.certificate, pair.key)
     assert get(url, context)[0] == 200
+
+
+def test_the_server_beside_is_told_to_end_after_the_last_call(start: Start, tmp_path: Path) -> None:
+    write_model(tmp_path / "claims" / "models", "waiting", WAITING)
+    pod = start(ServingConfig()).ready()
+    asyncio.run(register([pod], None, model="waiting"))
+    file = tmp_path / "go-on"
+
+    def call() -> bool:
+        tensor = triton.InferInput("FILE", [1], "BYTES")
+        tensor.set_data_from_numpy(np.array([str(file).encode()], np.object_))
+        with triton.InferenceServerClient(pod.target("grpc")) as client:
+            answer = client.infer("waiting", [tensor], client_timeout=WITHIN_S).as_numpy("DONE")
+        return bool(answer is not None and answer[0])
+
+    hook = http.client.HTTPConnection(pod.target("prometheus"), timeout=WITHIN_S)
+    with futures.ThreadPoolExecutor() as threads:
+        called = threads.submit(call)
+        until((tmp_path / "go-on.started").exists)
+        # As kubelets do: the other container's hook is asked while this one is told to end.
+        hook.request("GET", "/drained")
+        told = threads.submit(lambda: hook.getresponse().status)
+        pod.process.send_signal(signal.SIGTERM)
+        until(lambda: "draining" in pod.log.read_text())
+        assert not told.done() and not called.done()
+        file.touch()
+        assert called.result(WITHIN_S)
+        assert told.result(WITHIN_S) == 200
+    hook.close()
+    assert pod.process.wait(WITHIN_S) == 0
 
 
 def test_clients_need_no_certificate_where_it_is_optional(start: Start, tmp_path: Path) -> None:

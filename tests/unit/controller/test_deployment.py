@@ -13,10 +13,10 @@ from mmcore.controller.deployment import (
     claims_of,
     deployment,
     models_limit,
-    runtime_address,
     with_architectures,
 )
 from mmcore.controller.objects import Object
+from mmcore.controller.runtime_address import runtime_address
 from mmcore.controller.runtimes import Runtime
 from mmcore.controller.serving_config import ServingConfig
 from tests.unit.controller.objects import own_runtime, runtime
@@ -88,6 +88,18 @@ def test_a_rollout_keeps_serving() -> None:
     assert one["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
     grace = int(environment(spec)["MMCORE_GRACE"].removesuffix("s"))
     assert 5 + grace < spec["terminationGracePeriodSeconds"]
+
+
+def test_another_server_is_told_to_end_when_the_instance_has_ended_its_calls() -> None:
+    stop = container(pod(runtime()), "triton")["lifecycle"]["preStop"]
+    assert stop == {"httpGet": {"path": "/drained", "port": 2112}}
+    tls = ServingConfig.read("tls: {secretName: s}\nmetrics: {port: 9}")
+    stop = container(pod(runtime(), tls), "triton")["lifecycle"]["preStop"]
+    assert stop == {"httpGet": {"path": "/drained", "port": 9, "scheme": "HTTPS"}}
+    # Who says how it is to end, says it.
+    own = {"preStop": {"exec": {"command": ["true"]}}}
+    stated = runtime(containers=[{"name": "triton", "image": "t", "lifecycle": own}])
+    assert container(pod(stated), "triton")["lifecycle"] == own
 
 
 def test_the_folder_of_models_has_room_before_the_kubelet_evicts_the_pod() -> None:

@@ -17,6 +17,7 @@ from mmcore.controller.runtimes import Runtime
 from mmcore.controller.serving_config import ServingConfig
 from tests.serving import ROOT
 from tests.unit.controller.objects import own_runtime, runtime
+from tests.unit.controller.test_command_line import shipped
 
 FOLDER = ROOT / "tests/data/deployments"
 #: An image by name, so that a release of mmcore changes none of the files.
@@ -30,6 +31,7 @@ CUSTOM = runtime(
 )
 
 CASES: dict[str, tuple[Runtime, str, tuple[str, ...]]] = {
+    **{f"shipped-{name}": (item, "", ()) for name, item in shipped().items()},
     "own": (own_runtime(), "", ()),
     "own-tls": (own_runtime(), TLS, ()),
     "custom-plain-metrics": (CUSTOM, TLS + "metrics: {scheme: http}\n", ()),
