@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import click
@@ -87,9 +89,22 @@ class Connection:
         path = f"{service}/{method}"
         return await self._channel.unary(path, body, metadata=self._metadata, timeout_s=self._timeout_s)
 
+    def sender(self, method: str, body: bytes) -> Callable[[], Awaitable[bytes]]:
+        """What sends the same request of the inference service each time it is called."""
+        return partial(self._channel.unary, f"{V2}/{method}", body, metadata=self._metadata, timeout_s=self._timeout_s)
 
-def ask(target: str, timeout_s: float, work: Callable[[Connection], Awaitable[ResultT]]) -> ResultT:
+
+def ask(
+    target: str,
+    timeout_s: float,
+    work: Callable[[Connection], Awaitable[ResultT]],
+    *,
+    connections: int = 1,
+    doing: str = "",
+) -> ResultT:
     """Run ``work`` with a connection to ``target``, as the command's options say, and close it.
+
+    What it is ``doing`` is told on a terminal while it lasts; empty: nothing is.
 
     Raises:
         click.ClickException: nothing answers at ``target``, or a file for TLS cannot be used.
@@ -103,7 +118,7 @@ def ask(target: str, timeout_s: float, work: Callable[[Connection], Awaitable[Re
 
     async def run() -> ResultT:
         settings = TransportSettings(max_message_bytes=ANSWER_LIMIT_BYTES)
-        channel = Channel(target, settings=settings, ssl=_tls(kept))
+        channel = Channel(target, connections=connections, settings=settings, ssl=_tls(kept))
         try:
             return await work(Connection(channel, timeout_s, kept("token")))
         except RpcError as error:
@@ -116,7 +131,12 @@ def ask(target: str, timeout_s: float, work: Callable[[Connection], Awaitable[Re
         finally:
             await channel.close()
 
-    return asyncio.run(run())
+    if not doing or not sys.stderr.isatty():
+        return asyncio.run(run())
+    from rich.console import Console
+
+    with Console(stderr=True).status(doing):
+        return asyncio.run(run())
 
 
 def _tls(kept: Callable[[str], Any]) -> Callable[[], ssl.SSLContext] | None:

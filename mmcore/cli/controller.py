@@ -11,6 +11,7 @@ import click
 
 from mmcore import log
 from mmcore.cli.serve import option
+from mmcore.cli.tables import print_json
 
 _NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -98,7 +99,8 @@ def command(
 
 @command.command("check")
 @click.argument("files", nargs=-1, required=True, type=click.File())
-def check_files(files: tuple[TextIO, ...]) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list instead of lines.")
+def check_files(files: tuple[TextIO, ...], as_json: bool) -> int:
     """Tell what will happen to the manifests in FILE…, without a cluster.
 
     Runtimes among them are those that models are matched with. Exits with 1 where something will not work.
@@ -111,8 +113,10 @@ def check_files(files: tuple[TextIO, ...]) -> int:
         findings = check(read(file.read() for file in files))
     except yaml.YAMLError as error:
         raise click.ClickException(" ".join(str(error).split())) from None
-    for finding in findings:
+    if as_json:
+        print_json([{"level": one.level, "name": one.name, "text": one.text} for one in findings])
+    for finding in () if as_json else findings:
         click.echo(f"{finding.level:5}  {finding.name}: {finding.text}")
-    if not findings:
+    if not findings and not as_json:
         click.echo("nothing that the controller serves is in these files")
     return 1 if any(finding.level == "error" for finding in findings) else 0

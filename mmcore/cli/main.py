@@ -23,7 +23,10 @@ COMMANDS: Final = {
     "pull": ("mmcore.cli.pull", "Pull a model's files from a store into a folder."),
     "models": ("mmcore.cli.models", "List the models of a running instance, register and unregister them."),
     "vmodels": ("mmcore.cli.vmodels", "List the vmodels, set and delete them."),
-    "status": ("mmcore.cli.status", "List the instances that work together."),
+    "status": ("mmcore.cli.status", "List the instances that work together; --watch follows them and their models."),
+    "bench": ("mmcore.cli.bench", "Measure how many requests a model answers, and how quickly."),
+    "config": ("mmcore.cli.config", "Check and print what serve would be told."),
+    "completion": ("mmcore.cli.completion", "Print what a shell completes this command by."),
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import click
 
+from mmcore.cli.completion import model_names
 from mmcore.cli.connection import CLUSTER, MANAGEMENT, Connection, ask, connection_options
 from mmcore.cli.tables import ago, print_json, print_rest, print_table
 from mmcore.pb import cluster_pb2
@@ -17,8 +18,13 @@ LISTED: Final = 1000
 _States = mesh.ModelStatusInfo.ModelStatus
 
 
+def json_option(function: Any) -> Any:
+    """Add ``--json`` to a command that changes something."""
+    return click.option("--json", "as_json", is_flag=True, help="Print what came of it as JSON.")(function)
+
+
 def list_options(function: Any) -> Any:
-    """Add ``--limit``, ``--json`` and the argument PREFIX to a command that lists."""
+    """Add ``--limit`` and ``--json`` to a command that lists."""
     function = click.option("--json", "as_json", is_flag=True, help="Print one JSON list instead of a table.")(function)
     return click.option(
         "--limit", type=click.IntRange(0), default=LISTED, show_default=True, help="Rows at most; 0 for all."
@@ -64,8 +70,17 @@ def command(ctx: click.Context, target: str, timeout: float, prefix: str, limit:
 @click.option("--load", is_flag=True, help="Load it now.")
 @click.option("--sync", is_flag=True, help="Load it now and wait until it is loaded.")
 @connection_options
+@json_option
 def register(
-    name: str, model_type: str, path: str, key: str, load: bool, sync: bool, target: str, timeout: float
+    name: str,
+    model_type: str,
+    path: str,
+    key: str,
+    load: bool,
+    sync: bool,
+    target: str,
+    timeout: float,
+    as_json: bool,
 ) -> None:
     """Register the model NAME with all instances; the same again changes nothing."""
     request = mesh.RegisterModelRequest(
@@ -78,16 +93,20 @@ def register(
     async def send(connection: Connection) -> mesh.ModelStatusInfo:
         return await connection.call("registerModel", request, mesh.ModelStatusInfo, service=MANAGEMENT)
 
-    status = ask(target, timeout, send)
-    click.echo(f"{name}: {_States.Name(status.status)}")
+    status = ask(target, timeout, send, doing=f"loading {name}" if sync else "")
+    if as_json:
+        print_json({"name": name, **plain_status(status)})
+    else:
+        click.echo(f"{name}: {_States.Name(status.status)}")
     if status.status == _States.LOADING_FAILED:
         raise click.ClickException("; ".join(status.errors))
 
 
 @command.command("unregister")
-@click.argument("name")
+@click.argument("name", shell_complete=model_names)
 @connection_options
-def unregister(name: str, target: str, timeout: float) -> None:
+@json_option
+def unregister(name: str, target: str, timeout: float, as_json: bool) -> None:
     """Take the model NAME out of the registry; every instance lets its copies go."""
 
     async def send(connection: Connection) -> None:
@@ -95,6 +114,8 @@ def unregister(name: str, target: str, timeout: float) -> None:
         await connection.call("unregisterModel", request, mesh.UnregisterModelResponse, service=MANAGEMENT)
 
     ask(target, timeout, send)
+    if as_json:
+        print_json({"name": name})
 
 
 def plain_status(status: mesh.ModelStatusInfo) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class Described(NamedTuple):
         flag: as it is typed, what it takes behind it: ``--grpc-port PORT``.
         environment: the variable that stands for it.
         default: what holds without it, in words; empty for nothing.
+        value: the same as a file would state it; None for nothing, and for what is found at the start.
         help: what it is for.
     """
 
@@ -23,6 +24,7 @@ class Described(NamedTuple):
     flag: str
     environment: str
     default: str
+    value: bool | int | float | str | None
     help: str
 
 
@@ -32,12 +34,15 @@ def described(command: click.Command) -> Iterator[Described]:
     for option in command.params:
         if isinstance(option, click.Option) and isinstance(option.envvar, str):
             flag = "/".join((*option.opts, *option.secondary_opts))
-            taken = "" if option.is_flag else f" {_taken(option, context)}"
-            default = _default(option, context)
-            yield Described(option.name or "", flag + taken, option.envvar, default, option.help or "")
+            taken = "" if option.is_flag else f" {_taken(option)}"
+            value = option.get_default(context)
+            value = value if isinstance(value, bool | int | float | str) and value != "" else None
+            yield Described(
+                option.name or "", flag + taken, option.envvar, _in_words(option, value), value, option.help or ""
+            )
 
 
-def _taken(option: click.Option, context: click.Context) -> str:
+def _taken(option: click.Option) -> str:
     if option.metavar is not None:
         return option.metavar
     if isinstance(option.type, click.Choice):
@@ -49,11 +54,9 @@ def _taken(option: click.Option, context: click.Context) -> str:
     return option.type.name.upper()
 
 
-def _default(option: click.Option, context: click.Context) -> str:
-    """What holds without the option, in words."""
+def _in_words(option: click.Option, value: object) -> str:
     if isinstance(option.show_default, str):
         return option.show_default
-    default = option.get_default(context)
-    if isinstance(default, bool):
-        return "yes" if default else "no"
-    return str(default) if isinstance(default, int | float | str) else ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if value is not None else ""

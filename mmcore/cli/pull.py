@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mmcore import log
+from mmcore.cli.tables import print_json
 from mmcore.config import StorageSettings
 from mmcore.model import ModelInfo
 from mmcore.storage import DiskCache, Puller, StorageConfig
@@ -38,6 +39,7 @@ from mmcore.storage.progress import LogProgress
     show_envvar=True,
     help="Folder that volume claims are mounted in.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print what was pulled as JSON.")
 def command(
     places: tuple[str, ...],
     key: str | None,
@@ -45,6 +47,7 @@ def command(
     params: tuple[str, ...],
     storage_config: Path | None,
     pvc_mounts: Path,
+    as_json: bool,
 ) -> None:
     """Pull a model's files into the folder DEST, which must not be there yet.
 
@@ -67,9 +70,17 @@ def command(
         progress=Bar if sys.stderr.isatty() else LogProgress,
     )
     try:
-        puller.pull_to(ModelInfo("", source, json.dumps(model_key)), Path(places[-1]))
+        puller.pull_to(ModelInfo("", source, json.dumps(model_key)), destination := Path(places[-1]))
     finally:
         puller.close()
+    if as_json:
+        files = sorted(one for one in destination.rglob("*") if one.is_file())
+        print_json(
+            {
+                "folder": str(destination),
+                "files": [{"path": str(one.relative_to(destination)), "bytes": one.stat().st_size} for one in files],
+            }
+        )
 
 
 def _absolute(uri: str) -> str:

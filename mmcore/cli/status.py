@@ -2,72 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from functools import partial
 
 import click
 
-from mmcore.cli.connection import CLUSTER, Connection, ask, connection_options
+from mmcore.cli.connection import ask, connection_options
+from mmcore.cli.instances import INSTANCE_TITLES, instance_row, list_instances, plain_instance
 from mmcore.cli.models import list_options
-from mmcore.cli.tables import ago, print_json, print_rest, print_table
-from mmcore.pb import cluster_pb2
-
-_TITLES = ("INSTANCE", "ADDRESS", "UP", "MODELS", "LOADING", "USED", "RPM", "IN FLIGHT", "LABELS", "STATE")
+from mmcore.cli.serve import DURATION
+from mmcore.cli.tables import print_json, print_rest, print_table
+from mmcore.cli.top import follow
 
 
 @click.command("status")
 @connection_options
 @list_options
-def command(target: str, timeout: float, limit: int, as_json: bool) -> None:
-    """List the instances that work together, as one of them knows them: memory, models and load of each."""
+@click.option("--watch", is_flag=True, help="Go on, with the models that are asked most; Ctrl-C ends it.")
+@click.option("--every", type=DURATION, default="2s", show_default=True, help="How often, with --watch.")
+@click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Models told of, with --watch.")
+def command(target: str, timeout: float, limit: int, as_json: bool, watch: bool, every: float, top: int) -> None:
+    """List the instances that work together, as one of them knows them: memory, models and load of each.
 
-    async def instances(connection: Connection) -> cluster_pb2.ListInstancesResponse:
-        request = cluster_pb2.ListRequest(limit=limit)
-        return await connection.call("ListInstances", request, cluster_pb2.ListInstancesResponse, service=CLUSTER)
+    With --watch it is a top for models: rates, mean times and failures of the models of the instance that is asked. On
+    a terminal it is drawn anew each time; otherwise, or with --json, each look is a line of JSON.
+    """
+    if watch:
+        follow(target, timeout, every, top, as_json=as_json or not sys.stdout.isatty())
+        return
 
-    response = ask(target, timeout, instances)
-    found = sorted(response.instances, key=lambda instance: instance.id)
+    found, total = ask(target, timeout, partial(list_instances, limit=limit))
     if as_json:
-        print_json([_plain(one) for one in found])
+        print_json([plain_instance(one) for one in found])
     else:
-        print_table(_TITLES, [_row(one) for one in found])
-    print_rest(len(found), response.total)
-
-
-def _row(one: cluster_pb2.ListInstancesResponse.Instance) -> tuple[str, ...]:
-    used = f"{one.used_bytes / 2**20:.0f} of {one.capacity_bytes / 2**20:.0f} MiB"
-    states = [
-        name for name, holds in (("leader", one.leader), ("draining", one.draining), ("asked", one.asked)) if holds
-    ]
-    return (
-        one.id,
-        one.address,
-        ago(one.started),
-        str(one.models),
-        str(one.loading),
-        used,
-        str(one.requests_per_minute),
-        str(one.in_flight),
-        ",".join(one.labels),
-        ", ".join(states),
-    )
-
-
-def _plain(one: cluster_pb2.ListInstancesResponse.Instance) -> dict[str, Any]:
-    return {
-        "id": one.id,
-        "address": one.address,
-        "version": one.version,
-        "location": one.location,
-        "zone": one.zone,
-        "labels": list(one.labels),
-        "started_ms": one.started,
-        "capacity_bytes": one.capacity_bytes,
-        "used_bytes": one.used_bytes,
-        "models": one.models,
-        "loading": one.loading,
-        "requests_per_minute": one.requests_per_minute,
-        "in_flight": one.in_flight,
-        "draining": one.draining,
-        "leader": one.leader,
-        "asked": one.asked,
-    }
+        print_table(INSTANCE_TITLES, [instance_row(one) for one in found])
+    print_rest(len(found), total)

@@ -6,8 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def print_json(value: object) -> None:
@@ -15,17 +19,24 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Rows under titles, for a console; text in them is text, not markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, pad_edge=False)
+    for title in titles:
+        made.add_column(title, overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Rows under titles; lines are folded to a terminal's width, and not where there is none."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table(titles, rows))
 
 
 def print_rest(shown: int, total: int) -> None:

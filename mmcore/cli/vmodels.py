@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from mmcore.cli.completion import model_names
 from mmcore.cli.connection import CLUSTER, MANAGEMENT, Connection, ask, connection_options
-from mmcore.cli.models import list_options, plain_status
+from mmcore.cli.models import json_option, list_options, plain_status
 from mmcore.cli.tables import print_json, print_rest, print_table
 from mmcore.pb import cluster_pb2
 from mmcore.pb import model_mesh_pb2 as mesh
@@ -42,7 +43,7 @@ def command(ctx: click.Context, target: str, timeout: float, prefix: str, limit:
 
 @command.command("set")
 @click.argument("name")
-@click.argument("model")
+@click.argument("model", shell_complete=model_names)
 @click.option("--type", "model_type", help="Register MODEL as this type if it is not registered.")
 @click.option("--path", default="", help="With --type: where its files are.")
 @click.option("--key", default="", help="With --type: JSON of its storage.")
@@ -55,6 +56,7 @@ def command(ctx: click.Context, target: str, timeout: float, prefix: str, limit:
 @click.option("--load", is_flag=True, help="Load MODEL now.")
 @click.option("--sync", is_flag=True, help="Wait until NAME stands for MODEL.")
 @connection_options
+@json_option
 def put(
     name: str,
     model: str,
@@ -69,6 +71,7 @@ def put(
     sync: bool,
     target: str,
     timeout: float,
+    as_json: bool,
 ) -> None:
     """Have the vmodel NAME stand for MODEL, as soon as that is loaded if NAME stands for another one."""
     if model_type is None and (path or key or auto_delete):
@@ -88,8 +91,11 @@ def put(
     async def send(connection: Connection) -> mesh.VModelStatusInfo:
         return await connection.call("setVModel", request, mesh.VModelStatusInfo, service=MANAGEMENT)
 
-    status = ask(target, timeout, send)
-    click.echo(f"{name}: {_States.Name(status.status)}, stands for {status.activeModelId}")
+    status = ask(target, timeout, send, doing=f"loading {model}" if sync else "")
+    if as_json:
+        print_json(_plain(cluster_pb2.ListVModelsResponse.VModel(name=name, status=status)))
+    else:
+        click.echo(f"{name}: {_States.Name(status.status)}, stands for {status.activeModelId}")
     if status.status == _States.TRANSITION_FAILED:
         raise click.ClickException("; ".join(status.targetModelStatus.errors))
 
@@ -98,7 +104,8 @@ def put(
 @click.argument("name")
 @click.option("--owner", default="", help="Only if it has this owner.")
 @connection_options
-def delete(name: str, owner: str, target: str, timeout: float) -> None:
+@json_option
+def delete(name: str, owner: str, target: str, timeout: float, as_json: bool) -> None:
     """Delete the vmodel NAME, and models that go with it."""
 
     async def send(connection: Connection) -> None:
@@ -106,6 +113,8 @@ def delete(name: str, owner: str, target: str, timeout: float) -> None:
         await connection.call("deleteVModel", request, mesh.DeleteVModelResponse, service=MANAGEMENT)
 
     ask(target, timeout, send)
+    if as_json:
+        print_json({"name": name})
 
 
 def _row(one: cluster_pb2.ListVModelsResponse.VModel) -> tuple[str, ...]:

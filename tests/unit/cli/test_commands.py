@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -116,58 +115,6 @@ def test_an_error_is_one_line_and_exit_code_one(
     monkeypatch.setattr("mmcore.server.node.run", run)
     assert main.run(["serve"]) == 1
     assert capsys.readouterr().err == "mmcore: the disk is full\n"
-
-
-# Inputs of `mmcore infer`
-
-KNOWN = {"INPUT0": "INT32"}
-
-
-@pytest.mark.parametrize(
-    ("text", "known", "name", "datatype", "values"),
-    [
-        ("[[1, 2]]", KNOWN, "INPUT0", "INT32", [[1, 2]]),
-        ("INPUT0=[1]", KNOWN, "INPUT0", "INT32", [1]),
-        ("INPUT0:FP32=[1]", KNOWN, "INPUT0", "FP32", [1.0]),
-        ("other=[1.5]", KNOWN, "other", "FP64", [1.5]),
-        ("other=[1]", KNOWN, "other", "INT64", [1]),
-        ("other=[true]", KNOWN, "other", "BOOL", [True]),
-        ("3", KNOWN, "INPUT0", "INT32", [3]),
-        ("text=hello=world", {}, "text", "BYTES", [b"hello=world"]),
-        ('text=["a", "é"]', {"text": "BYTES"}, "text", "BYTES", [b"a", "é".encode()]),
-        ("text=12", {"text": "BYTES"}, "text", "BYTES", [b"12"]),
-        ("x=[]", {"x": "FP32"}, "x", "FP32", []),
-    ],
-)
-def test_inputs_are_read(text: str, known: dict[str, str], name: str, datatype: str, values: list[Any]) -> None:
-    got_name, got_datatype, array = infer.read_input(text, known)
-    assert (got_name, got_datatype, array.tolist()) == (name, datatype, values)
-
-
-def test_inputs_come_from_files(tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", np.ones((2, 3), np.float64))
-    (tmp_path / "x.json").write_text("[[1, 2, 3]]")
-    known = {"x": "FP32"}
-    assert infer.read_input(f"x=@{tmp_path / 'x.npy'}", known)[2].dtype == np.float32
-    assert infer.read_input(f"@{tmp_path / 'x.json'}", known)[2].tolist() == [[1.0, 2.0, 3.0]]
-
-
-@pytest.mark.parametrize(
-    ("text", "known", "words"),
-    [
-        ("[1]", {}, "NAME=DATA"),
-        ("[1]", {"a": "FP32", "b": "FP32"}, "a, b"),
-        ("a:FLOAT=[1]", {}, "FLOAT"),
-        ("a=[1", {}, "a=\\[1|\\[1"),
-        ("a=[[1], [2, 3]]", {}, "\\[1\\]"),
-        ("a=@/no/such/file.json", {}, "no/such/file"),
-        ('a=["x"]', {"a": "FP32"}, "not FP32"),
-    ],
-)
-def test_wrong_inputs_are_usage_errors(text: str, known: dict[str, str], words: str) -> None:
-    with pytest.raises(Exception, match=words) as error:
-        infer.read_input(text, known)
-    assert type(error.value).__name__ == "UsageError"
 
 
 def test_answers_are_written_as_json() -> None:
