@@ -201,8 +201,9 @@ class DiskCache:
                 yield room
                 taken = _settle(made)
                 with self._locked():
+                    # After a crash of the machine an entry may be gone, which does no harm, but it is never there
+                    # without its files: these and their folders are on the disk before the name is.
                     made.rename(self._entry(digest))
-                    _sync(self.folder / "entries")
                     self._count(taken - room.reserved)
                     room.reserved = 0
                     room.kept = None
@@ -287,7 +288,7 @@ class DiskCache:
         for _, book in entries:
             if freed >= size and len(chosen) >= len(entries) * _EVICT_SHARE:
                 break
-            freed += _taken(book)
+            freed += _taken(book) or 0
             chosen.append(book.parent)
         if freed < size:
             return [], 0
@@ -356,8 +357,7 @@ class DiskCache:
                 for made in (self.folder / "making").iterdir():
                     if not made.with_name(f"{made.name}.lock").exists():
                         shutil.rmtree(made, ignore_errors=True)
-                total = sum(_taken(one / _ENTRY) for one in (self.folder / "entries").iterdir())
-                self._count(total - self._bytes())
+                self._count(sum(map(_count_or_remove, (self.folder / "entries").iterdir())) - self._bytes())
             if self._limit is None:
                 free = shutil.disk_usage(self.folder).free
                 self._limit = int((free + self._bytes()) * DEFAULT_SHARE)
@@ -371,20 +371,26 @@ def _settle(made: Path) -> int:
     for folder, _, names in os.walk(made / "files"):
         total += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)  # noqa: PTH118
         _sync(Path(folder))
-    with (made / _ENTRY).open("w", encoding="utf-8") as file:
-        json.dump({"bytes": total}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    # Not flushed: an entry whose bytes cannot be told is removed at the next start.
+    (made / _ENTRY).write_text(json.dumps({"bytes": total}))
     _sync(made)
     return total
 
 
-def _taken(book: Path) -> int:
-    """The bytes that are told in the file of an entry."""
+def _count_or_remove(entry: Path) -> int:
+    """The bytes of an entry; one that does not say them is removed."""
+    taken = _taken(entry / _ENTRY)
+    if taken is None:
+        shutil.rmtree(entry, ignore_errors=True)
+    return taken or 0
+
+
+def _taken(book: Path) -> int | None:
+    """The bytes that are told in the file of an entry; None where it tells none."""
     try:
         return int(json.loads(book.read_bytes())["bytes"])
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return None
 
 
 def _sync(folder: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Final, Protocol
 
 from mmcore.errors import LoadFailed
 
+#: Objects that are listed at the first look for a model.
+_FEW: Final = 20
 _RETRYABLE: Final = frozenset({408, 425, 429})
 _ERROR_CODE: Final = re.compile(r"<Code>(\w{1,64})</Code>")
 #: Codes of S3 that say something else than their HTTP status does.
@@ -130,25 +132,25 @@ def objects_at(where: str, path: str, listing: Callable[[str, int | None], Itera
     """The objects that make up the model at ``path`` of a flat store: the one of that name, or all below it.
 
     ``listing`` gives the objects whose keys begin with a text, in the order of keys, all or so many; their names are
-    given here.
+    given here. One short listing tells of both where the model has few objects, which most have.
 
     Raises:
         LoadFailed: there is none, or one's name is no path.
     """
     path = path.strip("/")
     prefix = f"{path}/" if path else ""
-
-    def alone() -> list[Blob]:
-        # No other key with the same beginning comes before it.
-        return [replace(blob, name=path.rpartition("/")[2]) for blob in listing(path, 1) if path and blob.key == path]
-
-    def below() -> list[Blob]:
-        objects = [blob for blob in listing(prefix, None) if not blob.key.endswith("/")]
-        return _without_markers([replace(blob, name=relative(blob.key, prefix, where)) for blob in objects])
-
+    first = list(listing(path, _FEW)) if path else []
+    name = path.rpartition("/")[2]
+    alone = [replace(blob, name=name) for blob in first if blob.key == path]
     # A name with a suffix is a single object's more often than not.
-    looks = (alone, below) if "." in path.rpartition("/")[2] else (below, alone)
-    found = looks[0]() or looks[1]()
+    if alone and "." in name:
+        return alone
+    # Those below come together: after one that is not below any more there is none.
+    passed = any(blob.key > prefix and not blob.key.startswith(prefix) for blob in first)
+    whole = bool(path) and (len(first) < _FEW or passed)
+    objects = [blob for blob in first if blob.key.startswith(prefix)] if whole else listing(prefix, None)
+    files = [blob for blob in objects if not blob.key.endswith("/")]
+    found = _without_markers([replace(blob, name=relative(blob.key, prefix, where)) for blob in files]) or alone
     if not found:
         raise LoadFailed(f"{where}: no object is called '{path}' and none is below '{prefix}'")
     return found

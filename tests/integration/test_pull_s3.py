@@ -181,6 +181,22 @@ def test_unchanged_content_is_listed_once_and_not_downloaded_again(
     assert (spoiled.puller.pulls, spoiled.puller.hits, spoiled.puller.received_bytes) == (1, 1, 3)
 
 
+def test_one_listing_finds_a_model_whatever_lies_beside_it(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    for key in ("m", "m0/model.onnx", *(f"m-{number}/model.onnx" for number in range(5))):
+        bucket.put(key, key.encode())
+    bucket.put("n/1/model.onnx", b"n")
+    for number in range(30):
+        bucket.put(f"n{number}/model.onnx", b"another")
+    assert tree(spoiled("m").path) == {"m": b"m"}
+    assert tree(spoiled("n").path) == {"1/model.onnx": b"n"}
+    assert len([line for line in proxy.requests if "list-type=2" in line]) == 2
+    # What is below a name goes before the object of that name, also where others hide it at the first look.
+    for number in range(30):
+        bucket.put(f"m-{number}/model.onnx", b"another")
+    bucket.put("m/model.onnx", b"below")
+    assert tree(spoiled("m").path) == {"model.onnx": b"below"}
+
+
 def test_changed_object_is_noticed_and_its_old_copy_stays_while_held(bucket: Bucket, pulling: Pulling) -> None:
     bucket.put("m/model.onnx", b"one")
     first = pulling("m")
@@ -248,7 +264,7 @@ def test_broken_connection_is_taken_up_where_it_broke(bucket: Bucket, proxy: Pro
 def test_store_that_never_gives_all_fails_in_bounded_time(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
     bucket.put("m/model.onnx", b"x" * 1000)
     proxy.always = status("503 Service Unavailable")
-    with pytest.raises(LoadFailed, match=r"s3://models/m/: the store answers HTTP 503.*tried 3 times"):
+    with pytest.raises(LoadFailed, match=r"s3://models/m: the store answers HTTP 503.*tried 3 times"):
         spoiled("m")
     proxy.always = None
     proxy.faults = [cut_after(10), cut_after(10), cut_after(10)]

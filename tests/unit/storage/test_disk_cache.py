@@ -212,6 +212,19 @@ def test_restart_counts_what_is_there(cache: DiskCache) -> None:
     assert again.lease("a") is not None
 
 
+@pytest.mark.parametrize("told", [b"", b"\0" * 14])
+def test_an_entry_whose_book_was_lost_with_the_machine_is_made_anew(cache: DiskCache, told: bytes) -> None:
+    make(cache, "a", 300)
+    make(cache, "b", 200)
+    cache.close()
+    (cache.folder / "entries" / "a" / "entry.json").write_bytes(told)
+    again = DiskCache(cache.folder, 1000)
+    assert again.lease("a") is None
+    assert again.used_bytes == 200
+    make(again, "a", 300)
+    assert again.used_bytes == 500
+
+
 def test_cache_removed_while_in_use_is_made_again(cache: DiskCache) -> None:
     make(cache, "a", 300)
     shutil.rmtree(cache.folder)
