@@ -24,6 +24,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check --quiet
 SYSTEM       := build/stamp/system-$(subst /,-,$(PYTHON))
 TEST_SYSTEM  := build/stamp/test-system
 BENCH_SYSTEM := build/stamp/bench-system
+SERVERS      := build/stamp/servers
 RUN_PACKAGES := $(VENV)/.stamp-run
 DEV_PACKAGES := $(VENV)/.stamp-dev
 PROTOS_TOOL  := .venv-protos/.stamp
@@ -139,9 +140,15 @@ $(TEST_SYSTEM): | $(SYSTEM)
 	-$(call step,System packages of the tests,test_system)
 	@touch $@
 
+# MLServer and Triton in environments of their own. Where they cannot be installed, their tests fail and say so.
+STEP_servers = $(PY) -m bench.environments
+$(SERVERS): bench/environments.py $(DEV_PACKAGES)
+	-$(call step,Other servers of the tests,servers)
+	@touch $@
+
 # Two processes even where there are more cores: some tests have ten processes of their own. A file's tests stay together,
 # for what they share. What fails is run once more, and told of as RERUN: processes on a shared machine are late at times.
-test: $(EXTENSIONS) $(DEV_PACKAGES) $(TEST_SYSTEM)
+test: $(EXTENSIONS) $(DEV_PACKAGES) $(TEST_SYSTEM) $(SERVERS)
 	@$(PY) -m pytest --numprocesses=2 --dist=loadfile --reruns=1 $(PYTEST_ARGS)
 
 test-fast: $(EXTENSIONS) $(DEV_PACKAGES)

@@ -28,7 +28,7 @@ from mmcore.pb import model_mesh_pb2 as pb
 from tests.management import Manager, States
 from tests.serving import Instance, Serve
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROWS = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]] * 10, dtype=np.float32)
 LABELS = np.array([0, 1, 1, 0] * 10)

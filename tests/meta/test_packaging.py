@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mmcore/server/dashboard/page").iterdir()}
 SOURCES = sorted(path.stem for path in (ROOT / "ext").glob("*.pyx"))
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
