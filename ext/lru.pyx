@@ -34,7 +34,7 @@ cdef class Entry:
         weight: what it counts for; changed by ``Lru.reweigh`` alone.
         pins: users now at work with it; ``Lru.oldest`` passes over an entry that has any.
         uses: how often it has been touched since it was added.
-        used_at: what ``Lru.now`` was when it was added or last touched.
+        used_at: what ``Lru.now`` was when it was last touched; before the first touch, what it was added with.
     """
 
     def __cinit__(self, *args, **fields):
@@ -124,8 +124,19 @@ cdef class Lru:
             raise KeyError(f"{entry.key!r} is not in this list")
         return 0
 
-    def add(self, Entry entry not None) -> None:
-        """Put a new entry at the most recently used end.
+    cdef void put_at_its_time(self, Entry entry) noexcept:
+        """Put a new entry behind all that were used before it or at the same time; those older are walked over."""
+        cdef Link* link = &entry.link
+        cdef Link* newer = self.ends.newer
+        while newer != &self.ends and holder(newer).used_at <= entry.used_at:
+            newer = newer.newer
+        link.newer = newer
+        link.older = newer.older
+        newer.older.newer = link
+        newer.older = link
+
+    def add(self, Entry entry not None, used_at=None) -> None:
+        """Put a new entry at the most recently used end, or to those last used when it was, at ``used_at``.
 
         Raises:
             KeyError: its key is taken.
@@ -138,8 +149,12 @@ cdef class Lru:
         self.entries[entry.key] = entry
         entry.owner = <void*> self
         entry.uses = 0
-        entry.used_at = self.now
-        self.put_newest(&entry.link)
+        if used_at is None:
+            entry.used_at = self.now
+            self.put_newest(&entry.link)
+        else:
+            entry.used_at = used_at
+            self.put_at_its_time(entry)
         self.total += entry.weight
         if entry.pins:
             self.pinned += entry.weight

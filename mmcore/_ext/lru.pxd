@@ -35,4 +35,5 @@ cdef class Lru:
 
     cdef int check_member(self, Entry entry) except -1
     cdef void put_newest(self, Link* link) noexcept
+    cdef void put_at_its_time(self, Entry entry) noexcept
     cdef void move_newest(self, Entry entry) noexcept

@@ -55,6 +55,8 @@ RESIDENCY_S: Final = 0.05
 #: A new copy stays so long while others can go.
 MIN_RESIDENCY_S: Final = 2.0
 _TICK_S: Final = 0.5
+#: How far back a last use before the start can be told.
+_PAST_S: Final = 86_400.0
 #: Copies that may be unloaded in one tick since they are idle.
 _EXPIRED_AT_ONCE: Final = 64
 
@@ -78,7 +80,7 @@ class Cache:
         on_state: called with a model's name and the state of its load when one begins, and with None and the error when
             it has ended without a copy.
         on_changed: called with name, version and state, as :meth:`state` gives it, whenever that has changed.
-        on_evicted: called with each copy that is about to be unloaded to make room.
+        on_evicted: what is called with each copy that is about to be unloaded to make room.
         on_failed: called with name, version and error of each failure that is remembered.
 
     ``capacity_bytes`` and ``device_bytes`` are what copies may take together, of the host's memory and of a device's.
@@ -117,7 +119,7 @@ class Cache:
         self.on_gone: Callable[[Copy], None] = lambda copy: None
         self.on_state: Callable[[str, CopyState | None, MmcoreError | None], None] = lambda name, state, error: None
         self.on_changed: Callable[[str, str, CopyState | None], None] = lambda name, version, state: None
-        self.on_evicted: Callable[[Copy], None] = lambda copy: None
+        self.on_evicted: Final[list[Callable[[Copy], None]]] = []
         self.on_failed: Callable[[str, str, MmcoreError], None] = lambda name, version, error: None
         self.counted: Final = Counters()
         self._load_model = load
@@ -137,7 +139,7 @@ class Cache:
         self._min_residency_s = min_residency_s
         self._idle_timeout_s = idle_timeout_s
         self._clock = clock
-        self._began = clock()
+        self._began = clock() - _PAST_S
         self._ticking: asyncio.TimerHandle | None = None
         #: Copies whose settings say how long they may be idle.
         self._own_timeouts: set[Copy] = set()
@@ -236,7 +238,13 @@ class Cache:
     # Loading.
 
     def load(
-        self, name: str, version: str, origin: Origin, *, priority: Priority = Priority.REQUEST
+        self,
+        name: str,
+        version: str,
+        origin: Origin,
+        *,
+        priority: Priority = Priority.REQUEST,
+        idle_s: float | None = None,
     ) -> asyncio.Future[Copy]:
         """The version's copy, loaded if need be: joins the load under way, answers a failure that has not expired.
 
@@ -246,6 +254,10 @@ class Cache:
         copy. It ends with
         LoadFailed, NotFound (the version is gone), Overloaded (no room) or Unavailable (the files are being changed, or
         the instance stops).
+
+        With ``idle_s``, for how long the model has not been used, it is loaded into free room alone and takes its place
+        among the copies by that; it ends with Cancelled where that is not to be had. A load without it that joins makes
+        an end of that.
         """
         load = self._loads.get((name, version))
         if load is None:
@@ -259,9 +271,11 @@ class Cache:
             if error is not None:
                 waiter.set_exception(error)
                 return waiter
-            load = self._start(name, version, origin, priority, replacing=False)
+            load = self._start(name, version, origin, priority, replacing=False, idle_s=idle_s)
         joined = load.wait()
         joined.add_done_callback(partial(self._left, load))
+        if idle_s is None:
+            load.idle_s = None
         if priority < load.priority:
             load.priority = priority
             self._reconsider(load)
@@ -298,8 +312,17 @@ class Cache:
             self._reconsider(load)
             self._tell(load.name, load.version)
 
-    def _start(self, name: str, version: str, origin: Origin, priority: Priority, *, replacing: bool) -> Load:
-        load = Load(name, version, origin, priority, replacing=replacing)
+    def _start(
+        self,
+        name: str,
+        version: str,
+        origin: Origin,
+        priority: Priority,
+        *,
+        replacing: bool,
+        idle_s: float | None = None,
+    ) -> Load:
+        load = Load(name, version, origin, priority, replacing=replacing, idle_s=idle_s)
         self._loads[name, version] = load
         task = asyncio.get_running_loop().create_task(self._run(load), name=f"load {name}/{version}")
         self._tasks.add(task)
@@ -366,6 +389,7 @@ class Cache:
         if isinstance(serving, Copy) and stamp and (serving.files, serving.source) == (stamp, source):
             # Something else changed in the model's folder.
             return serving
+        self._check_idle(load, source)
         self._enter(load, CopyState.LOADING)
         predicted = self.sizes.predict(source, files)
         if source.settings.size_bytes is None:
@@ -386,6 +410,7 @@ class Cache:
             load.check_dropped()
             self.sizes.learn(source, files, took.host)
             self.room.check(load.name, took)
+            self.room.check_free(load, took)
         except MmcoreError as error:
             if isinstance(error, Overloaded):
                 # Learnt only by loading it, so it is remembered like any other cause.
@@ -409,6 +434,13 @@ class Cache:
             except Cancelled:
                 load.check_wanted()
                 load.given_up = Cancellation()
+
+    def _check_idle(self, load: Load, source: ModelSource) -> None:
+        """Raise Cancelled where a model loaded ahead would be unloaded at once, being idle for so long."""
+        own_s = source.settings.idle_timeout_s
+        timeout_s = self._idle_timeout_s if own_s is None else own_s
+        if load.idle_s is not None and 0 < timeout_s <= load.idle_s and not source.settings.pinned:
+            raise Cancelled(f"model '{load.name}' has not been used for {load.idle_s:.0f} s, it would be unloaded")
 
     async def _open_in_turn(
         self, load: Load, source: ModelSource, needed: Footprint, *, reserved: bool = False
@@ -455,7 +487,11 @@ class Cache:
         self.room.evict(Footprint(copy.weight, copy.device_bytes))
         settings = copy.source.settings
         residency_s = self._min_residency_s if settings.min_residency_s is None else settings.min_residency_s
-        self.lru.add(copy)
+        if load.idle_s is None:
+            self.lru.add(copy)
+        else:
+            residency_s = 0.0
+            self.lru.add(copy, self.lru.now - int(min(load.idle_s, _PAST_S) * TICKS_PER_S))
         self.room.device_loaded += copy.device_bytes
         self._eviction.added(copy, load.times.work_s, residency_s)
         if settings.idle_timeout_s is not None:
@@ -533,7 +569,8 @@ class Cache:
 
     def _evict(self, copy: Copy) -> None:
         self.counted.evicted_idle_seconds.observe(self._idle_s(copy))
-        self.on_evicted(copy)
+        for tell in self.on_evicted:
+            tell(copy)
         self.unload(copy)
 
     def unload(self, copy: Copy) -> None:

@@ -26,11 +26,16 @@ class Priority(IntEnum):
 
 
 class Load:
-    """One load under way and those who wait for it."""
+    """One load under way and those who wait for it.
+
+    Attributes:
+        idle_s: None where the model is wanted here; else for how long nobody has used it: it is loaded into free room
+            alone, evicts nothing, and has its place among the others by that.
+    """
 
     __slots__ = (
-        *("_since", "dropped", "given_up", "name", "order", "origin", "priority", "replacing", "state", "times"),
-        *("version", "waiters"),
+        *("_since", "dropped", "given_up", "idle_s", "name", "order", "origin", "priority", "replacing", "state"),
+        *("times", "version", "waiters"),
     )
 
     def __init__(
@@ -41,12 +46,14 @@ class Load:
         priority: Priority,
         *,
         replacing: bool,
+        idle_s: float | None = None,
     ) -> None:
         self.name = name
         self.version = version
         self.origin = origin
         self.priority = priority
         self.replacing = replacing
+        self.idle_s = idle_s
         #: Among loads of one priority the first come goes first.
         self.order = next(_order)
         self.state = CopyState.QUEUED

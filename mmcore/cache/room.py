@@ -16,7 +16,7 @@ from mmcore._ext.lru import Entry, Lru
 from mmcore.cache.copies import Copy
 from mmcore.cache.eviction import Eviction
 from mmcore.cache.loads import Load
-from mmcore.errors import Overloaded
+from mmcore.errors import Cancelled, Overloaded
 
 log = logging.getLogger(__name__)
 
@@ -86,28 +86,40 @@ class Room:
     def take(self, load: Load, size: Footprint) -> bool:
         """Count ``size`` as reserved if there is room for it by now, or can be made at once.
 
-        False too where a load that goes before it waits for room. :meth:`give_back` ends the reservation.
+        False too where a load that goes before it waits for room. :meth:`give_back` ends the reservation. For a load
+        into free room nothing is evicted.
         """
         if any(other.rank < load.rank for other in self._line):
             return False
-        spared = self._lru.get((load.name, load.version)) if load.replacing else None
-        self.evict(size, spared)
-        if not self.used.plus(size).within(self.capacity):
+        if load.idle_s is None:
+            self.evict(size, self._lru.get((load.name, load.version)) if load.replacing else None)
+        if not self.fits(size):
             return False
         self.reserved = self.reserved.plus(size)
         return True
+
+    def fits(self, size: Footprint) -> bool:
+        """Whether that much is free now."""
+        return self.used.plus(size).within(self.capacity)
+
+    def check_free(self, load: Load, size: Footprint) -> None:
+        """Raise Cancelled for a load into free room where there is not enough."""
+        if load.idle_s is not None and not self.fits(size):
+            raise Cancelled(f"model '{load.name}' takes {size.host} bytes, for which others would have to be evicted")
 
     async def reserve(self, load: Load, size: Footprint, wait_s: float) -> None:
         """Wait until :meth:`take` has taken ``size``.
 
         Raises:
             Overloaded: models in use hold the space for too long.
+            Cancelled: it is to be loaded into free room, of which there is not enough.
             MmcoreError: the load has been given up, see :meth:`Load.check_wanted`.
         """
         self._line.append(load)
         try:
             async with asyncio.timeout(wait_s):
                 while not self.take(load, size):
+                    self.check_free(load, size)
                     if self._changed is None:
                         self._changed = asyncio.get_running_loop().create_future()
                     await asyncio.shield(self._changed)

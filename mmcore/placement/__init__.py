@@ -25,7 +25,7 @@ from mmcore.placement.constraints import TypeConstraints
 from mmcore.placement.instances import Instance, Member
 from mmcore.placement.leaving import drain, prune
 from mmcore.placement.models import Copy, CopyState, Demand, Model
-from mmcore.placement.moves import evicted, fill, relieve
+from mmcore.placement.moves import evicted, fill, has_room, relieve
 from mmcore.placement.places import place
 from mmcore.placement.scaling import DEFAULT_POLICY, Policy, decider, scale
 
@@ -50,6 +50,7 @@ __all__ = [
     "drain",
     "evicted",
     "fill",
+    "has_room",
     "place",
     "prune",
     "relieve",

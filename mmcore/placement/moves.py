@@ -75,7 +75,7 @@ def fill(cluster: Cluster, models: Iterable[Model], now_ms: int, *, most: int) -
     roomy = [
         (-(member.free_bytes * member.inverse), member.id)
         for member in cluster
-        if not member.instance.draining and _takes_more(member, 0)
+        if not member.instance.draining and has_room(member)
     ]
     heapify(roomy)
     loads: list[Load] = []
@@ -87,10 +87,10 @@ def fill(cluster: Cluster, models: Iterable[Model], now_ms: int, *, most: int) -
         while roomy:
             _, target_id = entry = heappop(roomy)
             target = cluster.get(target_id)
-            if target is None or not _takes_more(target, 0):
+            if target is None or not has_room(target):
                 continue
             passed.append(entry)
-            if target in members and target_id not in model.failures and _takes_more(target, model.size_bytes):
+            if target in members and target_id not in model.failures and has_room(target, model.size_bytes):
                 cluster.reserve(target_id, model.id, model.size_bytes, now_ms)
                 loads.append(Load(model.id, target_id, "room"))
                 passed[-1] = (-(target.free_bytes * target.inverse), target_id)
@@ -102,7 +102,8 @@ def fill(cluster: Cluster, models: Iterable[Model], now_ms: int, *, most: int) -
     return loads
 
 
-def _takes_more(member: Member, size_bytes: int) -> bool:
+def has_room(member: Member, size_bytes: int = 0) -> bool:
+    """Whether filling takes an instance for one that has room for so much, and for a load more."""
     return member.free_bytes - size_bytes >= HEADROOM * member.capacity_bytes and member.queue < FILL_QUEUE
 
 

@@ -18,6 +18,8 @@ from typing import Any, Final, NamedTuple
 from mmcore import placement
 from mmcore.errors import LoadFailed, MmcoreError, NotFound, Overloaded, RpcError, Status, Unavailable
 from mmcore.registry import ModelRecord, Registry
+from mmcore.routing.actions import Haste
+from mmcore.routing.filling import SETTLE_S, Filling
 from mmcore.routing.forwarding import Forwarding, Unanswered
 from mmcore.routing.handover import hand_over
 from mmcore.routing.hops import Mode, arrival_of, not_here
@@ -29,8 +31,7 @@ from mmcore.routing.upkeep import INTERVAL_S, Upkeep
 
 log = logging.getLogger(__name__)
 
-#: Methods that instances call on each other; the message is the model's name in UTF-8.
-LOAD_PATH: Final = "/mmcore.Peer/Load"
+#: What instances call on each other beside loads (:class:`Haste`); the message is the model's name in UTF-8.
 UNLOAD_PATH: Final = "/mmcore.Peer/Unload"
 #: How long another instance may take to load a model that is asked of it.
 LOAD_WAIT_S: Final = 600.0
@@ -57,6 +58,7 @@ class Mesh(Loads):
     Attributes:
         members: who there is; their :class:`mmcore.placement.Cluster` is what is decided on.
         upkeep: what is done every few seconds.
+        filling: what is loaded ahead into instances that have room.
         forwarding: passes requests on.
     """
 
@@ -69,10 +71,12 @@ class Mesh(Loads):
         members: Members,
         *,
         upkeep_s: float = INTERVAL_S,
+        settle_s: float = SETTLE_S,
         clock_ms: Callable[[], int] = wall_ms,
     ) -> None:
         self.members: Final = members
         self.upkeep: Final = Upkeep(registry, router, self, members.cluster, interval_s=upkeep_s, clock_ms=clock_ms)
+        self.filling: Final = Filling(registry, members, self, settle_s=settle_s, clock_ms=clock_ms)
         self._registry = registry
         self._router = router
         self._registered = registered
@@ -91,6 +95,7 @@ class Mesh(Loads):
         """
         await self.members.start()
         self.upkeep.start()
+        self.filling.start()
 
     async def leave(self, timeout_s: float) -> None:
         """Take no new copies, and hand over what is used here within so many seconds; nothing if it has not joined."""
@@ -101,6 +106,7 @@ class Mesh(Loads):
 
     async def close(self) -> None:
         """Let go of the others."""
+        await self.filling.close()
         await self.upkeep.close()
         await self.members.close()
         await self._forwarding.close()
@@ -288,16 +294,16 @@ class Mesh(Loads):
                 failed.add(target)
                 failure = error
 
-    async def load_at(self, instance: str, model: str) -> None:
+    async def load_at(self, instance: str, model: str, haste: Haste = Haste.NOW) -> None:
         """See :class:`mmcore.routing.actions.Actions`."""
         if instance == self._registry.instance:
-            await self._router.load(model)
+            await self._registered.load_here(model, haste)
         else:
-            await self._ask(instance, LOAD_PATH, model, LOAD_WAIT_S)
+            await self._ask(instance, haste.value, model, LOAD_WAIT_S)
 
     async def move(self, model: str, source: str, target: str) -> None:
         """See :class:`mmcore.routing.actions.Actions`."""
-        await self.load_at(target, model)
+        await self.load_at(target, model, Haste.AHEAD)
         await self.drop_at(source, model)
 
     async def drop_at(self, instance: str, model: str) -> None:

@@ -14,10 +14,11 @@ from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from mmcore._ext.router import Registration
-from mmcore.cache import Copy, CopyState
+from mmcore.cache import Copy, CopyState, Priority
 from mmcore.errors import AlreadyExists, Conflict, InvalidRequest, LoadFailed, MmcoreError, NotFound, Overloaded
 from mmcore.model import ModelInfo
 from mmcore.registry import ModelRecord, Registry
+from mmcore.routing.actions import Haste
 from mmcore.routing.replica import catch_up
 from mmcore.routing.reports import Reports
 from mmcore.routing.router import Catalog, Router
@@ -204,6 +205,19 @@ class Registered(Catalog):
             # Unregistered meanwhile, which the status tells.
             pass
         return self.status(name)
+
+    async def load_here(self, name: str, haste: Haste) -> None:
+        """Load a model into this instance.
+
+        Raises:
+            NotFound, LoadFailed, Overloaded, Unavailable: as for :meth:`mmcore.routing.Router.load`.
+            Cancelled: it was to be loaded into free room, of which there is not enough.
+        """
+        priority = Priority.REQUEST if haste is Haste.NOW else Priority.PRELOAD
+        idle_s = None
+        if haste is Haste.IF_ROOM and (record := self._registry.models.get(name)) is not None:
+            idle_s = max(0, self._clock_ms() - record.last_used_ms) / 1000
+        await self._router.load(name, priority=priority, idle_s=idle_s)
 
     def status(self, name: str) -> ModelStatus:
         """The state of a model and its copies, by what this instance knows."""

@@ -252,10 +252,13 @@ class Router:
 
     # Loading.
 
-    def load(self, name: str, version: str = "", *, priority: Priority = Priority.REQUEST) -> asyncio.Future[Copy]:
+    def load(
+        self, name: str, version: str = "", *, priority: Priority = Priority.REQUEST, idle_s: float | None = None
+    ) -> asyncio.Future[Copy]:
         """The copy for a name and version, loaded if it is not: one load for all who ask meanwhile.
 
-        Loads of a more urgent ``priority`` go first, and make one that they join as urgent.
+        Loads of a more urgent ``priority`` go first, and make one that they join as urgent. With ``idle_s`` it is
+        loaded into free room alone, see :meth:`mmcore.cache.Cache.load`.
         The future is the caller's own, to be cancelled when its caller leaves or its deadline passes. It ends with
         LoadFailed (remembered for a while), NotFound (the version is gone), Overloaded (no room) or Unavailable (files
         being changed, or the instance stops). The copy can be run in the turn of the loop that the future wakes, and
@@ -273,7 +276,9 @@ class Router:
             waiter.set_exception(LoadFailed(_problem(registration)))
         else:
             self._hold(registration)
-            return self.cache.load(name, self._version(registration, version), registration.origin, priority=priority)
+            return self.cache.load(
+                name, self._version(registration, version), registration.origin, priority=priority, idle_s=idle_s
+            )
         return waiter
 
     def loading(self, name: str) -> bool:

@@ -17,7 +17,7 @@ from mmcore import placement
 from mmcore.errors import MmcoreError
 from mmcore.placement.leaving import MISSING_MS
 from mmcore.registry import ModelRecord, Registry
-from mmcore.routing.actions import Actions
+from mmcore.routing.actions import Actions, Haste
 from mmcore.routing.members import model_of
 from mmcore.routing.registered import wall_ms
 from mmcore.routing.router import Router
@@ -159,7 +159,7 @@ class Upkeep:
             case placement.Move():
                 return self._actions.move(action.model, action.source, action.instance)
             case placement.Load():
-                return self._actions.load_at(action.instance, action.model)
+                return self._actions.load_at(action.instance, action.model, Haste.AHEAD)
 
     # Instances that are gone.
 

@@ -75,6 +75,9 @@ HANDOVER_SHARE: Final = 0.6
 #: For answers of the metrics port that are on their way when everything else is over.
 _LAST_ANSWERS_S: Final = 1.0
 
+#: How long a new instance that others stand in for may be loading ahead before it is ready.
+FILL_WAIT_S: Final = 20.0
+
 #: The services that reflection tells of.
 _SERVICES: Final = (SERVICE, management.SERVICE, cluster.SERVICE, "grpc.health.v1.Health")
 
@@ -95,6 +98,7 @@ class Node:
         self.instance = secrets.token_hex(4)
         self.addresses: dict[str, str] = {}
         self._started_ms = time.time_ns() // 1_000_000
+        self._starting = True
         self._settings = settings
         self._files: list[WatchedFile[Any]] = []
         self._following: list[asyncio.Task[None]] = []
@@ -149,7 +153,7 @@ class Node:
             tell_what_goes(self._router.cache, self._external)
             self._external.on_down = self._runtime_lost
             self._external.on_up = self._runtime_back
-        add_peer_methods(self._server, self._router)
+        add_peer_methods(self._server, self._router, self._registered)
         self._management_server = Server(
             settings=settings.transport, guard=management_access if tokens is not None else None
         )
@@ -247,7 +251,10 @@ class Node:
         if self._mesh is not None:
             await self._mesh.start()
         await self._preload()
+        if self._mesh is not None and not await self._mesh.filling.filled(FILL_WAIT_S):
+            log.info("ready with a part of what is to be loaded ahead")
         self._set_serving(serving=True)
+        self._starting = False
         if self._mesh is not None:
             await self._mesh.members.announce()
 
@@ -311,7 +318,7 @@ class Node:
             loader_threads=cache.loader_threads,
             requests_per_minute=round(self._mesh.upkeep.usage.requests_per_minute) if self._mesh is not None else 0,
             in_flight=self._server.calls,
-            draining=not self._service.ready,
+            draining=not self._starting and not self._service.ready,
             published_ms=now_ms,
         )
 
@@ -355,6 +362,7 @@ class Node:
 
         What is used here is loaded by other instances first, and answered here until it is.
         """
+        self._starting = False
         self._set_serving(serving=False)
         if self._mesh is not None and self._settings.hands_over:
             await self._mesh.leave(self._settings.grace_s * HANDOVER_SHARE)

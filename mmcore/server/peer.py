@@ -9,12 +9,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 
 from mmcore.config import ServeSettings
 from mmcore.errors import Unavailable, Unimplemented
-from mmcore.routing import Router
-from mmcore.routing.mesh import LOAD_PATH, UNLOAD_PATH
+from mmcore.routing import Registered, Router
+from mmcore.routing.actions import Haste
+from mmcore.routing.mesh import UNLOAD_PATH
 from mmcore.server.calls import Body, Waiting
 from mmcore.transport import Server, ServerCall
 from mmcore.transport.tls import server_context
@@ -85,7 +87,7 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
-def add_peer_methods(server: Server, router: Router) -> None:
+def add_peer_methods(server: Server, router: Router, registered: Registered) -> None:
     """Serve what instances ask of each other beside requests: to load a model, and to give up a copy."""
 
     def own(call: ServerCall, body: bytes) -> str:
@@ -95,16 +97,17 @@ def add_peer_methods(server: Server, router: Router) -> None:
 
     waiting = Waiting()
 
-    async def load(name: str) -> Body:
-        await router.load(name)
+    async def load(name: str, haste: Haste) -> Body:
+        await registered.load_here(name, haste)
         return b""
 
-    def start_load(call: ServerCall, body: bytes) -> None:
-        waiting.start(call, load(own(call, body)), "Load")
+    def loader(haste: Haste) -> Callable[[ServerCall, bytes], None]:
+        return lambda call, body: waiting.start(call, load(own(call, body), haste), "Load")
 
     def unload(call: ServerCall, body: bytes) -> bytes:
         router.unload_copies(own(call, body))
         return b""
 
-    server.add_unary(LOAD_PATH, start_load)
+    for haste in Haste:
+        server.add_unary(haste.value, loader(haste))
     server.add_unary(UNLOAD_PATH, unload)

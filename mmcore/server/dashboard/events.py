@@ -54,7 +54,7 @@ class Events:
         """Note from now on what the cache does, and what comes into and goes from the registry."""
         self._cache.on_changed = self._changed
         self._cache.on_failed = self._failed
-        self._cache.on_evicted = self._evicted
+        self._cache.on_evicted.append(self._evicted)
         models.on_added = lambda model: self._note(model, "", "registered")
         models.listen(lambda model: None if model in models else self._note(model, "", "unregistered"))
 

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from mmcore.cache import Cache, Copy, CopyState
-from mmcore.errors import LoadFailed, NotFound, Overloaded, Unavailable
+from mmcore.cache import Cache, Copy, CopyState, Priority
+from mmcore.errors import Cancelled, LoadFailed, NotFound, Overloaded, Unavailable
 from mmcore.model import ModelSettings
 from tests.unit.models_in_memory import Clock, FakeModel, FakeOrigin, Loader
 
@@ -449,3 +449,65 @@ async def test_many_cycles_through_more_models_than_fit_keep_the_sum_right(fixtu
     await settled(lambda: fixture.cache.used_bytes == fixture.cache.lru.total)
     open_models = [model for model in fixture.loader.models if not model.closed.is_set()]
     assert len(open_models) == len(fixture.cache.lru)
+
+
+def load_ahead(fixture: Fixture, name: str, idle_s: float = 100.0) -> asyncio.Future[Copy]:
+    return fixture.cache.load(name, "1", fixture.origin, priority=Priority.PRELOAD, idle_s=idle_s)
+
+
+async def test_a_load_into_free_room_has_its_place_by_its_last_use_and_evicts_nothing(fixture: Fixture) -> None:
+    await fixture.loaded("a")
+    fixture.clock.now += 200
+    await fixture.loaded("b")
+    await load_ahead(fixture, "c")
+    assert fixture.names() == ["a", "c", "b"]
+    assert fixture.cache.oldest_idle_s == 200
+    await fixture.loaded(*(f"m{n}" for n in range(7)))
+    with pytest.raises(Cancelled, match="evicted"):
+        await load_ahead(fixture, "d")
+    assert len(fixture.names()) == 10
+    assert fixture.cache.failures.last("d", "1") == ""
+    # For one that is wanted there is room.
+    await fixture.loaded("d")
+    assert "a" not in fixture.names()
+
+
+async def test_a_load_into_free_room_that_turns_out_larger_is_let_go_of(fixture: Fixture) -> None:
+    fixture.origin.settings = ModelSettings()
+    fixture.loader.sizes = {"a": 60, "b": 60}
+    await fixture.loaded("a")
+    # Nothing is known of its size before it is loaded, so that it may be taken to fit.
+    fixture.cache.room.capacity = fixture.cache.room.capacity._replace(host=2**30)
+    gate = fixture.loader.gate("b")
+    load = load_ahead(fixture, "b")
+    await settled(fixture.loader.entered["b"].is_set)
+    fixture.cache.room.capacity = fixture.cache.room.capacity._replace(host=100)
+    gate.set()
+    with pytest.raises(Cancelled, match="60 bytes"):
+        await load
+    assert fixture.names() == ["a"]
+    await settled(lambda: fixture.cache.used_bytes == 60)
+
+
+async def test_a_request_makes_a_load_into_free_room_one_that_evicts(fixture: Fixture) -> None:
+    await fixture.loaded(*(f"m{n}" for n in range(10)))
+    first, second = fixture.loader.gate("x"), fixture.loader.gate("y")
+    fixture.cache.unload(fixture.cache.lru.get(("m0", "1")))  # type: ignore[arg-type]  # a copy
+    fixture.cache.unload(fixture.cache.lru.get(("m1", "1")))  # type: ignore[arg-type]
+    await settled(lambda: fixture.cache.used_bytes == 80)
+    busy = [fixture.load("x"), fixture.load("y")]
+    await settled(lambda: fixture.loader.entered["x"].is_set() and fixture.loader.entered["y"].is_set())
+    ahead, wanted = load_ahead(fixture, "z"), fixture.load("z")
+    first.set()
+    second.set()
+    assert await wanted is await ahead
+    await asyncio.gather(*busy)
+    assert fixture.names()[-1] == "z"
+
+
+async def test_what_would_be_unloaded_for_being_idle_is_not_loaded_ahead() -> None:
+    fixture = Fixture(idle_timeout_s=60.0)
+    with pytest.raises(Cancelled, match="not been used for 61 s"):
+        await load_ahead(fixture, "a", 61)
+    await load_ahead(fixture, "a", 59)
+    await fixture.cache.close()

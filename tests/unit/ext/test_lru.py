@@ -175,3 +175,17 @@ def test_weights_are_checked_and_kept_outside_a_list() -> None:
         lru.reweigh(entry, -1)
     with pytest.raises(ValueError, match="anew"):
         entry.__init__("b")  # type: ignore[misc]  # what a subclass might do
+
+
+def test_an_entry_that_was_used_before_it_came_has_its_place_by_that() -> None:
+    lru = Lru()
+    lru.now = 100
+    for key, used_at in (("a", 50), ("b", None), ("c", 40), ("d", 50), ("e", 100), ("f", 0)):
+        lru.add(Entry(key), used_at)
+        lru.now += 1
+    assert [(entry.key, entry.used_at) for entry in lru] == [
+        ("f", 0), ("c", 40), ("a", 50), ("d", 50), ("e", 100), ("b", 101),
+    ]  # fmt: skip
+    lru.touch(lru.get("c"))
+    assert [entry.key for entry in lru] == ["f", "a", "d", "e", "b", "c"]
+    assert list(reversed([entry.key for entry in lru.oldest_of(2)])) == ["a", "f"]

@@ -8,31 +8,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from mmcore.registry import MemoryStore
 from tests.unit.routing.instances_in_memory import until
-from tests.unit.routing.mesh_in_memory import MeshMember
-
-
-class Meshes:
-    """Starts instances over one store, and closes what was not closed."""
-
-    def __init__(self) -> None:
-        self.store = MemoryStore()
-        self.members: list[MeshMember] = []
-
-    async def __call__(self, name: str, *, capacity_bytes: int = 2**30) -> MeshMember:
-        member = await MeshMember(name, self.store, capacity_bytes=capacity_bytes).start()
-        self.members.append(member)
-        await until(lambda: all(len(one.mesh.members.cluster) == len(self.members) for one in self.members))
-        return member
+from tests.unit.routing.mesh_in_memory import Meshes, MeshMember
 
 
 @pytest.fixture
 async def join() -> AsyncIterator[Meshes]:
     meshes = Meshes()
     yield meshes
-    for member in meshes.members:
-        await member.close()
+    await meshes.close()
 
 
 def loads(*members: MeshMember) -> Counter[str]:
