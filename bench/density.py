@@ -3,7 +3,8 @@
 Every model of the zoo is registered over the management API, loaded by its first request and compared with what its
 framework answers. Then they are asked in an order drawn by Zipf's law, by 64 callers and at a fixed rate; and at last a
 set of hot ones is asked while two hundred others a minute are loaded for the first time. The published density test of
-ModelMesh, with the model it used, is the case ``simple-string``.
+ModelMesh, with the model it used, is the case ``simple-string``; ``registered`` is a million models of which none is
+loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ MODELS: Final = 20_000
 QUICK_MODELS: Final = 500
 STRINGS: Final = 2_000
 QUICK_STRINGS: Final = 50
+REGISTERED: Final = 1_000_000
+QUICK_REGISTERED: Final = 20_000
 STRING_MODEL: Final = Path("tests/data/simple_string")
 #: Models that are registered beside and loaded only while the hot ones are asked.
 COLD: Final = 120
@@ -76,14 +79,18 @@ class Served:
     right: Callable[[inference_pb2.ModelInferResponse], bool]
 
 
-def run(console: Console, plan: Plan) -> dict[str, object]:
-    """The zoo's models, and then the published test's."""
+def run(console: Console, plan: Plan) -> dict[str, dict[str, float]]:
+    """The zoo's models, the published test's, and very many that are registered alone."""
     thorough = plan.duration_s >= 1
-    found: dict[str, object] = {}
+    found: dict[str, dict[str, float]] = {}
     if plan.wants_case("zoo"):
         found["summary"] = _zoo(console, plan, MODELS if thorough else QUICK_MODELS)
     if plan.wants_case("simple-string"):
         found["simple_string"] = _strings(console, plan, STRINGS if thorough else QUICK_STRINGS)
+    if plan.wants_case("registered"):
+        with _running(console, ()) as running:
+            found["registered"] = running.register(REGISTERED if thorough else QUICK_REGISTERED)
+        _tell(console, "registered", found["registered"])
     return found
 
 
@@ -155,6 +162,18 @@ class _Running:
         self._folder = folder
         self._process = psutil.Process(server.pids[0])
         self._answers: dict[str, bytes] = {}
+
+    def register(self, count: int) -> dict[str, float]:
+        """Register so many models by the names and keys that the zoo's have."""
+        before = self._rss()
+        began = time.perf_counter()
+        models = (Served(f"model-{number:07}", "sklearn", {}, b"", lambda answer: True) for number in range(count))
+        asyncio.run(self._with_channel(self._register_all, models))
+        return {
+            "registered": count,
+            "registrations_per_s": count / (time.perf_counter() - began),
+            "bytes_per_registered_model": (self._rss() - before) / count,
+        }
 
     def fill(self, models: Sequence[Served]) -> dict[str, float]:
         """Register models and load each by its first request, whose answer has to be right."""
@@ -255,14 +274,14 @@ class _Running:
         answer = cluster_pb2.ListInstancesResponse.FromString(asyncio.run(self._with_channel(ask, ())))
         return answer.instances[0]
 
-    async def _with_channel(self, work: Callable[..., Any], models: Sequence[Served]) -> Any:
+    async def _with_channel(self, work: Callable[..., Any], models: Iterable[Served]) -> Any:
         channel = Channel(self._server.target)
         try:
             return await work(channel, models)
         finally:
             await channel.close()
 
-    async def _register_all(self, channel: Channel, models: Sequence[Served]) -> None:
+    async def _register_all(self, channel: Channel, models: Iterable[Served]) -> None:
         async def one(model: Served) -> None:
             info = model_mesh_pb2.ModelInfo(type=model.type, path=model.name, key=json.dumps({"storage_key": "zoo"}))
             request = model_mesh_pb2.RegisterModelRequest(modelId=model.name, modelInfo=info)
@@ -296,7 +315,7 @@ class _Running:
         return [{stage: float(seconds) for stage, seconds in _STAGE.findall(line)} for line in lines]
 
 
-async def _some_at_once(work: Callable[[Served], Any], models: Sequence[Served], at_once: int) -> None:
+async def _some_at_once(work: Callable[[Served], Any], models: Iterable[Served], at_once: int) -> None:
     waiting = iter(models)
 
     async def worker() -> None:
@@ -368,7 +387,7 @@ def _store(endpoint: str, models: Sequence[Served]) -> None:
 
 
 def _tell(console: Console, case: str, summary: dict[str, float]) -> None:
-    if not summary["resident"]:
+    if not summary.get("resident", 1):
         raise NotMeasured(f"{case}: no model is resident")
     console.print(f"[bold]{case}[/bold]")
     for key, value in summary.items():

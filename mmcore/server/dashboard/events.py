@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -12,8 +13,17 @@ from mmcore.cache import Cache, Copy, CopyState
 from mmcore.errors import MmcoreError
 from mmcore.registry import ModelRecord, Table
 
-#: Events kept, of all models together: about 2 MB when it is full.
+#: Events kept, of all models together: about 0.8 MB when it is full.
 KEPT: Final = 8192
+
+#: What is kept of an event beside its texts: its time and kind, and the bytes of the model's name and version.
+_HEAD: Final = struct.Struct("<QBHH")
+_KINDS: Final = (
+    *("registered", "unregistered", "queued", "pulling", "loading", "loaded", "reloaded", "given up", "failed"),
+    *("evicted", "unloading", "unloaded"),
+)
+#: So many characters of a name are kept: four bytes each at most, counted in sixteen bits.
+_LONGEST: Final = 2**14 - 1
 
 _LOADS: Final = (CopyState.QUEUED, CopyState.PULLING, CopyState.LOADING)
 
@@ -24,8 +34,8 @@ class Event(NamedTuple):
     Attributes:
         number: ascending, from 1.
         at_ms: milliseconds of the epoch.
-        what: ``registered``, ``unregistered``, ``queued``, ``pulling``, ``loading``, ``loaded``, ``reloaded``,
-            ``given up``, ``failed``, ``evicted``, ``unloading`` or ``unloaded``.
+        what: one of ``registered``, ``unregistered``, ``queued``, ``pulling``, ``loading``, ``loaded``, ``reloaded``,
+            ``given up``, ``failed``, ``evicted``, ``unloading`` and ``unloaded``.
         detail: why, or what it took; may be empty.
     """
 
@@ -43,7 +53,8 @@ class Events:
     def __init__(self, cache: Cache, clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
         self._cache = cache
         self._clock_ms = clock_ms
-        self._kept: deque[Event] = deque(maxlen=KEPT)
+        #: Packed, since they are many and hardly one of them is ever looked at.
+        self._kept: deque[bytes] = deque(maxlen=KEPT)
         self._number = 0
         #: Versions that are on their way in or out, and how far.
         self._moving: dict[tuple[str, str], CopyState] = {}
@@ -63,10 +74,8 @@ class Events:
 
     def latest(self, most: int, model: str | None = None) -> list[Event]:
         """The last events, of one model or of all, newest first."""
-        found: Iterator[Event] = reversed(self._kept)
-        if model is not None:
-            found = (event for event in found if event.model == model)
-        return list(islice(found, most))
+        events = (_unpacked(self._number - age, packed) for age, packed in enumerate(reversed(self._kept)))
+        return list(islice((event for event in events if model in (None, event.model)), most))
 
     def _changed(self, model: str, version: str, state: CopyState | None) -> None:
         key = (model, version)
@@ -96,7 +105,24 @@ class Events:
 
     def _note(self, model: str, version: str, what: str, detail: str = "") -> None:
         self._number += 1
-        self._kept.append(Event(self._number, self._clock_ms(), model, version, what, detail))
+        name, number = _bytes(model[:_LONGEST]), _bytes(version[:_LONGEST])
+        head = _HEAD.pack(self._clock_ms(), _KINDS.index(what), len(name), len(number))
+        self._kept.append(b"".join((head, name, number, _bytes(detail))))
+
+
+def _bytes(text: str) -> bytes:
+    # The name of a file may be no UTF-8.
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _unpacked(number: int, packed: bytes) -> Event:
+    at_ms, kind, name, version = _HEAD.unpack_from(packed)
+    texts = packed[_HEAD.size :]
+    model, version_text, detail = (
+        part.decode("utf-8", "surrogatepass")
+        for part in (texts[:name], texts[name : name + version], texts[name + version :])
+    )
+    return Event(number, at_ms, model, version_text, _KINDS[kind], detail)
 
 
 def _took(copy: Copy) -> str:

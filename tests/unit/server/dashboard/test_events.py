@@ -78,3 +78,16 @@ async def test_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [event.number for event in events.latest(10)] == [4, 3, 2]
     assert len(events) == 3
     await fixture.cache.close()
+
+
+@pytest.mark.parametrize("name", ["m", "männchen/ü", "nul\0", "\udcff", "x" * 20_000])
+async def test_names_and_reasons_come_as_they_were(name: str) -> None:
+    fixture = Fixture()
+    events = following(fixture)
+    fixture.loader.errors[name] = LoadFailed("no such column: größe\0")
+    with pytest.raises(LoadFailed):
+        await fixture.load(name)
+    newest = events.latest(1)[0]
+    assert (newest.model, newest.version, newest.what) == (name[: 2**14 - 1], "1", "failed")
+    assert newest.detail == "no such column: größe\0"
+    await fixture.cache.close()
