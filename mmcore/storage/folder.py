@@ -29,7 +29,7 @@ from mmcore.storage.signature import signature
 log = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 1.0
-#: How long files must have been unchanged when somebody asks for them to be taken now.
+#: How long is waited between two looks at files that somebody asks to be taken now.
 ASKED_QUIET_S: Final = 0.1
 #: At start, files whose inodes changed no later than this ago are whole.
 SETTLED_AGE_S: Final = 2.0
@@ -235,7 +235,7 @@ class ModelFolder:
 
     async def scan_now(self) -> list[Change]:
         """What has changed, those changes that are complete; waits a moment for what is quite new."""
-        return await self._in_thread(ASKED_QUIET_S) + await self._settled()
+        return await self._in_thread(ASKED_QUIET_S / 2) + await self._settled()
 
     async def watch(self, apply: Callable[[list[Change]], None]) -> None:
         """Scan again and again and hand over what changed, until cancelled."""
@@ -258,7 +258,8 @@ class ModelFolder:
         if not self._pending:
             return []
         await asyncio.sleep(ASKED_QUIET_S)
-        return await self._in_thread(ASKED_QUIET_S)
+        # Half of it, as in watch(): uvloop's timers end up to a millisecond early, and the change would be missed.
+        return await self._in_thread(ASKED_QUIET_S / 2)
 
     async def _in_thread(self, quiet_s: float, settled_age_s: float | None = None) -> list[Change]:
         if self._executor is None:

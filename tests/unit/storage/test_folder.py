@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -263,6 +264,15 @@ async def test_start_takes_what_is_there_and_scan_now_what_is_new(watched: Watch
     watched.put("n/model.onnx")
     assert [change.name for change in await folder.scan_now()] == ["n"]
     assert await folder.scan_now() == []
+    folder.close()
+
+
+async def test_what_is_new_is_taken_though_the_pause_ended_early(watched: Watched) -> None:
+    # As uvloop's timers do, which count whole milliseconds.
+    folder = ModelFolder(watched.root, clock=lambda: time.monotonic() * 0.9)
+    assert await folder.start() == []
+    watched.put("m/model.onnx")
+    assert [change.name for change in await folder.scan_now()] == ["m"]
     folder.close()
 
 
