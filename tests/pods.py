@@ -109,8 +109,8 @@ class Pod:
 
 def beside(deployment: Object, name: str, folders: Mapping[str, Path]) -> tuple[list[str], dict[str, str]]:
     """The command line and the variables of another server's container, with the paths of its mounts in both."""
-    containers = deployment["spec"]["template"]["spec"]["containers"]
-    container = next(one for one in containers if one["name"] == name)
+    pod = deployment["spec"]["template"]["spec"]
+    container = next(one for one in (*pod.get("initContainers", []), *pod["containers"]) if one["name"] == name)
 
     def placed(text: str) -> str:
         for mount in container["volumeMounts"]:

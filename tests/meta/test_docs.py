@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import helm_python
 import pytest
 import yaml
 from google.protobuf import descriptor_pb2
@@ -30,6 +31,7 @@ from mmcore.cli.main import group
 from mmcore.cli.serve import command as serve_command
 from mmcore.server.rest.routes import ROUTES
 from mmcore.storage import settings
+from tests.overlays import charted
 from tests.serving import Instance, Serve
 
 ROOT = Path(__file__).parents[2]
@@ -260,7 +262,22 @@ def check_pip(words: list[str]) -> None:
         assert set(match[1].split(",")) <= set(project["optional-dependencies"]), words
 
 
+def check_docker(words: list[str]) -> None:
+    """The Dockerfile is there, and the context is the repository."""
+    assert words[1] == "build" and words[-1] == ".", words
+    assert (ROOT / words[words.index("-f") + 1]).is_file(), words
+
+
+def check_helm(words: list[str]) -> None:
+    """The chart is there and takes these values."""
+    assert words[1] == "install" and (ROOT / words[3] / "Chart.yaml").is_file(), words
+    stated = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
+    assert charted(helm_python.parse_set_string_values(",".join(stated))), words
+
+
 CHECKS = {
+    "docker": check_docker,
+    "helm": check_helm,
     "mmcore": check_mmcore,
     "kubectl": check_kubectl,
     "grpcurl": check_grpcurl,
@@ -279,10 +296,13 @@ def test_commands_that_are_not_run_are_such(block: Block) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["mmcore serve --no-such", "mmcore nothing", "mmcore infer", "curl 127.0.0.1:8008/v3", "pip install .[x]"],
-)
+    [
+        "mmcore serve --no-such", "mmcore nothing", "mmcore infer", "curl 127.0.0.1:8008/v3", "pip install .[x]",
+        "helm install mmcore deploy/helm --set no.such=1", "docker build -f Dockerfile .",
+    ],
+)  # fmt: skip
 def test_the_checks_find_what_is_wrong(command: str) -> None:
-    with pytest.raises((AssertionError, click.UsageError)):
+    with pytest.raises((AssertionError, click.UsageError, helm_python.HelmError)):
         CHECKS[command.split()[0]](command.split())
 
 
