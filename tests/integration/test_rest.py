@@ -11,10 +11,12 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from openapi_spec_validator import validate
 
 from mmcore.server.rest.routes import ROUTES
 from tests.serving import ADD_SUB, IDENTITY, WAITING, Instance, Serve, command, environment, write_model
@@ -39,7 +41,7 @@ def instance(serve_for_session: Serve, tmp_path_factory: pytest.TempPathFactory)
     write_model(models, "simple", ADD_SUB)
     write_model(models, "two", TWO_OUTPUTS)
     write_model(models, "waiting", WAITING, settings="execution: thread\n")
-    for datatype in ("FP32", "BF16", "BYTES", "INT64"):
+    for datatype in ("FP16", "FP32", "FP64", "BF16", "BYTES", "INT64"):
         write_model(models, datatype.lower(), IDENTITY.replace("DATATYPE", datatype))
     write_model(models, "one", IDENTITY.replace("DATATYPE", "FP32").replace("[-1, -1]", "[-1, 3]"))
     write_model(models, "text", IDENTITY.replace("DATATYPE", "BYTES").replace("[-1, -1]", "[-1]"))
@@ -93,6 +95,22 @@ def test_every_path_of_the_description_is_served_and_every_path_served_is_descri
         assert "no such path" not in ask("POST", path.replace("{", "").replace("}", ""), b"").body.decode()
 
 
+def test_the_description_is_one_and_tells_of_binary_tensors(ask: Client) -> None:
+    document = ask("GET", "/openapi.json").json
+    validate(document)
+    infer = document["paths"]["/v2/models/{model}/infer"]["post"]
+    headers = {one["name"] for one in infer["parameters"] if one["in"] == "header"}
+    assert headers == {"Inference-Header-Content-Length", "Content-Encoding", "Accept-Encoding"}
+    assert set(infer["requestBody"]["content"]) == {"application/json", "application/octet-stream"}
+    told = infer["responses"]["200"]
+    assert set(told["content"]) == {"application/json", "application/octet-stream"}
+    assert "Inference-Header-Content-Length" in told["headers"]
+    schemas = document["components"]["schemas"]
+    assert "binary_data_size" in schemas["TensorParameters"]["properties"]
+    assert "binary_data" in schemas["OutputParameters"]["properties"]
+    assert "binary_data_output" in schemas["RequestParameters"]["properties"]
+
+
 def test_the_page_to_try_it_needs_nothing_from_elsewhere(ask: Client) -> None:
     answer = ask("GET", "/docs")
     assert answer.headers["content-type"].startswith("text/html")
@@ -134,6 +152,32 @@ def infer(ask: Client, model: str, entry: dict[str, Any], **more: Any) -> Answer
 def test_numbers_of_half_precision_are_taken_and_told(ask: Client) -> None:
     [output] = infer(ask, "bf16", tensor("BF16", [1, 3], [1, 0.5, "NaN"])).json["outputs"]
     assert output == {"name": "OUTPUT0", "datatype": "BF16", "shape": [1, 3], "data": [1, 0.5, "NaN"]}
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32", "FP64"])
+def test_what_is_not_finite_goes_both_ways(ask: Client, datatype: str) -> None:
+    words = ["NaN", "Infinity", "-Infinity", 1.5]
+    [output] = infer(ask, datatype.lower(), tensor(datatype, [1, 4], words)).json["outputs"]
+    assert output == {"name": "OUTPUT0", "datatype": datatype, "shape": [1, 4], "data": words}
+    # null, and the bare words of Python's json.
+    [output] = infer(ask, datatype.lower(), tensor(datatype, [1, 3], [None, 2, float("inf")])).json["outputs"]
+    assert output["data"] == ["NaN", 2, "Infinity"]
+    # So does what is long enough to be read and written piece by piece.
+    many = [*([0.5] * 40_000), *words]
+    answer = infer(ask, datatype.lower(), tensor(datatype, [2, 20_002], many))
+    assert answer.json["outputs"][0]["data"] == many
+
+
+def test_numbers_beyond_half_precision_are_infinite(ask: Client) -> None:
+    [output] = infer(ask, "fp16", tensor("FP16", [1, 4], [65504, 65520, -1e9, 0.1])).json["outputs"]
+    assert output["data"][:3] == [65504, "Infinity", "-Infinity"]
+    assert output["data"][3] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_whole_numbers_have_no_words(ask: Client) -> None:
+    for wrong in ("NaN", None, float("inf")):
+        answer = infer(ask, "int64", tensor("INT64", [1, 1], [wrong]))
+        assert (answer.status, "INPUT0" in answer.json["error"]) == (400, True)
 
 
 def test_bytes_are_text_if_they_can_be(ask: Client) -> None:
@@ -239,6 +283,27 @@ def test_a_list_of_codings_leaves_the_answer_as_it_is(ask: Client) -> None:
     assert json.loads(gzip.decompress(answer.body))["outputs"][0]["data"] == [2]
 
 
+@pytest.mark.parametrize(
+    ("coding", "expand"), [("gzip", gzip.decompress), ("deflate", zlib.decompress), (" GZIP ", gzip.decompress)]
+)
+def test_answers_are_compressed_for_who_asks_for_one_coding(ask: Client, coding: str, expand: Any) -> None:
+    body = {"inputs": [tensor("FP32", [1, 2], [2, "NaN"])]}
+    answer = ask("POST", "/v2/models/fp32/infer", body, Accept_Encoding=coding)
+    assert answer.headers["content-encoding"] == coding.strip().lower()
+    assert json.loads(expand(answer.body))["outputs"][0]["data"] == [2, "NaN"]
+    # Behind a document of the length that is stated, decompressed, lie the tensors.
+    answer = ask(
+        "POST", "/v2/models/fp32/infer", {**body, "parameters": {"binary_data_output": True}}, Accept_Encoding=coding
+    )
+    whole, length = expand(answer.body), int(answer.headers["inference-header-content-length"])
+    assert json.loads(whole[:length])["outputs"][0]["parameters"] == {"binary_data_size": 8}
+    assert whole[length:] == np.array([2, np.nan], np.float32).tobytes()
+    # And both ways at once.
+    sent = gzip.compress(json.dumps(body).encode())
+    answer = ask("POST", "/v2/models/fp32/infer", sent, Content_Encoding="gzip", Accept_Encoding=coding)
+    assert json.loads(expand(answer.body))["outputs"][0]["data"] == [2, "NaN"]
+
+
 def test_what_is_not_compressed_as_it_says_is_refused(ask: Client) -> None:
     whole = gzip.compress(b"{}" * 100)
     for body, coding in ((b"{}", "gzip"), (whole[:-9], "gzip"), (b"{}", "deflate"), (b"{}", "br")):
@@ -281,6 +346,48 @@ def test_large_json_is_read_and_written_while_others_are_served(instance: Instan
     np.testing.assert_array_equal(np.array(answer.json["outputs"][0]["data"], np.float32), values.reshape(-1))
     # Others had their turns in between; how long each took is for the bench.
     assert len(waits) >= 5
+
+
+def test_fifty_megabytes_of_json_stall_nobody(serve: Serve, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in ("large", "small"):
+        write_model(models, name, IDENTITY.replace("DATATYPE", "FP32"))
+    instance = serve(models, "--max-message", "64MiB")
+    ask = Client(instance.rest)
+    for name in ("large", "small"):
+        assert infer(ask, name, tensor("FP32", [1, 1], [1])).status == 200
+    count = 2_600_000
+    numbers = ",".join(map(repr, np.random.default_rng(1).random(1000, np.float32).tolist())).split(",")
+    data = ",".join(numbers * (count // 1000))
+    document = json.dumps({"inputs": [tensor("FP32", [1, count], ["HERE"])]})
+    (tmp_path / "body").write_text(document.replace('"HERE"', data))
+    assert (tmp_path / "body").stat().st_size > 50_000_000
+    # A process of its own: whatever takes long in this one is no stall of the instance.
+    flags = ("-w", "%{http_code}", "--data-binary", f"@{tmp_path / 'body'}")
+    curl = ["curl", "-s", "-o", tmp_path / "answer", *flags, f"{instance.rest}/v2/models/large/infer"]
+    began = time.perf_counter()
+    large = subprocess.Popen(curl, stdout=subprocess.PIPE, text=True)
+    waits: list[float] = []
+    try:
+        while large.poll() is None:
+            sent = time.perf_counter()
+            assert infer(ask, "small", tensor("FP32", [1, 1], [1])).status == 200
+            waits.append(time.perf_counter() - sent)
+            assert waits[-1] < 60
+        took_s = time.perf_counter() - began
+        assert large.communicate(timeout=10)[0] == "200"
+    finally:
+        large.kill()
+        large.wait(10)
+        ask.connection.close()
+    answered = json.loads((tmp_path / "answer").read_bytes())["outputs"][0]
+    assert answered["shape"] == [1, count]
+    for part in (answered["data"][:1000], answered["data"][-1000:]):
+        np.testing.assert_array_equal(np.array(part, np.float32), np.array(numbers, np.float32))
+    # One that is read, or written, in one go keeps the others waiting for half of it.
+    assert max(waits) < took_s / 4
+    assert len(waits) > 50
 
 
 # KServe V1

@@ -167,14 +167,13 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """A request is complete."""
         self._receiving = False
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._ready.append(
             Request(
                 self,
                 self._parser.get_method().decode("ascii"),
                 self._target.decode("latin-1"),
                 self._headers,
-                body,
+                self._body,
                 keep_alive=self._parser.should_keep_alive(),
             )
         )
@@ -240,7 +239,7 @@ class Connection(asyncio.Protocol):
         self._receiving = False
         self._owner.refused += 1
         self._refusal = refusal
-        self._ready.append(Request(self, "", "", {}, b"", keep_alive=False))
+        self._ready.append(Request(self, "", "", {}, [], keep_alive=False))
 
     # What the listener calls.
 

@@ -45,7 +45,7 @@ def encoded(request: Request) -> Coding | None:
     return _CODINGS.get(accepted.strip().lower()) if accepted is not None else None
 
 
-async def decoded(request: Request, limit: int) -> bytes:
+async def decoded(request: Request, limit: int) -> bytes | bytearray:
     """The body, decompressed.
 
     Raises:
@@ -60,7 +60,7 @@ async def decoded(request: Request, limit: int) -> bytes:
     return await asyncio.to_thread(_decompressed, request.body, coding, limit)
 
 
-def _decompressed(body: bytes, coding: bytes, limit: int) -> bytes:
+def _decompressed(body: bytes | bytearray, coding: bytes, limit: int) -> bytes:
     # What HTTP calls deflate has zlib's frame; some send it bare.
     windows = (_GZIP,) if coding == b"gzip" else (_ZLIB, _BARE)
     for window in windows:

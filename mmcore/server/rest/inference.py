@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from math import prod
 from typing import Any, Final
 
-import orjson
-
 from mmcore._ext.tensor import array_to_raw
 from mmcore._ext.v2codec import InferResponse, Param, decode_infer_response, encode_infer_request
 from mmcore.errors import InvalidRequest
@@ -23,7 +21,14 @@ from mmcore.pb import inference_pb2
 from mmcore.server.calls import Body, Waiting, refuse
 from mmcore.server.rest.answers import HttpAnswer, UnaryHandler, joined
 from mmcore.server.rest.encodings import TooLong, decoded, encoded
-from mmcore.server.rest.large import LARGE_BYTES, LARGE_ELEMENTS, Numbers, without_numbers, written
+from mmcore.server.rest.large import (
+    LARGE_BODY_BYTES,
+    LARGE_BYTES,
+    LARGE_ELEMENTS,
+    Numbers,
+    Writing,
+    without_numbers,
+)
 from mmcore.server.rest.request import Part, Request
 from mmcore.server.rest.tensors import BASE64, check_count, elements_of, loads, raw_of
 from mmcore.server.tensors import REGION
@@ -73,19 +78,19 @@ class InferAnswer(HttpAnswer):
         if coding is None:
             self._send(document, binary)
         else:
-            body = await asyncio.to_thread(coding.compress, [document, *binary])
+            body = await asyncio.to_thread(coding.compress, [*document, *binary])
             self._send(document, binary, [body], ((b"content-encoding", coding.name),))
 
     def _send(
         self,
-        document: bytes,
+        document: Sequence[Part],
         binary: Sequence[Part],
         body: list[Part] | None = None,
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
-        parts = [document, *binary] if body is None else body
+        parts = [*document, *binary] if body is None else body
         if binary:
-            length = (HEADER_LENGTH, b"%d" % len(document))
+            length = (HEADER_LENGTH, b"%d" % sum(map(len, document)))
             self._request.send(parts, content_type=_OCTETS, headers=(length, *headers))
         else:
             self._request.send(parts, headers=headers)
@@ -107,8 +112,13 @@ class RestInference:
         """Answer one request."""
         call = InferAnswer(request, self._waiting)
         try:
-            document_bytes, bare = _document_bytes(request)
-            if bare or document_bytes > LARGE_BYTES or b"content-encoding" in request.headers:
+            document_bytes, bare = _document_bytes(request, request.length)
+            if (
+                bare
+                or document_bytes > LARGE_BYTES
+                or request.length > LARGE_BODY_BYTES
+                or b"content-encoding" in request.headers
+            ):
                 self._waiting.start(call, self._serve_later(call, request, name, version), "infer")
                 return
             body = memoryview(request.body)
@@ -122,16 +132,17 @@ class RestInference:
 
     async def _serve_later(self, call: InferAnswer, request: Request, name: str, version: str) -> Body | None:
         """The way of what is compressed, large, or says nothing but its bytes."""
+        await asyncio.to_thread(request.gather)
         try:
             request.body = await decoded(request, self._max_bytes)
         except TooLong as error:
             request.fail(413, str(error))
             return None
-        document_bytes, bare = _document_bytes(request)
-        body = memoryview(request.body)
+        body = request.body
+        document_bytes, bare = _document_bytes(request, len(body))
         if bare:
             described = await self._describe(request, name, version)
-            message = _bare_message(name, version, described.inputs, body)
+            message = _bare_message(name, version, described.inputs, memoryview(body))
             call.wanted = {"": True}
         else:
             message, call.wanted = await asyncio.to_thread(_large_message, name, version, body, document_bytes)
@@ -248,8 +259,9 @@ def _requested(document: Mapping[str, Any], wanted: dict[str, bool]) -> tuple[li
     return names, parameters
 
 
-def document_of(response: InferResponse, wanted: Wanted) -> tuple[bytes, list[Part]]:
-    """The JSON document of an answer, and its binary tensors."""
+def document_of(response: InferResponse, wanted: Wanted) -> tuple[list[bytes], list[Part]]:
+    """The JSON document of an answer, in pieces, and its binary tensors."""
+    writing = Writing()
     binary: list[Part] = []
     outputs = []
     for tensor in response.outputs:
@@ -263,15 +275,15 @@ def document_of(response: InferResponse, wanted: Wanted) -> tuple[bytes, list[Pa
             told["parameters"] = {**parameters, _BINARY_SIZE: len(raw)}
             binary.append(raw)
         else:
-            elements, in_base64 = elements_of(datatype, tensor.array())
-            if in_base64:
-                parameters = {**parameters, _CONTENT_TYPE: "base64"}
+            array = tensor.array()
+            if array.size >= LARGE_ELEMENTS and datatype != "BYTES":
+                told["data"] = writing.elements(datatype, array.reshape(-1))
+            else:
+                told["data"], in_base64 = elements_of(datatype, array)
+                if in_base64:
+                    parameters = {**parameters, _CONTENT_TYPE: "base64"}
             if parameters:
                 told["parameters"] = parameters
-            if not isinstance(elements, list) and len(elements) >= LARGE_ELEMENTS:
-                told["data"] = written(elements)
-            else:
-                told["data"] = elements
         outputs.append(told)
     document: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
     if response.id:
@@ -279,7 +291,7 @@ def document_of(response: InferResponse, wanted: Wanted) -> tuple[bytes, list[Pa
     if response.parameters:
         document["parameters"] = response.parameters
     document["outputs"] = outputs
-    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), binary
+    return writing.pieces(document), binary
 
 
 def _takes_long(request: Request, response: InferResponse, size: int, wanted: Wanted) -> bool:
@@ -294,25 +306,26 @@ def _takes_long(request: Request, response: InferResponse, size: int, wanted: Wa
     )
 
 
-def _document_bytes(request: Request) -> tuple[int, bool]:
-    """The length of the JSON document at the front of the body, and whether there is none at all."""
+def _document_bytes(request: Request, length: int) -> tuple[int, bool]:
+    """The length of the JSON document at the front of a body of ``length`` bytes, and whether there is none at all."""
     stated = request.headers.get(HEADER_LENGTH)
     if stated is None:
-        return len(request.body), False
+        return length, False
     # Of a compressed body the length counts what it decompresses to.
-    limit = len(request.body) if b"content-encoding" not in request.headers else 2**62
+    limit = length if b"content-encoding" not in request.headers else 2**62
     if not stated.isdigit() or int(stated) > limit:
         raise InvalidRequest(
-            f"Inference-Header-Content-Length: expected a number up to the body's {len(request.body)} bytes, got "
+            f"Inference-Header-Content-Length: expected a number up to the body's {length} bytes, got "
             f"{stated.decode('latin-1')!r}"
         )
     return int(stated), int(stated) == 0
 
 
-def _large_message(name: str, version: str, body: memoryview, document_bytes: int) -> tuple[bytes, Wanted]:
+def _large_message(name: str, version: str, body: bytes | bytearray, document_bytes: int) -> tuple[bytes, Wanted]:
     """In a thread: as :func:`message_of`."""
-    document, numbers = without_numbers(bytes(body[:document_bytes]))
-    return message_of(name, version, loads(document), body[document_bytes:], numbers)
+    whole = document_bytes == len(body)
+    document, numbers = without_numbers(body if whole else bytes(memoryview(body)[:document_bytes]))
+    return message_of(name, version, loads(document), memoryview(body)[document_bytes:], numbers)
 
 
 def _objects(document: Mapping[str, Any], field: str) -> list[dict[str, Any]]:

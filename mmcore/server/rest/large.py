@@ -2,7 +2,8 @@
 
 orjson holds the interpreter while it works: 16 MiB of numbers would stop every other request for a tenth of a second.
 So the numbers of tensors are taken out of the text first and read piece by piece, and those of an answer written so,
-each piece within some hundred microseconds and the interpreter given away in between.
+each piece within some hundred microseconds and the interpreter given away in between. Nothing of the length of a body
+is copied, or looked through, in one go.
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from mmcore.server.rest.tensors import loads, numbers
+from mmcore.server.rest.tensors import elements_of, loads, numbers
 
 #: Texts from this length on are read in a thread, and arrays from so many elements on are written in one.
 LARGE_BYTES: Final = 128 * 1024
 LARGE_ELEMENTS: Final = 16384
+#: Bodies from this length on are put together in a thread too, whatever is in them.
+LARGE_BODY_BYTES: Final = 2**20
 _PIECE_BYTES: Final = 65536
+#: What is looked through in one go.
+_STEP_BYTES: Final = 2**20
+#: Stands for a large array in a document; within JSON it is always escaped.
+_GAP: Final = b"\x00"
 
 _DATA: Final = re.compile(rb'"data"\s*:\s*\[')
 #: Between elements, where brackets only nest.
@@ -31,7 +38,7 @@ _NESTING: Final = bytes.maketrans(b"[]", b"  ")
 class Numbers:
     """The elements of one tensor, still as text: from ``start`` to ``end``, brackets included."""
 
-    def __init__(self, text: bytes, start: int, end: int) -> None:
+    def __init__(self, text: bytes | bytearray, start: int, end: int) -> None:
         self._text = text
         self._start = start
         self._end = end
@@ -41,13 +48,13 @@ class Numbers:
         pieces: list[bytes] = []
         count = 0
         for piece in self._pieces():
-            values = loads(b"[%b]" % piece.translate(_NESTING))
+            values = loads(b"".join((b"[", piece.translate(_NESTING), b"]")))
             count += len(values)
             pieces.append(numbers(where, datatype, values))
             time.sleep(0)
         return b"".join(pieces), count
 
-    def _pieces(self) -> Iterator[bytes]:
+    def _pieces(self) -> Iterator[bytes | bytearray]:
         start = self._start
         while start + _PIECE_BYTES < self._end:
             end = self._text.find(b",", start + _PIECE_BYTES, self._end)
@@ -58,21 +65,20 @@ class Numbers:
         yield self._text[start : self._end]
 
 
-def without_numbers(text: bytes) -> tuple[bytes, list[Numbers]]:
+def without_numbers(text: bytes | bytearray) -> tuple[bytes, list[Numbers]]:
     """The document with an index in place of each tensor's numbers, and those.
 
     A key ``"data"`` whose value is an array without strings and objects holds a tensor's numbers. Text between quotes
     cannot look like one: its own quotes are escaped.
     """
-    kept: list[bytes] = []
+    kept: list[bytes | bytearray] = []
     found: list[Numbers] = []
     at = search = 0
     while match := _DATA.search(text, search):
         start = match.end() - 1
-        brace = text.find(b"}", start)
-        quote = text.find(b'"', start, brace)
-        end = text.rfind(b"]", start, quote if quote >= 0 else brace) + 1
-        if end <= start or text.count(b"[", start, end) != text.count(b"]", start, end):
+        brace = _find(text, b"}", start, len(text))
+        end = text.rfind(b"]", start, _find(text, b'"', start, brace)) + 1
+        if end <= start or _count(text, b"[", start, end) != _count(text, b"]", start, end):
             # Strings, whose text may hold anything; orjson is quick with those.
             search = match.end()
             continue
@@ -82,11 +88,47 @@ def without_numbers(text: bytes) -> tuple[bytes, list[Numbers]]:
     return b"".join((*kept, text[at:])), found
 
 
-def written(values: NDArray[Any]) -> orjson.Fragment:
-    """The JSON array of a flat array's elements, all finite."""
-    pieces = []
-    for start in range(0, len(values), LARGE_ELEMENTS):
-        piece = np.ascontiguousarray(values[start : start + LARGE_ELEMENTS])
-        pieces.append(orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
-        time.sleep(0)
-    return orjson.Fragment(b"[%b]" % b",".join(pieces))
+def _find(text: bytes | bytearray, byte: bytes, start: int, end: int) -> int:
+    """Where a byte is first between two places; the second of these if nowhere."""
+    for at in _steps(start, end):
+        found = text.find(byte, at, min(at + _STEP_BYTES, end))
+        if found >= 0:
+            return found
+    return end
+
+
+def _count(text: bytes | bytearray, byte: bytes, start: int, end: int) -> int:
+    return sum(text.count(byte, at, min(at + _STEP_BYTES, end)) for at in _steps(start, end))
+
+
+def _steps(start: int, end: int) -> Iterator[int]:
+    """Where each step of a long look begins; others have their turns in between."""
+    for at in range(start, end, _STEP_BYTES):
+        if at > start:
+            time.sleep(0)
+        yield at
+
+
+class Writing:
+    """A JSON document with large arrays in it, as the pieces that go out one behind the other."""
+
+    def __init__(self) -> None:
+        self._large: list[list[bytes]] = []
+
+    def elements(self, datatype: str, values: NDArray[Any]) -> orjson.Fragment:
+        """What stands in the document for the elements of a flat array of numbers."""
+        pieces: list[bytes] = []
+        for start in range(0, len(values), LARGE_ELEMENTS):
+            piece, _ = elements_of(datatype, np.ascontiguousarray(values[start : start + LARGE_ELEMENTS]))
+            pieces += (b",", orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
+            time.sleep(0)
+        self._large.append([b"[", *pieces[1:], b"]"])
+        return orjson.Fragment(_GAP)
+
+    def pieces(self, document: object) -> list[bytes]:
+        """The whole document."""
+        text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+        if not self._large:
+            return [text]
+        first, *rest = text.split(_GAP)
+        return [first, *(piece for large, part in zip(self._large, rest, strict=True) for piece in (*large, part))]

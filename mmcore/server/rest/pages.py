@@ -38,31 +38,85 @@ _SUMMARIES: Final = {
     "unregister_cuda": "Forget nothing; taken from clients that begin afresh",
 }
 
-_PARAMETERS: Final = {
-    "type": "object",
-    "additionalProperties": {"oneOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"}]},
+#: Of Triton's binary tensor data extension.
+_HEADER_LENGTH: Final = {
+    "description": "the length of the JSON document, behind which binary tensors follow in the order of the document",
+    "schema": {"type": "integer", "minimum": 0},
 }
+_CODING: Final = {"type": "string", "enum": ["gzip", "deflate"]}
+_HEADERS: Final = [
+    {"name": "Inference-Header-Content-Length", "in": "header", **_HEADER_LENGTH},
+    {"name": "Content-Encoding", "in": "header", "schema": _CODING},
+    {
+        "name": "Accept-Encoding",
+        "in": "header",
+        "schema": {"type": "string"},
+        "description": "gzip or deflate alone has the answer compressed; lists of codings do not",
+    },
+]
+_BINARY: Final = {
+    "application/octet-stream": {
+        "schema": {
+            "type": "string",
+            "format": "binary",
+            "description": "the JSON document, then the bytes of the tensors whose parameter binary_data_size says how "
+            "many are theirs: little-endian, row-major; an element of BYTES has its length before it, in four bytes",
+        }
+    }
+}
+
+
+def _parameters(**known: dict[str, str]) -> dict[str, Any]:
+    """Parameters of which some are known."""
+    any_of = [{"type": "string"}, {"type": "number"}, {"type": "boolean"}]
+    return {"type": "object", "properties": known, "additionalProperties": {"oneOf": any_of}}
+
+
 _TENSOR: Final = {
     "name": {"type": "string"},
     "datatype": {"type": "string", "enum": list(NUMPY_DTYPES)},
     "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-    "parameters": {"$ref": "#/components/schemas/Parameters"},
-    "data": {"type": "array", "items": {}, "description": "elements, flat or nested, row-major"},
+    "parameters": {"$ref": "#/components/schemas/TensorParameters"},
+    "data": {
+        "type": "array",
+        "items": {},
+        "description": 'elements, flat or nested, row-major; "NaN", "Infinity" and "-Infinity" for what is not '
+        "finite; absent where the tensor is binary or in shared memory",
+    },
 }
 _SCHEMAS: Final[dict[str, Any]] = {
-    "Parameters": _PARAMETERS,
+    "RequestParameters": _parameters(
+        binary_data_output={"type": "boolean", "description": "all outputs as binary tensors"},
+        timeout={"type": "integer", "description": "microseconds that the request may wait"},
+        priority={"type": "integer", "description": "of config.pbtxt's levels"},
+    ),
+    "TensorParameters": _parameters(
+        binary_data_size={"type": "integer", "description": "bytes of this tensor behind the document"},
+        content_type={"type": "string", "description": "base64: so are the elements of BYTES"},
+        shared_memory_region={"type": "string", "description": "where the tensor lies instead"},
+        shared_memory_byte_size={"type": "integer"},
+        shared_memory_offset={"type": "integer"},
+    ),
+    "OutputParameters": _parameters(
+        binary_data={"type": "boolean", "description": "as a binary tensor"},
+        classification={"type": "integer", "description": "the so many highest, as value:index:label"},
+        shared_memory_region={"type": "string", "description": "where the tensor is to be put"},
+        shared_memory_byte_size={"type": "integer"},
+        shared_memory_offset={"type": "integer"},
+    ),
+    "ResponseParameters": _parameters(),
     "Tensor": {"type": "object", "required": ["name", "datatype", "shape"], "properties": _TENSOR},
     "RequestedOutput": {
         "type": "object",
         "required": ["name"],
-        "properties": {"name": {"type": "string"}, "parameters": {"$ref": "#/components/schemas/Parameters"}},
+        "properties": {"name": {"type": "string"}, "parameters": {"$ref": "#/components/schemas/OutputParameters"}},
     },
     "InferRequest": {
         "type": "object",
         "required": ["inputs"],
         "properties": {
             "id": {"type": "string"},
-            "parameters": {"$ref": "#/components/schemas/Parameters"},
+            "parameters": {"$ref": "#/components/schemas/RequestParameters"},
             "inputs": {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
             "outputs": {"type": "array", "items": {"$ref": "#/components/schemas/RequestedOutput"}},
         },
@@ -74,7 +128,7 @@ _SCHEMAS: Final[dict[str, Any]] = {
             "model_name": {"type": "string"},
             "model_version": {"type": "string"},
             "id": {"type": "string"},
-            "parameters": {"$ref": "#/components/schemas/Parameters"},
+            "parameters": {"$ref": "#/components/schemas/ResponseParameters"},
             "outputs": {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
         },
     },
@@ -130,6 +184,11 @@ def _operation(operation: str, verb: str, method: str, names: list[str]) -> dict
     }
     if verb == "POST":
         found["requestBody"] = {"content": {"application/json": {"schema": _reference(asked)}}}
+    if method == "infer":
+        found["parameters"] += _HEADERS
+        found["requestBody"]["content"] |= _BINARY
+        found["responses"]["200"]["content"] |= _BINARY
+        found["responses"]["200"]["headers"] = {"Inference-Header-Content-Length": _HEADER_LENGTH}
     return found
 
 

@@ -42,33 +42,54 @@ class Request:
     Attributes:
         method, target: ``GET`` and ``/v2/models?limit=1``, as they came.
         headers: names in lower case; of a repeated one the last value.
-        body: as it came, not decompressed.
+        length: of the body as it came.
         on_cancel: called when the client goes away before it has its answer.
         counters: what the answer is counted in; None: nothing.
         code: the gRPC status that the answer is counted under; None: the one that belongs to the HTTP status.
     """
 
     __slots__ = (
-        *("_began", "_connection", "_received_bytes", "answered", "body", "code", "counters", "headers", "keep_alive"),
+        *("_began", "_connection", "_pieces", "answered", "code", "counters", "headers", "keep_alive", "length"),
         *("method", "on_cancel", "target"),
     )
 
     def __init__(
-        self, connection: Connection, method: str, target: str, headers: dict[bytes, bytes], body: bytes,
+        self, connection: Connection, method: str, target: str, headers: dict[bytes, bytes], pieces: list[bytes],
         *, keep_alive: bool,
     ) -> None:  # fmt: skip
         self._connection = connection
         self.method = method
         self.target = target
         self.headers = headers
-        self.body = body
+        self._pieces: list[bytes | bytearray] = [*pieces]
         self.keep_alive = keep_alive
         self.answered = False
         self.on_cancel: Callable[[], object] | None = None
         self.counters: CallCounters | None = None
         self.code: int | None = None
         self._began = time.monotonic()
-        self._received_bytes = len(body)
+        self.length = sum(map(len, pieces))
+
+    @property
+    def body(self) -> bytes | bytearray:
+        """The body, not decompressed; whoever asks for a long one calls :meth:`gather` before."""
+        if len(self._pieces) != 1:
+            self._pieces = [b"".join(self._pieces)]
+        return self._pieces[0]
+
+    @body.setter
+    def body(self, body: bytes | bytearray) -> None:
+        self._pieces = [body]
+
+    def gather(self) -> None:
+        """In a thread: put a long body together, and leave the interpreter to others after each of its pieces."""
+        pieces = self._pieces[::-1]
+        self._pieces = []
+        whole = bytearray()
+        while pieces:
+            whole += pieces.pop()
+            time.sleep(0)
+        self._pieces = [whole]
 
     @property
     def gone(self) -> bool:
@@ -106,7 +127,7 @@ class Request:
 
     def _count(self, code: int, length: int) -> None:
         if self.counters is not None:
-            self.counters.count(code, time.monotonic() - self._began, self._received_bytes, length)
+            self.counters.count(code, time.monotonic() - self._began, self.length, length)
 
     def fail(self, status: int, text: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """Answer with an HTTP status and ``{"error": text}``."""

@@ -37,7 +37,7 @@ _WORDS: Final[dict[Any, float]] = {None: nan, "NaN": nan, "Infinity": inf, "-Inf
 BASE64: Final = frozenset({"base64", "b64"})
 
 
-def loads(text: bytes | memoryview) -> Any:
+def loads(text: bytes | bytearray | memoryview) -> Any:
     """A JSON document.
 
     Raises:

@@ -213,8 +213,28 @@ def test_malformed_numbers_are_refused(wrong: bytes) -> None:
         numbers.raw("x", "FP32")
 
 
-def test_many_elements_are_written_as_they_are_in_one_piece() -> None:
-    array = np.arange(50_000, dtype=np.float32) / 7
-    assert orjson.loads(orjson.dumps(large.written(array))) == orjson.loads(
-        orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
-    )
+# Documents with large arrays
+
+
+def test_a_document_in_pieces_is_the_one_in_a_whole() -> None:
+    values = np.arange(3 * large.LARGE_ELEMENTS + 5, dtype=np.float32) / 8
+    values[[0, large.LARGE_ELEMENTS, -1]] = [np.nan, np.inf, -np.inf]
+    writing = large.Writing()
+    document = {
+        "a": "text \x00 in between",
+        "b": [writing.elements("FP32", values)],
+        "c": writing.elements("FP32", values[:0]),
+    }
+    read = orjson.loads(b"".join(writing.pieces(document)))
+    assert (read["a"], read["c"]) == ("text \x00 in between", [])
+    told = read["b"][0]
+    assert (told[0], told[large.LARGE_ELEMENTS], told[-1]) == ("NaN", "Infinity", "-Infinity")
+    assert told[1 : large.LARGE_ELEMENTS] == values[1 : large.LARGE_ELEMENTS].tolist()
+
+
+@pytest.mark.parametrize("length", [10, large._STEP_BYTES - 1, large._STEP_BYTES, 3 * large._STEP_BYTES + 7])
+def test_numbers_are_found_however_long_the_text(length: int) -> None:
+    text = b'{"data":[' + b"1," * (length // 2) + b'1],"name":"x","outputs":[{"name":"y"}]}'
+    rest, [numbers] = large.without_numbers(bytearray(text))
+    assert rest == b'{"data":0,"name":"x","outputs":[{"name":"y"}]}'
+    assert numbers.raw("input", "INT32") == (b"\x01\0\0\0" * (length // 2 + 1), length // 2 + 1)
