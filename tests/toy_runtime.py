@@ -3,7 +3,8 @@
     python -m tests.toy_runtime ADDRESS [JSON]
 
 JSON holds what it says of itself: ``capacity``, ``limit`` (requests at once per model), ``methods`` (method to
-injection path), ``any`` (allowAnyMethod), ``load_ms``, ``starting`` (answers STARTING so often), ``status`` FAILING.
+injection path), ``any`` (allowAnyMethod), ``load_ms``, ``starting`` (answers STARTING so often), ``status`` FAILING,
+``loads`` (at once), ``predicts`` (MiB that each model is said to take beforehand; "never": it is not answered).
 What a model does is told by words in its path: see :meth:`Toy.load`. Every model answers ModelInfer with the request's
 own tensors, its id as the model's name. ``/toy.Toy/Journal`` answers what was asked of it, one line each.
 """
@@ -26,6 +27,7 @@ from mmcore.pb import inference_pb2
 from mmcore.pb import model_runtime_pb2 as pb
 
 MIB = 2**20
+SIZES = {"huge": 200 * MIB, "unsized": 0, "unknown": 0, "boundless": 2**64 - 1, "tiny": 1}
 Context = Any
 
 
@@ -38,6 +40,7 @@ class Toy:
         self.unloads_refused: dict[str, int] = {}
         self.lock = threading.Lock()
         self.running = self.most_running = 0
+        self.loading = self.most_loading = 0
 
     def status(self, request: pb.RuntimeStatusRequest, context: Context) -> pb.RuntimeStatusResponse:
         self.journal.append("status")
@@ -69,14 +72,23 @@ class Toy:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "I do not take such models")
         if "broken" in words:
             context.abort(grpc.StatusCode.INTERNAL, "it is broken")
+        if "waits" in words:
+            while context.is_active():  # given up by who asked for it
+                time.sleep(0.01)
+            self.journal.append(f"cancelled {request.modelId}")
         if "stuck" in words:
             time.sleep(self.settings.get("load_ms", 5000) / 1000 + 1)
         if "slow" in words:
+            with self.lock:
+                self.loading += 1
+                self.most_loading = max(self.most_loading, self.loading)
             time.sleep(0.3)
+            with self.lock:
+                self.loading -= 1
         if "crash" in words:
             os.kill(os.getpid(), signal.SIGKILL)
         self.models[request.modelId] = words
-        size = 200 * MIB if "huge" in words else 0 if "unsized" in words else 10 * MIB
+        size = next((size for word, size in SIZES.items() if word in words), 10 * MIB)
         return pb.LoadModelResponse(sizeInBytes=size, maxConcurrency=self.settings.get("limit", 0))
 
     def unload(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
@@ -90,10 +102,18 @@ class Toy:
 
     def size(self, request: pb.ModelSizeRequest, context: Context) -> pb.ModelSizeResponse:
         self.journal.append(f"size {request.modelId}")
+        if "unknown" in self.models[request.modelId]:
+            context.abort(grpc.StatusCode.INTERNAL, "who knows")
         return pb.ModelSizeResponse(sizeInBytes=7 * MIB)
 
     def predict(self, request: pb.PredictModelSizeRequest, context: Context) -> pb.PredictModelSizeResponse:
-        return pb.PredictModelSizeResponse(sizeInBytes=9 * MIB)
+        self.journal.append(f"predict {request.modelId}")
+        predicted = self.settings.get("predicts")
+        if predicted is None:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "no idea")
+        if predicted == "never":
+            time.sleep(5)
+        return pb.PredictModelSizeResponse(sizeInBytes=int(predicted) * MIB)
 
     def infer(self, body: bytes, context: Context) -> bytes:
         request = inference_pb2.ModelInferRequest.FromString(body)
@@ -120,8 +140,13 @@ class Toy:
         self.models.clear()
         return b""
 
+    def sleep(self, body: bytes, context: Context) -> bytes:
+        time.sleep(float(body))
+        return b""
+
     def journal_text(self, body: bytes, context: Context) -> bytes:
-        return "\n".join([*self.journal, f"most {self.most_running}"]).encode()
+        most = [f"most loading {self.most_loading}", f"most {self.most_running}"]
+        return "\n".join([*self.journal, *most]).encode()
 
     def stream(self, bodies: Any, context: Context) -> Any:
         for body in bodies:
@@ -169,9 +194,8 @@ def serve(address: str, settings: dict[str, Any]) -> grpc.Server:
         "unloadModel": typed(toy.unload, pb.UnloadModelRequest),
         "modelSize": typed(toy.size, pb.ModelSizeRequest),
         "runtimeStatus": typed(toy.status, pb.RuntimeStatusRequest),
+        "predictModelSize": typed(toy.predict, pb.PredictModelSizeRequest),
     }
-    if settings.get("predicts"):
-        spi["predictModelSize"] = typed(toy.predict, pb.PredictModelSizeRequest)
     raw = grpc.unary_unary_rpc_method_handler
     services = {
         settings.get("service", "mmesh.ModelRuntime"): spi,
@@ -179,7 +203,12 @@ def serve(address: str, settings: dict[str, Any]) -> grpc.Server:
             "ModelInfer": raw(toy.infer),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(toy.stream),
         },
-        "toy.Toy": {"Forget": raw(toy.forget), "Journal": raw(toy.journal_text), "Ask": raw(toy.ask)},
+        "toy.Toy": {
+            "Forget": raw(toy.forget),
+            "Journal": raw(toy.journal_text),
+            "Ask": raw(toy.ask),
+            "Sleep": raw(toy.sleep),
+        },
     }
     for service, methods in services.items():
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))

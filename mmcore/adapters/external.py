@@ -37,6 +37,10 @@ LONGEST_PAUSE_S: Final = 2.0
 GREETING_S: Final = 2.0
 #: How long a load waits for a runtime that is away.
 AWAY_S: Final = 60.0
+#: A runtime that has requests and says nothing for so long is looked at: whether a new connection hears from it within
+#: the other time. No PINGs on the one that is there: servers of gRPC's own libraries end connections for them.
+SILENT_S: Final = 10.0
+HUNG_S: Final = 20.0
 SIZE_S: Final = 30.0
 PREDICT_S: Final = 0.5
 UNLOAD_S: Final = 30.0
@@ -95,7 +99,15 @@ class External:
         on_up, on_down: called when it has become ready again, and when it is lost with all its models.
     """
 
-    def __init__(self, runtime: Runtime, *, ready_within_s: float = READY_WITHIN_S, away_s: float = AWAY_S) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        ready_within_s: float = READY_WITHIN_S,
+        away_s: float = AWAY_S,
+        silent_s: float = SILENT_S,
+        hung_s: float = HUNG_S,
+    ) -> None:
         self.runtime: Final = runtime
         self.channel: Final = Channel(runtime.address, settings=_SETTINGS)
         self.up = False
@@ -104,13 +116,19 @@ class External:
         self.on_down: Callable[[], object] = lambda: None
         self._ready_within_s = ready_within_s
         self._away_s = away_s
+        self._silent_s = silent_s
+        self._hung_s = hung_s
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._following: asyncio.Task[None] | None = None
+        self._following: list[asyncio.Task[None]] = []
         #: Counts the runtime's lives; models of an earlier one are gone.
         self._life = 0
         self._changed = asyncio.Event()
         #: Ids that are taken; the future of one that is being unloaded.
         self._ids: dict[str, asyncio.Future[None] | None] = {}
+        #: Loads that the runtime is at.
+        self._loading: set[asyncio.Task[ExternalModel]] = set()
+        #: Whether it has been said that sizes are not told beforehand.
+        self._predicts = True
         self._closing = False
 
     # Life.
@@ -130,15 +148,25 @@ class External:
             raise Unavailable(
                 f"the runtime at {self.runtime.address} was not ready within {self._ready_within_s:g} s"
             ) from None
-        self._following = self._loop.create_task(self._follow(), name="follow the runtime")
+        self._following = [
+            self._loop.create_task(self._follow(), name="follow the runtime"),
+            self._loop.create_task(self._watch(), name="watch the runtime"),
+        ]
+
+    def give_up_loads(self) -> None:
+        """This instance is about to end: take no new loads, and have the runtime let go of what it is at."""
+        self._closing = True
+        self._changed.set()
+        for load in self._loading:
+            load.cancel()
 
     async def close(self) -> None:
         """Let go of the runtime."""
-        self._closing = True
-        self._changed.set()
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.wait([self._following])
+        self.give_up_loads()
+        for task in self._following:
+            task.cancel()
+        if self._following:
+            await asyncio.wait(self._following)
         await self.channel.close()
         await self.runtime.close()
 
@@ -186,6 +214,7 @@ class External:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self.status = status
+        self._predicts = True
         self._ids.clear()
         self.up = True
         log.info(
@@ -202,6 +231,33 @@ class External:
                 await self._handshake()
                 self.on_up()
             await asyncio.shield(connection.lost)
+
+    async def _watch(self) -> None:
+        """Find out a runtime that hangs: it takes requests and not even a new connection hears from it."""
+        loop = asyncio.get_running_loop()
+        watched: ClientConnection | None = None
+        heard, since = 0, loop.time()
+        while True:
+            await asyncio.sleep(self._silent_s / 4)
+            connection = self.channel.pick()
+            silent = connection is watched and connection is not None and connection.bytes_received == heard
+            if connection is None or not silent or not connection.open_streams:
+                watched, heard, since = connection, connection.bytes_received if connection else 0, loop.time()
+            elif loop.time() - since >= self._silent_s:
+                if await self._hangs() and not connection.lost.done():
+                    log.warning("the runtime at %s hangs", self.runtime.address)
+                    connection.abort()
+                since = loop.time()
+
+    async def _hangs(self) -> bool:
+        probe = Channel(self.runtime.address, settings=_SETTINGS)
+        try:
+            await probe.greeted(self._hung_s)
+        except RpcError:
+            return True
+        finally:
+            await probe.close()
+        return False
 
     def _down(self) -> None:
         self.up = False
@@ -241,7 +297,19 @@ class External:
             LoadFailed: the runtime would not, or took too long; the text has its words.
             Unavailable: it is away.
         """
-        model: ExternalModel = self._wait(self._load(source, _key_of(source)))
+        key = _key_of(source)
+
+        async def load() -> ExternalModel:
+            task = asyncio.get_running_loop().create_task(self._load(source, key), name=f"load {source.name}")
+            self._loading.add(task)
+            try:
+                return await task
+            except asyncio.CancelledError:
+                raise Unavailable("this instance is shutting down") from None
+            finally:
+                self._loading.discard(task)
+
+        model: ExternalModel = self._wait(load())
         return model
 
     def unload(self, model: ExternalModel) -> None:
@@ -254,10 +322,13 @@ class External:
         """What a model will take by what the runtime says, in bytes; None where it says nothing."""
         request = pb.PredictModelSizeRequest()
         self._describe(request, source, source.name, _key_of(source))
-        try:
-            return self._wait(self.runtime.predict_size(request, PREDICT_S)) or None
-        except RpcError:
-            return self.status.defaultModelSizeInBytes or None
+        if self._predicts:
+            try:
+                return self._wait(self.runtime.predict_size(request, PREDICT_S)) or None
+            except RpcError as error:
+                # Said once, that holds until the runtime is another one.
+                self._predicts = error.status is not Status.UNIMPLEMENTED
+        return self.status.defaultModelSizeInBytes or None
 
     def _wait(self, work: Any) -> Any:
         assert self._loop is not None

@@ -27,7 +27,7 @@ from mmcore.cache.counters import Counters
 from mmcore.cache.eviction import POLICIES, TICKS_PER_S
 from mmcore.cache.failures import Failures
 from mmcore.cache.loads import Load, LoadQueue, Priority
-from mmcore.cache.room import Footprint, Room
+from mmcore.cache.room import NOTHING, Footprint, Room
 from mmcore.cache.sizes import Files, Sizes
 from mmcore.cache.threads import LoaderThreads
 from mmcore.errors import Cancelled, LoadFailed, MmcoreError, Overloaded, Unavailable
@@ -542,6 +542,8 @@ class Cache:
             self._ticking = None
         if not self._closed:
             self._expire()
+            # A load took more than it was predicted to while all others were in use.
+            self.room.evict(NOTHING)
             self._ticking = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
 
     def _expire(self) -> None:

@@ -180,6 +180,28 @@ class Mesh(Loads):
         except (LoadFailed, Overloaded):
             return False
 
+    def answer_elsewhere(self, call: Any, body: bytes, model: str, *, path: str, resolved: bool = False) -> bool:
+        """Have another instance answer, since what answers here is away; False: there is none that can.
+
+        One that came from another instance goes back there, to be sent elsewhere.
+        """
+        if arrival_of(call) is not None:
+            not_here(call, self._registry.instance)
+            return True
+        record = self._registry.models.get(model)
+        if record is None:
+            return False
+        self.members.refresh()
+        serving = placement.serving(self.members.cluster, model_of(model, record, self._clock_ms()))
+        asked = _Asked(call, body, model, lambda: None, path, resolved)
+        if others := self._forwarding.holders(tuple(one for one in serving if one != self._registry.instance)):
+            self._ask_holders(asked, others)
+            return True
+        try:
+            return self._place(asked, (self._registry.instance,))
+        except (LoadFailed, Overloaded):
+            return False
+
     def _ask_holders(self, asked: _Asked, holders: tuple[Peer, ...]) -> None:
         self._forwarding.unary(
             asked.call,

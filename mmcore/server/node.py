@@ -383,6 +383,8 @@ class Node:
             await self._mesh.close()
         self._puller.close()
         await self._refilling.close()
+        if self._external is not None:
+            self._external.give_up_loads()
         await self._router.close()
         if self._external is not None:
             await self._external.close()

@@ -194,14 +194,16 @@ class PassThrough(Passing):
         return None
 
     async def _load_and_send(self, call: Any, body: bytes, model: str, request: _Request) -> Body | None:
-        """The way of a request whose model is to be loaded here."""
+        """The way of a request whose model is to be loaded here, unless the runtime is away and others are there."""
+        mesh = None if self._router.in_folder(model) else self._mesh
+        path, resolved = request.method.path, model != request.name
+        away = None if self._external.up else mesh
+        if away is not None and away.answer_elsewhere(call, body, model, path=path, resolved=resolved):
+            return None
         try:
             copy = await self._router.load(model, request.version)
         except LoadFailed:
-            resolved = model != request.name
-            if self._mesh is None or not self._mesh.load_elsewhere(
-                call, body, model, resolved=resolved, path=request.method.path
-            ):
+            if mesh is None or not mesh.load_elsewhere(call, body, model, path=path, resolved=resolved):
                 raise
             return None
         self._send(call, body, copy, request._replace(sent=request.sent + 1))
@@ -281,8 +283,6 @@ class PassThrough(Passing):
 
     async def _once_more(self, call: Any, body: bytes, model: str, request: _Request) -> Body | None:
         await self._external.decided()
-        if not self._external.up and self._passed_on(call, body, model, request):
-            return None
         return await self._load_and_send(call, body, model, request)
 
     def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:

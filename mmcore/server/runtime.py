@@ -132,6 +132,8 @@ class RuntimeNode:
         self._service.drain()
         await self._server.drain(self._settings.grace_s)
         await self._refilling.close()
+        if self._external is not None:
+            self._external.give_up_loads()
         await self._router.close()
         if self._external is not None:
             await self._external.close()

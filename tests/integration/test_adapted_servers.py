@@ -26,6 +26,7 @@ from bench.peers.triton import remove_regions
 from mmcore.pb import inference_pb2
 from mmcore.pb import model_mesh_pb2 as pb
 from tests.management import Manager, States
+from tests.runtime_processes import HeldProcess
 from tests.serving import Instance, Serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -47,6 +48,15 @@ input [ { name: "X" data_type: TYPE_FP32 dims: [ -1, 2 ] } ]
 output [ { name: "Y" data_type: TYPE_FP32 dims: [ -1, 2 ] } ]
 instance_group [ { kind: KIND_CPU count: 1 } ]
 """
+
+
+DOUBLED = list((ROWS[:4] * 2).ravel())
+
+
+def write_triton_model(folder: Path) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.py").write_text(TRITON_MODEL)
+    (folder / "config.pbtxt").write_text(TRITON_CONFIG)
 
 
 class Server:
@@ -148,6 +158,40 @@ def predicted(response: inference_pb2.ModelInferResponse) -> list[float]:
     return [*contents.int64_contents, *contents.fp32_contents, *contents.fp64_contents]
 
 
+def test_an_adapter_in_a_process_of_its_own_holds_models_in_triton_for_a_mesh(
+    triton_repository: tuple[Server, Path], serve: Serve, tmp_path: Path
+) -> None:
+    server, repository = triton_repository
+    held = HeldProcess(
+        tmp_path / "held.log", "--grpc-port", "0", "--uds", tmp_path / "held.sock", "--capacity", "2500000",
+        "--adapter", f"triton://{server.address}?repo={repository}",
+    )  # fmt: skip
+    held.start(wait=False)
+    server.start()
+    held.wait_ready()
+    front = Front(serve(None, "--runtime", f"unix:{tmp_path}/held.sock", "--min-residency", "0", "--eviction", "lru"))
+    try:
+        for name in ("a", "b", "c"):
+            write_triton_model(tmp_path / "models" / name)
+            front.register(name, "python", tmp_path / "models" / name)
+            assert predicted(front.infer(name)) == DOUBLED
+        assert sorted(front.states("a", "b", "c")) == ["LOADED", "LOADED", "NOT_LOADED"]
+        assert len(list(repository.iterdir())) == 2
+        # The server is killed: the adapter refills it, and the mesh notices nothing but the wait.
+        server.kill()
+        server.start()
+        for name in ("a", "b", "c"):
+            assert predicted(front.infer(name)) == DOUBLED
+        # The adapter is killed: the mesh refills it, and it the server.
+        held.kill()
+        held.start(wait=False)
+        for name in ("a", "b", "c"):
+            assert predicted(front.infer(name)) == DOUBLED
+    finally:
+        front.close()
+        held.kill()
+
+
 def test_mlserver_answers_for_three_formats_is_evicted_from_and_comes_back(
     mlserver_repository: tuple[Server, Path], serve: Serve, tmp_path: Path
 ) -> None:
@@ -160,7 +204,9 @@ def test_mlserver_answers_for_three_formats_is_evicted_from_and_comes_back(
         {"min_data_in_leaf": 1, "verbose": -1, "num_threads": 1}, lightgbm.Dataset(ROWS, LABELS), 3
     ).save_model(tmp_path / "model.bst")
     runtime = f"mlserver://{server.address}?repo={repository}"
-    front = Front(serve(None, "--runtime", runtime, "--capacity", "2500000", "--min-residency", "0"))
+    front = Front(
+        serve(None, "--runtime", runtime, "--capacity", "2500000", "--min-residency", "0", "--eviction", "lru")
+    )
     try:
         for name, kind, file in (
             ("sk", "sklearn", "any-name.joblib"), ("xgb", "xgboost", "model.json"), ("lgb", "lightgbm", "model.bst")
@@ -191,17 +237,17 @@ def test_triton_answers_is_evicted_from_and_comes_back(
     server, repository = triton_repository
     server.start()
     for name in ("a", "b", "c"):
-        (tmp_path / "models" / name / "1").mkdir(parents=True)
-        (tmp_path / "models" / name / "1" / "model.py").write_text(TRITON_MODEL)
-        (tmp_path / "models" / name / "config.pbtxt").write_text(TRITON_CONFIG)
+        write_triton_model(tmp_path / "models" / name)
     runtime = f"triton://{server.address}?repo={repository}"
-    front = Front(serve(None, "--runtime", runtime, "--capacity", "2500000", "--min-residency", "0"))
+    front = Front(
+        serve(None, "--runtime", runtime, "--capacity", "2500000", "--min-residency", "0", "--eviction", "lru")
+    )
     try:
         for name in ("a", "b", "c"):
             front.register(name, "python", tmp_path / "models" / name)
-            assert predicted(front.infer(name)) == list((ROWS[:4] * 2).ravel())
+            assert predicted(front.infer(name)) == DOUBLED
         assert front.states("a", "b", "c") == ["NOT_LOADED", "LOADED", "LOADED"]
-        assert predicted(front.infer("a")) == list((ROWS[:4] * 2).ravel())
+        assert predicted(front.infer("a")) == DOUBLED
         # Its own words for bad requests come through.
         with pytest.raises(grpc.RpcError) as error:
             front.infer("a", input_name="WRONG")
@@ -209,7 +255,7 @@ def test_triton_answers_is_evicted_from_and_comes_back(
         server.kill()
         began = time.monotonic()
         server.start()
-        assert predicted(front.infer("a")) == list((ROWS[:4] * 2).ravel())
+        assert predicted(front.infer("a")) == DOUBLED
         assert time.monotonic() - began < 60
         assert States.Name(front.manager.status("a").status) == "LOADED"
     finally:

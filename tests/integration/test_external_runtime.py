@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,53 +14,11 @@ import grpc
 import pytest
 
 from mmcore.pb import inference_pb2
-from mmcore.pb import model_mesh_pb2 as pb
-from tests.management import Manager, States
-from tests.serving import ROOT, Instance, Serve, command, environment
+from tests.management import States
+from tests.serving import Serve, command, environment
+from tests.toy_processes import Front, Runtime, refused, request
 
 pytestmark = pytest.mark.slow
-
-Ask = Callable[..., bytes]
-
-
-class Runtime:
-    """The toy in a process of its own, on a Unix socket or a port."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self, **settings: Any) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.toy_runtime", self.address, json.dumps(settings)],
-            stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._process = None
-
-    def call(self, method: str, body: bytes = b"") -> bytes:
-        with grpc.insecure_channel(self.address) as channel:
-            answer: bytes = channel.unary_unary(f"/toy.Toy/{method}")(body, timeout=10)
-            return answer
-
-    def wait_for(self, line: str, count: int = 1) -> None:
-        """Until it has been asked for something so often."""
-        ends_at = time.monotonic() + 15
-        while self.journal.count(line) < count:
-            assert time.monotonic() < ends_at, self.journal
-            time.sleep(0.01)
-
-    @property
-    def journal(self) -> list[str]:
-        return self.call("Journal").decode().splitlines()
 
 
 @pytest.fixture
@@ -70,41 +26,6 @@ def runtime(tmp_path: Path) -> Iterator[Runtime]:
     runtime = Runtime(f"unix:{tmp_path}/runtime.sock")
     yield runtime
     runtime.kill()
-
-
-class Front:
-    """An instance before the runtime, and clients of it."""
-
-    def __init__(self, instance: Instance, files: Path) -> None:
-        self.instance = instance
-        self.files = files
-        self.channel = grpc.insecure_channel(instance.grpc)
-        self.client = Manager(instance.grpc)
-
-    def register(self, name: str, file: str = "", *, key: str = "", load: bool = False) -> pb.ModelStatusInfo:
-        path = self.files / (file or f"{name}.onnx")
-        path.write_bytes(b"weights")
-        info = pb.ModelInfo(type="mt:onnx:1", path=str(path), key=key)
-        return self.client.register(name, info, loadNow=load, sync=load)
-
-    def infer(self, model: str, value: bytes = b"abcd", **metadata: str) -> inference_pb2.ModelInferResponse:
-        body = self.call("inference.GRPCInferenceService/ModelInfer", request(model, value), 15.0, **metadata)
-        return inference_pb2.ModelInferResponse.FromString(body)
-
-    def call(self, method: str, body: bytes, timeout_s: float = 15.0, **metadata: str) -> bytes:
-        pairs = [(name.replace("_", "-"), value) for name, value in metadata.items()]
-        answer: bytes = self.channel.unary_unary(f"/{method}")(body, timeout=timeout_s, metadata=pairs)
-        return answer
-
-    def close(self) -> None:
-        self.channel.close()
-        self.client.__exit__()
-
-
-def request(model: str, value: bytes = b"abcd") -> bytes:
-    message = inference_pb2.ModelInferRequest(model_name=model, id="7", raw_input_contents=[value])
-    message.inputs.add(name="X", datatype="UINT8", shape=[len(value)])
-    return message.SerializeToString()
 
 
 @pytest.fixture
@@ -124,12 +45,6 @@ def front(serve: Serve, runtime: Runtime, tmp_path: Path) -> Iterator[Callable[.
 Start = Callable[..., Front]
 
 
-def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as error:
-        call()
-    return error.value.code(), error.value.details()
-
-
 def test_models_are_loaded_into_the_runtime_and_answer_by_their_own_bytes(front: Start, runtime: Runtime) -> None:
     mesh = front(starting=2)
     key = {"storage_params": {"type": "local"}, "model_type": {"name": "onnx", "version": "1"}, "more": 1}
@@ -137,8 +52,8 @@ def test_models_are_loaded_into_the_runtime_and_answer_by_their_own_bytes(front:
     answer = mesh.infer("m", mm_other="x", custom="y")
     assert (answer.model_name, answer.id, list(answer.raw_output_contents)) == ("m", "7", [b"abcd"])
     journal = runtime.journal
-    assert journal[:4] == ["status"] * 3 + ["load m"]
-    type_, path, told = journal[4].removeprefix("request ").split(" ", 2)
+    assert journal[:5] == ["status"] * 3 + ["predict m", "load m"]
+    type_, path, told = journal[5].removeprefix("request ").split(" ", 2)
     assert (type_, path) == ("mt:onnx:1", str(mesh.files / "m.onnx"))
     assert json.loads(told) == {"model_type": {"name": "onnx", "version": "1"}, "more": 1, "disk_size_bytes": 7}
     assert "infer m m None" in journal
@@ -206,7 +121,7 @@ def test_a_models_own_error_comes_with_status_text_and_trailers(front: Start) ->
 
 
 def test_copies_are_evicted_by_the_runtimes_capacity_and_the_sizes_it_tells(front: Start, runtime: Runtime) -> None:
-    mesh = front("--min-residency", "0", capacity=25 * 2**20)
+    mesh = front("--min-residency", "0", "--eviction", "lru", capacity=25 * 2**20)
     for name in ("a", "b", "c"):
         mesh.register(name)
         mesh.infer(name)
@@ -247,7 +162,7 @@ def test_a_failed_load_tells_its_cause_and_is_cleaned_up_unless_nothing_was_done
 
 
 def test_an_unload_that_is_refused_is_asked_for_again(front: Start, runtime: Runtime) -> None:
-    mesh = front("--min-residency", "0", capacity=25 * 2**20)
+    mesh = front("--min-residency", "0", "--eviction", "lru", capacity=25 * 2**20)
     for name, file in (("a", "a-stays.onnx"), ("b", ""), ("c", "")):
         mesh.register(name, file)
         mesh.infer(name)
