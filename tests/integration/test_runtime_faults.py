@@ -59,7 +59,7 @@ def test_a_runtime_at_a_port_is_killed_and_refilled_like_one_at_a_socket(front: 
     runtime.kill()
     runtime.start()
     assert mesh.infer("m").model_name == "m"
-    assert runtime.journal[:2] == ["status", "load m"]
+    assert (runtime.journal[0], "load m" in runtime.journal) == ("status", True)
 
 
 async def test_a_runtime_that_hangs_is_given_up_and_taken_back(runtimes: list[Runtime]) -> None:
