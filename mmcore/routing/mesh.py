@@ -19,6 +19,7 @@ from mmcore import placement
 from mmcore.errors import LoadFailed, MmcoreError, NotFound, Overloaded, RpcError, Status, Unavailable
 from mmcore.registry import ModelRecord, Registry
 from mmcore.routing.actions import Haste
+from mmcore.routing.evictions import Evictions
 from mmcore.routing.filling import SETTLE_S, Filling
 from mmcore.routing.forwarding import Forwarding, Unanswered
 from mmcore.routing.handover import hand_over
@@ -77,6 +78,7 @@ class Mesh(Loads):
         self.members: Final = members
         self.upkeep: Final = Upkeep(registry, router, self, members.cluster, interval_s=upkeep_s, clock_ms=clock_ms)
         self.filling: Final = Filling(registry, members, self, settle_s=settle_s, clock_ms=clock_ms)
+        self._evictions = Evictions(registry, registered, members, self, clock_ms=clock_ms)
         self._registry = registry
         self._router = router
         self._registered = registered
@@ -84,6 +86,7 @@ class Mesh(Loads):
         self._forwarding = forwarding
         self._clock_ms = clock_ms
         registry.models.listen(self._model_changed)
+        router.cache.on_evicted.append(self._evictions.evicted)
         forwarding.choose = self._choose
         forwarding.on_not_here = self._not_there
 
@@ -106,6 +109,7 @@ class Mesh(Loads):
 
     async def close(self) -> None:
         """Let go of the others."""
+        await self._evictions.close()
         await self.filling.close()
         await self.upkeep.close()
         await self.members.close()
@@ -128,7 +132,7 @@ class Mesh(Loads):
         asked = _Asked(call, body, model, here, path, resolved)
         arrival = arrival_of(call)
         if arrival is None and (known := self._router.table.holders(model)):
-            self._ask_holders(asked, known)
+            self._ask(asked, known, Mode.HIT)
             return True
         record = self._registry.models.get(model)
         if record is None:
@@ -144,7 +148,7 @@ class Mesh(Loads):
         tried = arrival.tried if arrival is not None else ()
         holders = tuple(peer for peer in holders if peer.instance not in tried)
         if holders:
-            self._ask_holders(asked, holders)
+            self._ask(asked, holders, Mode.HIT)
             return True
         # One that was sent here without a copy anywhere is to be answered here: the sender has decided so.
         return arrival is None and self._place(asked, ())
@@ -195,19 +199,21 @@ class Mesh(Loads):
         serving = placement.serving(self.members.cluster, model_of(model, record, self._clock_ms()))
         asked = _Asked(call, body, model, lambda: None, path, resolved)
         if others := self._forwarding.holders(tuple(one for one in serving if one != self._registry.instance)):
-            self._ask_holders(asked, others)
+            self._ask(asked, others, Mode.HIT)
             return True
         try:
             return self._place(asked, (self._registry.instance,))
         except (LoadFailed, Overloaded):
             return False
 
-    def _ask_holders(self, asked: _Asked, holders: tuple[Peer, ...]) -> None:
+    def _ask(self, asked: _Asked, peers: tuple[Peer, ...], mode: Mode) -> None:
+        """Have one of these answer; when none does, one that can load the model is looked for."""
         self._forwarding.unary(
             asked.call,
             asked.body,
             asked.model,
-            holders,
+            peers,
+            mode=mode,
             resolved=asked.resolved,
             path=asked.path,
             instead=partial(self._place_again, asked),
@@ -240,16 +246,7 @@ class Mesh(Loads):
                 return False
             peers = tuple(peer for peer in self._forwarding.holders((target,)) if peer.usable)
             if peers:
-                self._forwarding.unary(
-                    asked.call,
-                    asked.body,
-                    asked.model,
-                    peers,
-                    mode=Mode.LOAD,
-                    resolved=asked.resolved,
-                    path=asked.path,
-                    instead=partial(self._place_again, asked),
-                )
+                self._ask(asked, peers, Mode.LOAD)
                 return True
             tried = (*tried, target)
 
@@ -321,7 +318,7 @@ class Mesh(Loads):
         if instance == self._registry.instance:
             await self._registered.load_here(model, haste)
         else:
-            await self._ask(instance, haste.value, model, LOAD_WAIT_S)
+            await self._tell(instance, haste.value, model, LOAD_WAIT_S)
 
     async def move(self, model: str, source: str, target: str) -> None:
         """See :class:`mmcore.routing.actions.Actions`."""
@@ -333,9 +330,9 @@ class Mesh(Loads):
         if instance == self._registry.instance:
             self._router.unload_copies(model)
         else:
-            await self._ask(instance, UNLOAD_PATH, model, 10.0)
+            await self._tell(instance, UNLOAD_PATH, model, 10.0)
 
-    async def _ask(self, instance: str, path: str, model: str, timeout_s: float) -> None:
+    async def _tell(self, instance: str, path: str, model: str, timeout_s: float) -> None:
         peers = self._forwarding.holders((instance,))
         if not peers:
             raise Unavailable(f"instance {instance} is not known")
