@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import yaml
 
-from mmcore.controller.mesh_manifests import storage_entries
+from mmcore.controller.deployment import ETCD_KEY
+from mmcore.controller.mesh_manifests import etcd_secret, storage_entries
 from mmcore.controller.objects import (
     CLUSTER_SERVING_RUNTIME,
     INFERENCE_SERVICE,
@@ -36,6 +37,15 @@ _ADAPTER_FIELDS: Final = {
     "perModelConcurrencyLimit": "no limit is set",
     "productConfig": "it had none",
 }
+#: Fields of a runtime's ``spec`` that mean something here, or of which it is said above that they do not.
+_RUNTIME_FIELDS: Final = (
+    *("affinity", "annotations", "builtInAdapter", "containers", "disabled", "grpcDataEndpoint", "grpcEndpoint"),
+    *("hostIPC", "httpDataEndpoint", "imagePullSecrets", "initContainers", "labels", "multiModel", "nodeSelector"),
+    *("priorityClassName", "protocolVersions", "replicas", "runtimeClassName", "securityContext", "storageHelper"),
+    *("supportedModelFormats", "tolerations", "volumes"),
+)
+#: The archived controller's webhook: its server is gone with that controller.
+_OLD_WEBHOOK: Final = "modelmesh-servingruntime.serving.kserve.io"
 _RUNTIME_KINDS: Final = (SERVING_RUNTIME, CLUSTER_SERVING_RUNTIME)
 
 
@@ -113,6 +123,8 @@ def _runtime(item: Object, runtimes: list[Object], config: ServingConfig) -> Ite
     for entry in at(runtime.spec, "builtInAdapter", "env") or []:
         if not entry["name"].startswith("MMCORE_"):
             yield "note", f"builtInAdapter.env {entry['name']} has no effect: an instance is in the adapter's place"
+    if unknown := sorted(runtime.spec.keys() - set(_RUNTIME_FIELDS)):
+        yield "note", f"spec: {', '.join(unknown)} have no effect"
     if not wrong:
         names = ", ".join(f"'{one['name']}'" for one in runtime.containers)
         beside = f"{names} and one instance beside it" if names else "one instance and nothing else"
@@ -158,15 +170,34 @@ def _model(item: Object, kind: Kind, runtimes: list[Object]) -> Iterator[tuple[s
 
 
 def _secret(item: Object, runtimes: list[Object], config: ServingConfig) -> Iterator[tuple[str, str]]:
-    if item["metadata"]["name"] != config.storage_secret:
-        return
     data: dict[str, Any] = dict(item.get("data") or {})
     for key, text in (item.get("stringData") or {}).items():
         data[key] = base64.b64encode(str(text).encode()).decode()
+    if ETCD_KEY in data:
+        yield from _etcd({**item, "data": data})
+    if item["metadata"]["name"] != config.storage_secret:
+        return
     entries, broken = storage_entries({"data": data})
     for key in broken:
         yield "error", f"the entry '{key}' is no JSON object"
     yield "ok", f"{len(entries)} entries are read as before"
+
+
+def _etcd(item: Object) -> Iterator[tuple[str, str]]:
+    try:
+        etcd_secret(item, "namespace")
+    except ValueError as error:
+        yield "error", str(error)
+    else:
+        yield (
+            "note",
+            "models are registered anew below its root_prefix; what the archived release has there is not read",
+        )
+
+
+def _webhook(item: Object, runtimes: list[Object], config: ServingConfig) -> Iterator[tuple[str, str]]:
+    if item["metadata"]["name"] == _OLD_WEBHOOK:
+        yield "note", "delete it: without the archived controller it lets nobody change a runtime"
 
 
 _LOOKS: Final[dict[str, Callable[..., Iterator[tuple[str, str]]]]] = {
@@ -175,4 +206,5 @@ _LOOKS: Final[dict[str, Callable[..., Iterator[tuple[str, str]]]]] = {
     PREDICTOR.name: _predictor,
     INFERENCE_SERVICE.name: _inference_service,
     "Secret": _secret,
+    "ValidatingWebhookConfiguration": _webhook,
 }

@@ -47,6 +47,9 @@ _CLAIMS: Final = "/pvc_mounts"
 _CACHE_SHARE: Final = 0.8
 _ARCHITECTURES: Final = ("amd64", "arm64")
 
+#: Fields of a pod that runtimes may state, as they are.
+_TAKEN_OVER: Final = ("nodeSelector", "tolerations", "runtimeClassName", "priorityClassName", "hostIPC")
+
 _HARDENED: Final = {
     "allowPrivilegeEscalation": False,
     "readOnlyRootFilesystem": True,
@@ -143,19 +146,31 @@ def _pod(runtime: Runtime, config: ServingConfig, place: Place, chosen: dict[str
         "containers": containers,
         "volumes": [*(spec.get("volumes") or []), *_volumes(runtime, config, place)],
         "terminationGracePeriodSeconds": _TERMINATION_S,
-        "securityContext": {"fsGroup": 2000},
+        "securityContext": {"fsGroup": 2000, **(spec.get("securityContext") or {})},
         "affinity": with_architectures(spec.get("affinity") or {}),
         "topologySpreadConstraints": [
             {"topologyKey": key, **spread} for key in ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
         ],
     }
-    pod |= {key: spec[key] for key in ("nodeSelector", "tolerations") if spec.get(key)}
+    pod |= {key: spec[key] for key in _TAKEN_OVER if spec.get(key)}
+    if spec.get("initContainers"):
+        pod["initContainers"] = [_before(one, place) for one in spec["initContainers"]]
     if config.service_account:
         pod["serviceAccountName"] = config.service_account
     secrets = [*config.pull_secrets, *(one["name"] for one in spec.get("imagePullSecrets") or [])]
     if secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in dict.fromkeys(secrets)]
     return pod
+
+
+def _before(container: Object, place: Place) -> Object:
+    """A container that ends before the others start; it may put files among the models."""
+    mounts = [
+        {"name": "models-dir", "mountPath": MODELS},
+        *_claim_mounts(place),
+        *(container.get("volumeMounts") or []),
+    ]
+    return {"securityContext": {"capabilities": {"drop": ["ALL"]}}, **container, "volumeMounts": mounts}
 
 
 def with_architectures(affinity: Object) -> Object:

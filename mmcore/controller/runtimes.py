@@ -180,7 +180,8 @@ def _two_endpoints(runtime: Runtime) -> list[str]:
 
 
 def _name_problems(runtime: Runtime) -> list[str]:
-    names = [container["name"] for container in runtime.spec.get("containers") or []]
+    spec = runtime.spec
+    names = [one["name"] for one in (*(spec.get("initContainers") or []), *(spec.get("containers") or []))]
     found = [f"two containers are named '{name}'" for name in sorted({one for one in names if names.count(one) > 1})]
     for volume in runtime.spec.get("volumes") or []:
         if volume["name"] in _OWN_VOLUMES:

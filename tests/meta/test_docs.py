@@ -125,7 +125,8 @@ def instance(serve_for_session: Serve, samples: Path) -> Instance:
 def tree(tmp_path: Path, samples: Path) -> Path:
     """Where commands are typed: a folder like a clone after ``make run``."""
     (tmp_path / "build").symlink_to(samples.parent)
-    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    for name in ("deploy", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
 

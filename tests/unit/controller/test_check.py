@@ -103,3 +103,42 @@ def test_the_secret_of_tls_is_told_and_who_must_be_let_to_read_it(name: str, rol
     [note] = [one.text for one in check([item]) if one.level == "note"]
     assert f"the secret {name} must be in every namespace" in note
     assert ("role" in note) == role
+
+
+def archived(*more: str) -> dict[str, list[tuple[str, str]]]:
+    """What is said of the manifests of an installation of the archived release, by object."""
+    texts = [(ROOT / "tests/data/archived" / f"{name}.yaml").read_text() for name in ("runtimes", "installation")]
+    found: dict[str, list[tuple[str, str]]] = {}
+    for one in check(read([*texts, *more])):
+        found.setdefault(one.name, []).append((one.level, one.text))
+    return found
+
+
+def test_an_installation_of_the_archived_release_is_told_what_becomes_of_it() -> None:
+    found = archived()
+    for name in ("triton-2.x", "mlserver-1.x"):
+        assert ("ok", f"its pods run '{name[:-4]}' and one instance beside it") in found[
+            f"ClusterServingRuntime {name}"
+        ]
+    assert ("ok", "it goes to the runtime 'triton-2.x'") in found["Predictor tf-mnist"]
+    assert ("ok", "it goes to the runtime 'triton-2.x'") in found["Predictor xgboost-fil"]
+    assert ("ok", "it goes to the runtime 'mlserver-1.x'") in found["InferenceService sklearn-digits"]
+    assert found["Secret storage-config"] == [("ok", "1 entries are read as before")]
+    assert [text for level, text in found["Secret model-serving-etcd"] if "registered anew" in text]
+    [webhook] = found["ValidatingWebhookConfiguration modelmesh-servingruntime.serving.kserve.io"]
+    assert webhook[0] == "note" and "delete it" in webhook[1]
+    config = " ".join(text for _, text in found["ConfigMap model-serving-config"])
+    for key in ("modelmeshimage", "modelmeshresources", "storagehelperimage", "payloadprocessors", "restProxy.image"):
+        assert f"{key} has no effect" in config
+
+
+def test_beside_ours_models_of_the_archived_release_go_to_instances_unless_they_name_another() -> None:
+    found = archived((ROOT / "deploy/runtimes/cluster/mmcore.yaml").read_text())
+    assert ("ok", "it goes to the runtime 'mmcore'") in found["Predictor tf-mnist"]
+    assert ("ok", "it goes to the runtime 'mmcore'") in found["Predictor face-openvino"]
+    assert ("ok", "it goes to the runtime 'triton-2.x'") in found["Predictor xgboost-fil"]
+
+
+def test_a_field_that_is_not_known_is_told() -> None:
+    item = serving_runtime(workerSpec={})
+    assert [one.text for one in check([item]) if one.level == "note"] == ["spec: workerSpec have no effect"]

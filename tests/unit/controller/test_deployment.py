@@ -160,6 +160,23 @@ def test_what_the_user_sets_goes_into_the_pods() -> None:
     assert environment(spec)["A"] == "b" and environment(spec)["MMCORE_HOST"] == "0.0.0.0"
 
 
+def test_what_a_runtime_says_of_its_pods_is_so() -> None:
+    probe = {"httpGet": {"path": "/ready", "port": 1}}
+    item = runtime(
+        containers=[{"name": "triton", "image": "t", "readinessProbe": probe}],
+        initContainers=[{"name": "fetch", "image": "f"}],
+        runtimeClassName="nvidia", priorityClassName="high", hostIPC=True,
+        securityContext={"runAsUser": 7},
+    )  # fmt: skip
+    spec = pod(item, place=Place("models", "etcd", ("claim",)))
+    assert (spec["runtimeClassName"], spec["priorityClassName"], spec["hostIPC"]) == ("nvidia", "high", True)
+    assert spec["securityContext"] == {"fsGroup": 2000, "runAsUser": 7}
+    [first] = spec["initContainers"]
+    assert [one["mountPath"] for one in first["volumeMounts"]] == ["/models", "/pvc_mounts/claim"]
+    # A server that has crashed is not asked: the pod is ready when both of its containers are.
+    assert container(spec, "triton")["readinessProbe"] == probe
+
+
 def test_a_custom_runtime_is_reached_by_its_endpoint() -> None:
     item = runtime(
         builtInAdapter=None, grpcEndpoint="unix:///tmp/mm/grpc.sock", containers=[{"name": "c", "image": "c"}]
