@@ -132,28 +132,32 @@ class Reports:
             while self._unwritten:
                 await asyncio.sleep(GATHER_S)
                 names, self._unwritten = self._unwritten, set()
-                await self._write_all(list(names))
-                if self._unwritten >= names:
-                    # All of them failed.
+                if not await self._write_all(list(names)):
                     if self._closing:
                         return
                     await asyncio.sleep(RETRY_S)
         finally:
             self._writing = None
 
-    async def _write_all(self, names: list[str]) -> None:
+    async def _write_all(self, names: list[str]) -> int:
+        """How many could be written."""
+        written = 0
+
         async def writer() -> None:
+            nonlocal written
             while names:
-                await self._write_one(names.pop())
+                written += await self._write_one(names.pop())
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(WRITERS, len(names))):
                 group.create_task(writer(), name="write a copy to the registry")
+        return written
 
-    async def _write_one(self, name: str) -> None:
+    async def _write_one(self, name: str) -> bool:
+        """Whether the store took it, or refused it for good."""
         if not self._registry.connected:
             self._unwritten.add(name)
-            return
+            return False
         try:
             await self._registry.models.update(
                 name, lambda record: self.merge(name, record) if record is not None else None
@@ -161,12 +165,14 @@ class Reports:
         except Unavailable as error:
             log.debug("the record of model %s was not written: %s", name, error)
             self._unwritten.add(name)
+            return False
         except MmcoreError as error:
             log.error("the record of model %s was not written: %s", name, error)
         else:
             own = self._own.get(name)
             if own is not None and own.copy is None and own.failure is None and name not in self._unwritten:
                 del self._own[name]
+        return True
 
 
 def _size(told_bytes: int, own_bytes: int) -> int:

@@ -17,7 +17,7 @@ from mmcore.registry import CopyRecord, FailureRecord, InstanceRecord, MemorySto
 from mmcore.registry.records import encode
 from mmcore.registry.store import Entry
 from mmcore.routing import ModelState
-from mmcore.routing.reports import FAILURE_KEPT_MS
+from mmcore.routing.reports import FAILURE_KEPT_MS, GATHER_S, RETRY_S
 from tests.unit.routing.instances_in_memory import INFO, Member, until
 
 #: The design's budget for a model that is registered and not loaded, in bytes.
@@ -246,6 +246,40 @@ async def test_a_store_that_is_away_disturbs_no_serving_and_hears_of_it_later() 
         assert not record(member, "a").copies
         store.away = False
         await until(lambda: record(member, "a").copies and record(member, "b").copies)
+    finally:
+        await member.close()
+
+
+class Slow(MemoryStore):
+    """Takes writes when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.takes = asyncio.Event()
+        self.takes.set()
+
+    async def transact(self, *args: Any, **more: Any) -> Any:
+        await self.takes.wait()
+        return await super().transact(*args, **more)
+
+
+async def test_a_load_that_ends_while_its_begin_is_being_written_is_told_at_once() -> None:
+    """That was taken for a write that failed, and tried again after a second."""
+    store = Slow()
+    member = await Member("one", store).start()
+    try:
+        await member.registered.register("m", INFO)
+        gate = member.loader.gate("m")
+        store.takes.clear()
+        load = asyncio.ensure_future(member.router.load("m"))
+        await asyncio.to_thread(member.loader.entered["m"].wait, 10)
+        await asyncio.sleep(2 * GATHER_S)
+        gate.set()
+        await load
+        store.takes.set()
+        began = asyncio.get_running_loop().time()
+        await until(lambda: (there := record(member).copies.get("one")) is not None and there.state == "LOADED")
+        assert asyncio.get_running_loop().time() - began < 0.9 * RETRY_S
     finally:
         await member.close()
 
