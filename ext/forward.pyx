@@ -24,6 +24,7 @@ cdef class Traffic:
 
     Attributes:
         usable: whether requests may be sent to it.
+        silent: whether it leaves unanswered whether it lives; others are asked first.
         session: the connection used last, which may take no calls any more; None before the first.
         in_flight: requests sent and not answered.
         latency_s: moving average of the seconds to an answer with OK, which fades; 0 before the first.
@@ -32,6 +33,7 @@ cdef class Traffic:
     """
 
     cdef public bint usable
+    cdef public bint silent
     cdef public ClientSession session
     cdef readonly Py_ssize_t in_flight
     cdef double latency       # when it was measured
@@ -45,6 +47,13 @@ cdef class Traffic:
 
     cdef double latency_at(self, double moment) noexcept:
         return self.latency * exp((self.measured_at - moment) / LATENCY_DECAY_S)
+
+    cdef bint goes_before(self, Traffic other) noexcept:
+        if self.silent != other.silent:
+            return not self.silent
+        if self.in_flight != other.in_flight:
+            return self.in_flight < other.in_flight
+        return self.latency < other.latency
 
     cdef void succeeded(self, double seconds, double moment) noexcept:
         cdef double faded = self.latency_at(moment)
@@ -219,7 +228,7 @@ cdef class Forwards:
 
     def unary(
         self, call not None, bytes body not None, str model not None, holders not None, *,
-        mode="hit", bint resolved=False, bint idempotent=True, instead=None, str path=None,
+        mode="hit", bint resolved=False, bint idempotent=True, instead=None, str path=None, int ran=0,
     ):
         """Have a request answered by one of the holders; the answer, or ``instead``, comes later through ``call``.
 
@@ -232,6 +241,7 @@ cdef class Forwards:
             idempotent: whether running it twice does no harm.
             instead: called with (call, body, Unanswered) when no holder answers; None: its status is the answer.
             path: the method to call, where it is not the call's own.
+            ran: how many instances may have run it already.
         """
         cdef Forwarded request = Forwarded.__new__(Forwarded)
         cdef Traffic peer
@@ -244,6 +254,7 @@ cdef class Forwards:
         request.resolved = resolved
         request.idempotent = idempotent
         request.instead = instead
+        request.ran = ran
         request.tried = ()
         if isinstance(call, ServerCall):
             request.asked = <ServerCall>call
@@ -274,14 +285,13 @@ cdef class Forwards:
             peer = <Traffic?>holders[0]
             return peer if peer.usable else None
         if self.choose is not None:
-            usable = [one for one in holders if (<Traffic?>one).usable]
+            usable = [one for one in holders if (<Traffic?>one).usable and not (<Traffic?>one).silent]
+            if not usable:
+                usable = [one for one in holders if (<Traffic?>one).usable]
             return <Traffic?>(self.choose(usable) if len(usable) > 1 else usable[0]) if usable else None
         for one in holders:
             peer = <Traffic?>one
-            if peer.usable and (
-                best is None or peer.in_flight < best.in_flight
-                or (peer.in_flight == best.in_flight and peer.latency < best.latency)
-            ):
+            if peer.usable and (best is None or peer.goes_before(best)):
                 best = peer
         return best
 

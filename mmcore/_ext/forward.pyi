@@ -8,6 +8,7 @@ from mmcore._ext.h2server import ServerCall
 
 class Traffic:
     usable: bool
+    silent: bool
     session: ClientSession | None
     in_flight: int
     @property
@@ -53,6 +54,7 @@ class Forwards:
         idempotent: bool = True,
         instead: Callable[..., object] | None = None,
         path: str | None = None,
+        ran: int = 0,
     ) -> None: ...
     def one(self, holders: Sequence[Traffic]) -> Any: ...
     def begin(self, request: Forwarded) -> None: ...

@@ -44,11 +44,12 @@ LEAVE_S: Final = 30.0
 
 
 class Unanswered(NamedTuple):
-    """Why no holder answered a request: the last one's status and text, and the instances that were asked."""
+    """Why no holder answered a request: the last one's status and text, the instances asked, how many may have run it."""
 
     status: Status
     details: str
     tried: tuple[str, ...]
+    ran: int = 0
 
 
 #: Given the call, its message and what was tried, answers a request that no holder has answered.
@@ -200,7 +201,11 @@ class Forwarding(Forwards):
             self._again(request, None)
 
     def _next_holder(self, request: Forwarded) -> Peer | None:
-        peer: Peer | None = self.one([one for one in request.holders if one.instance not in request.tried])
+        left = [one for one in request.holders if one.instance not in request.tried]
+        if request.ran:
+            # It has one more chance; whoever may be lost like the last one is none.
+            left = [one for one in left if not one.silent]
+        peer: Peer | None = self.one(left)
         return peer
 
     def _headers(self, request: Forwarded) -> list[tuple[bytes, bytes]]:
@@ -239,7 +244,7 @@ class Forwarding(Forwards):
         if request.instead is None:
             request.call.fail(status, details)
         else:
-            request.instead(request.call, request.body, Unanswered(status, details, request.tried))
+            request.instead(request.call, request.body, Unanswered(status, details, request.tried, request.ran))
 
     # Streams.
 

@@ -43,12 +43,12 @@ LEAST_LATENCY_S: Final = 0.0005
 
 
 class _Asked(NamedTuple):
-    """A request that is to be answered somewhere, and what is called when that is here."""
+    """A request that is to be answered somewhere, and what is called when that is here; None: here it cannot be."""
 
     call: Any
     body: bytes
     model: str
-    here: Callable[[], object]
+    here: Callable[[], object] | None
     path: str
     resolved: bool
 
@@ -178,7 +178,7 @@ class Mesh(Loads):
         """
         if arrival_of(call) is not None:
             return False
-        asked = _Asked(call, body, model, lambda: None, path, resolved)
+        asked = _Asked(call, body, model, None, path, resolved)
         try:
             return self._place(asked, (self._registry.instance,))
         except (LoadFailed, Overloaded):
@@ -197,7 +197,7 @@ class Mesh(Loads):
             return False
         self.members.refresh()
         serving = placement.serving(self.members.cluster, model_of(model, record, self._clock_ms()))
-        asked = _Asked(call, body, model, lambda: None, path, resolved)
+        asked = _Asked(call, body, model, None, path, resolved)
         if others := self._forwarding.holders(tuple(one for one in serving if one != self._registry.instance)):
             self._ask(asked, others, Mode.HIT)
             return True
@@ -206,7 +206,7 @@ class Mesh(Loads):
         except (LoadFailed, Overloaded):
             return False
 
-    def _ask(self, asked: _Asked, peers: tuple[Peer, ...], mode: Mode) -> None:
+    def _ask(self, asked: _Asked, peers: tuple[Peer, ...], mode: Mode, ran: int = 0) -> None:
         """Have one of these answer; when none does, one that can load the model is looked for."""
         self._forwarding.unary(
             asked.call,
@@ -217,6 +217,7 @@ class Mesh(Loads):
             resolved=asked.resolved,
             path=asked.path,
             instead=partial(self._place_again, asked),
+            ran=ran,
         )
 
     def _holders(self, model: str, record: ModelRecord) -> tuple[Peer, ...] | None:
@@ -228,8 +229,10 @@ class Mesh(Loads):
         self._router.table.hold(model, holders)
         return holders
 
-    def _place(self, asked: _Asked, tried: Collection[str]) -> bool:
+    def _place(self, asked: _Asked, tried: Collection[str], ran: int = 0) -> bool:
         """Have a model loaded where it fits best, and the request answered there; False: that is here.
+
+        ``ran`` instances may have run it: one that ends whoever runs it is not to end them all.
 
         Raises:
             Overloaded, LoadFailed: there is no place for it.
@@ -244,9 +247,9 @@ class Mesh(Loads):
             target = self._target(asked.model, record, tried)
             if target == self._registry.instance:
                 return False
-            peers = tuple(peer for peer in self._forwarding.holders((target,)) if peer.usable)
+            peers = tuple(peer for peer in self._forwarding.holders((target,)) if peer.usable and not peer.silent)
             if peers:
-                self._ask(asked, peers, Mode.LOAD)
+                self._ask(asked, peers, Mode.LOAD, ran)
                 return True
             tried = (*tried, target)
 
@@ -256,8 +259,9 @@ class Mesh(Loads):
 
     def _place_again(self, asked: _Asked, call: Any, body: bytes, unanswered: Unanswered) -> None:
         """Those that were asked have not answered: have it loaded by another one."""
+        tried = unanswered.tried if asked.here is not None else (*unanswered.tried, self._registry.instance)
         try:
-            if not self._place(asked, unanswered.tried):
+            if not self._place(asked, tried, unanswered.ran) and asked.here is not None:
                 asked.here()
         except (LoadFailed, Overloaded):
             call.fail(unanswered.status, unanswered.details)

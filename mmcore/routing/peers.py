@@ -38,7 +38,8 @@ class Peer(Traffic):
 
     Requests share one connection, which gathers the frames of many into one write. A peer whose connection breaks, or
     cannot be opened, is not :attr:`usable` until a connection was opened again, which is tried in the background at
-    growing intervals; those shrink only after an answer, so one that breaks each time it is asked is asked seldom.
+    growing intervals; those shrink only after an answer, so one that breaks each time it is asked is asked seldom. One
+    that hangs is :attr:`silent` some seconds before that is taken for a broken connection.
 
     Attributes:
         instance: its id.
@@ -58,7 +59,7 @@ class Peer(Traffic):
         self.address = address
         self.usable = True
         self._on_down = on_down
-        self._channel = Channel(address, settings=settings, ssl=ssl)
+        self._channel = Channel(address, settings=settings, ssl=ssl, on_silence=self._heard)
         self._timer: asyncio.TimerHandle | None = None
         self._probe: asyncio.Task[None] | None = None
         self._closed = False
@@ -105,6 +106,9 @@ class Peer(Traffic):
             await asyncio.wait([self._probe])
         await self._channel.close()
         self.session = None
+
+    def _heard(self, silent: bool) -> None:
+        self.silent = silent
 
     def _probe_later(self) -> None:
         pause = min(PROBE_LONGEST_S, PROBE_FIRST_S * 2 ** min(self.failures, 16))

@@ -48,6 +48,8 @@ class Channel:
         settings: limits and timings.
         ssl: for TLS; a function is asked anew for each connection.
         server_name: what the certificate and ``:authority`` are to say, where it is not the host.
+        on_silence: called with True when the target has left a PING unanswered for a while, and with False when it has
+            answered or the connection was given up.
     """
 
     def __init__(
@@ -58,8 +60,11 @@ class Channel:
         settings: TransportSettings | None = None,
         ssl: ssl.SSLContext | Callable[[], ssl.SSLContext] | None = None,
         server_name: str | None = None,
+        on_silence: Callable[[bool], object] | None = None,
     ) -> None:
         self.target = target
+        self._on_silence = on_silence
+        self._silent = False
         self._settings = settings or TransportSettings()
         self._ssl = ssl
         self._server_name = server_name
@@ -325,6 +330,11 @@ class Channel:
                 self._open.remove(connection)
             else:
                 connection.tick(now)
+        silent = any(connection.owes_pong(now) for connection in self._open)
+        if silent != self._silent:
+            self._silent = silent
+            if self._on_silence is not None:
+                self._on_silence(silent)
         # Replace lost ones of several while others serve; where none is left, the next call connects.
         connecting = self._connecting is not None and not self._connecting.done()
         if 0 < self._usable() < self._wanted and not connecting and now >= self._retry_at:

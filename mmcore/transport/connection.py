@@ -143,6 +143,10 @@ class Connection(_Base):
         """The peer lives."""
         self._pinged_at = None
 
+    def owes_pong(self, now: float) -> bool:
+        """Whether the peer has left a PING unanswered from one look to the next."""
+        return self._pinged_at is not None and now - self._pinged_at >= TICK_S / 2
+
     # -- the slow checks
 
     def tick(self, now: float) -> str | None:

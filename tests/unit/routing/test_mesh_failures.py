@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mmcore.registry import CopyRecord, InstanceRecord, MemoryStore, ModelRecord
+from mmcore.transport import Server, ServerCall
 from tests.etcds import free_port
 from tests.unit.routing.instances_in_memory import until
 from tests.unit.routing.mesh_in_memory import MeshMember
@@ -21,12 +22,12 @@ class Call:
     """A client's call as the mesh sees it: what became of it is in ``outcome``."""
 
     metadata: tuple[tuple[str, str], ...] = ()
-    deadline = 0.0
     cancelled = False
     on_cancel: Any = None
 
     def __init__(self) -> None:
         self.outcome: list[str] = []
+        self.deadline = time.monotonic() + 30
 
     def reply(self, message: bytes) -> None:
         self.outcome.append("answered elsewhere")
@@ -39,10 +40,10 @@ class Call:
 
 
 @pytest.fixture
-async def member() -> AsyncIterator[MeshMember]:
+async def member(request: pytest.FixtureRequest) -> AsyncIterator[MeshMember]:
     """An instance beside one that is dead and still in the registry, as the only holder of model ``m``."""
     store = MemoryStore()
-    one = await MeshMember("alive", store).start()
+    one = await MeshMember("alive", store, capacity_bytes=getattr(request, "param", 2**30)).start()
     await one.add("m")
     other = one.registry.instances
 
@@ -75,6 +76,33 @@ async def test_requests_wait_for_the_load_that_is_under_way_here_when_all_others
     assert call.outcome == ["here"]
     gate.set()
     await load
+
+
+@pytest.mark.parametrize("member", [2**20], indirect=True, ids=["no room here"])
+async def test_a_request_that_ends_whoever_runs_it_ends_two_instances_and_no_more(member: MeshMember) -> None:
+    """As one that crashes its framework does; each place would have been the next one's turn."""
+    servers = [Server() for _ in range(4)]
+    asked: list[int] = []
+    closing: list[asyncio.Future[None]] = []
+    try:
+        for number, server in enumerate(servers):
+
+            def end(call: ServerCall, body: bytes, number: int = number) -> None:
+                asked.append(number)
+                closing.append(asyncio.ensure_future(servers[number].close()))
+
+            server.add_unary(PATH, end)
+            address = await server.listen_tcp("127.0.0.1", 0, internal=True)
+            record = InstanceRecord(address, capacity_bytes=2**40)
+            await member.registry.instances.update(f"poor{number}", lambda _, record=record: record)
+        call = Call()
+        assert member.mesh.pass_on(call, b"", "m", call.here, path=PATH)
+        await until(lambda: call.outcome)
+    finally:
+        for server in servers:
+            await server.close()
+    assert (len(asked), call.outcome) == (2, call.outcome[:1])
+    assert "here" not in call.outcome
 
 
 async def test_a_clock_that_is_set_back_stops_no_upkeep_and_keeps_nothing_from_being_handed_over(
