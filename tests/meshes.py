@@ -211,8 +211,10 @@ class Mesh:
         ids = {member.id for member in self.members}
 
         async def agreed() -> bool:
+            # As it is now: more may be registered while they are asked.
+            known = set(self.registered)
             for member in self.members:
-                if await member.client.instances() != ids or not await member.client.models() >= self.registered:
+                if await member.client.instances() != ids or not await member.client.models() >= known:
                     return False
             for number in range(MODELS):
                 found = [await member.client.locations(number) for member in self.members]
