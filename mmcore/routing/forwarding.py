@@ -44,7 +44,7 @@ LEAVE_S: Final = 30.0
 
 
 class Unanswered(NamedTuple):
-    """Why no holder answered a request: the last one's status and text, the instances asked, how many may have run it."""
+    """Why no holder answered a request: the last one's status and text, who was asked, and how many may have run it."""
 
     status: Status
     details: str

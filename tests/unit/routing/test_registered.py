@@ -17,7 +17,7 @@ from mmcore.registry import CopyRecord, FailureRecord, InstanceRecord, MemorySto
 from mmcore.registry.records import encode
 from mmcore.registry.store import Entry
 from mmcore.routing import ModelState
-from mmcore.routing.reports import FAILURE_KEPT_MS, GATHER_S, RETRY_S
+from mmcore.routing.reports import FAILURE_KEPT_MS, RETRY_S
 from tests.unit.routing.instances_in_memory import INFO, Member, until
 
 #: The design's budget for a model that is registered and not loaded, in bytes.
@@ -257,8 +257,10 @@ class Slow(MemoryStore):
         super().__init__()
         self.takes = asyncio.Event()
         self.takes.set()
+        self.waiting = False
 
     async def transact(self, *args: Any, **more: Any) -> Any:
+        self.waiting = not self.takes.is_set()
         await self.takes.wait()
         return await super().transact(*args, **more)
 
@@ -273,7 +275,7 @@ async def test_a_load_that_ends_while_its_begin_is_being_written_is_told_at_once
         store.takes.clear()
         load = asyncio.ensure_future(member.router.load("m"))
         await asyncio.to_thread(member.loader.entered["m"].wait, 10)
-        await asyncio.sleep(2 * GATHER_S)
+        await until(lambda: store.waiting)
         gate.set()
         await load
         store.takes.set()
