@@ -261,9 +261,14 @@ class Mesh(Loads):
         """Those that were asked have not answered: have it loaded by another one."""
         tried = unanswered.tried if asked.here is not None else (*unanswered.tried, self._registry.instance)
         try:
-            if not self._place(asked, tried, unanswered.ran) and asked.here is not None:
-                asked.here()
+            if self._place(asked, tried, unanswered.ran):
+                return
         except (LoadFailed, Overloaded):
+            call.fail(unanswered.status, unanswered.details)
+            return
+        if asked.here is not None:
+            asked.here()
+        else:
             call.fail(unanswered.status, unanswered.details)
 
     def _target(self, model: str, record: ModelRecord, exclude: Collection[str] = ()) -> str:

@@ -78,6 +78,17 @@ async def test_requests_wait_for_the_load_that_is_under_way_here_when_all_others
     await load
 
 
+async def test_what_cannot_be_answered_here_nor_elsewhere_fails_and_does_not_hang(member: MeshMember) -> None:
+    await member.registry.instances.update(
+        "gone", lambda _: InstanceRecord(f"127.0.0.1:{free_port()}", capacity_bytes=2**40)
+    )
+    for elsewhere in (member.mesh.load_elsewhere, member.mesh.answer_elsewhere):
+        call = Call()
+        assert elsewhere(call, b"", "m", path=PATH)
+        await until(lambda call=call: call.outcome)
+        assert "cannot connect" in call.outcome[0]
+
+
 @pytest.mark.parametrize("member", [2**20], indirect=True, ids=["no room here"])
 async def test_a_request_that_ends_whoever_runs_it_ends_two_instances_and_no_more(member: MeshMember) -> None:
     """As one that crashes its framework does; each place would have been the next one's turn."""
