@@ -3,7 +3,8 @@
     python -m tests.toy_runtime ADDRESS [JSON]
 
 JSON holds what it says of itself: ``capacity``, ``limit`` (requests at once per model), ``methods`` (method to
-injection path), ``any`` (allowAnyMethod), ``load_ms``, ``starting`` (answers STARTING so often), ``status`` FAILING,
+injection path), ``any`` (allowAnyMethod), ``data`` (where requests go, if not to ADDRESS), ``load_ms``, ``starting``
+(answers STARTING so often), ``status`` FAILING,
 ``loads`` (at once), ``predicts`` (MiB that each model is said to take beforehand; "never": it is not answered).
 What a model does is told by words in its path: see :meth:`Toy.load`. Every model answers ModelInfer with the request's
 own tensors, its id as the model's name. ``/toy.Toy/Journal`` answers what was asked of it, one line each.
@@ -180,7 +181,8 @@ def _answer(request: inference_pb2.ModelInferRequest, name: str) -> bytes:
     return response.SerializeToString()
 
 
-def serve(address: str, settings: dict[str, Any]) -> grpc.Server:
+def serve(address: str, settings: dict[str, Any]) -> list[grpc.Server]:
+    """Start at ``address``; at ``data`` of the settings, where they have that, what is not the SPI."""
     toy = Toy(settings)
     server = grpc.server(futures.ThreadPoolExecutor(16))
 
@@ -210,14 +212,20 @@ def serve(address: str, settings: dict[str, Any]) -> grpc.Server:
             "Sleep": raw(toy.sleep),
         },
     }
-    for service, methods in services.items():
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
-    assert server.add_insecure_port(address), address
-    server.start()
-    return server
+    servers = [(server, address, services)]
+    if "data" in settings:
+        managed = {name: methods for name, methods in services.items() if methods is spi}
+        asked = {name: methods for name, methods in services.items() if methods is not spi}
+        servers = [(server, address, managed), (grpc.server(futures.ThreadPoolExecutor(16)), settings["data"], asked)]
+    for one, where, offered in servers:
+        for service, methods in offered.items():
+            one.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
+        assert one.add_insecure_port(where), where
+        one.start()
+    return [one for one, _, _ in servers]
 
 
 if __name__ == "__main__":
     running = serve(sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
     print("ready", flush=True)
-    running.wait_for_termination()
+    running[0].wait_for_termination()

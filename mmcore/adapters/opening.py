@@ -18,16 +18,23 @@ _REPOSITORIES: Final[dict[str, tuple[Layout, int]]] = {"triton": (triton.lay_out
 def open_runtime(address: str) -> Runtime:
     """A runtime at ``unix:PATH`` or ``host:port``, which speaks the SPI itself, or at ``triton://host:port?repo=DIR``.
 
+    The former may answer requests elsewhere, ``?data=`` an address of either form.
+
     Raises:
         ValueError: the text is no such address.
     """
     scheme, mark, _ = address.partition("://")
     if mark and scheme in _REPOSITORIES:
         return _repository(address)
-    if address.startswith("unix:") and len(address) > len("unix:"):
-        return SpiRuntime(address)
-    _check(address, address)
-    return SpiRuntime(address)
+    managed, mark, text = address.partition("?")
+    query = dict(parse_qsl(text))
+    data = query.pop("data", "" if mark else managed)
+    if query:
+        raise ValueError(f"{address!r} must have nothing but data=ADDRESS behind the '?'")
+    for one in (managed, data):
+        if not one.startswith("unix:") or one == "unix:":
+            _check(one, address)
+    return SpiRuntime(managed, data)
 
 
 def _repository(address: str) -> RepositoryRuntime:
@@ -45,6 +52,7 @@ def _check(target: str, address: str) -> None:
     host, _, port = target.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
         raise ValueError(
-            f"{address!r} is not the address of a runtime; write unix:PATH or HOST:PORT,"
+            f"{address!r} is not the address of a runtime; write unix:PATH or HOST:PORT, with ?data= and such an address"
+            " where requests go elsewhere,"
             f" or {' or '.join(f'{name}://HOST:PORT?repo=DIR' for name in _REPOSITORIES)}"
         )

@@ -18,11 +18,14 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 
 
 class SpiRuntime:
-    """A runtime at ``address``, which answers requests there too; a :class:`mmcore.adapters.runtime.Runtime`."""
+    """A runtime that is managed at ``managed`` and answers requests at ``address``, which may be the same.
 
-    def __init__(self, address: str) -> None:
+    Satisfies :class:`mmcore.adapters.runtime.Runtime`.
+    """
+
+    def __init__(self, managed: str, address: str) -> None:
         self.address: str = address
-        self._channel = Channel(address)
+        self._channel = Channel(managed)
         self._service = SERVICE
 
     async def status(self, timeout_s: float) -> pb.RuntimeStatusResponse:

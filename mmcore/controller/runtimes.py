@@ -9,7 +9,7 @@ from typing import Final
 from mmcore.adapters import open_runtime
 from mmcore.controller.objects import CLUSTER_SERVING_RUNTIME, SERVING_RUNTIME, Kind, Object, annotations_of, at
 from mmcore.controller.quantities import quantity
-from mmcore.controller.runtime_address import endpoint_address, runtime_address, valid_endpoint
+from mmcore.controller.runtime_address import runtime_address, valid_endpoint
 from mmcore.controller.serving_config import ServingConfig
 
 #: The server type of runtimes that are instances themselves, without another server; and the name of the container
@@ -160,7 +160,7 @@ def _server_problems(runtime: Runtime, config: ServingConfig) -> list[str]:
         endpoint = runtime.spec.get(field)
         if endpoint and not valid_endpoint(endpoint):
             found.append(f"{field} must be port:NUMBER or unix:PATH, not '{endpoint}'")
-    return found or _two_endpoints(runtime)
+    return found
 
 
 def _has_adapter(runtime: Runtime) -> bool:
@@ -169,14 +169,6 @@ def _has_adapter(runtime: Runtime) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _two_endpoints(runtime: Runtime) -> list[str]:
-    """A server that speaks the SPI takes requests where it is managed."""
-    managed, data = runtime.spec.get("grpcEndpoint"), runtime.spec.get("grpcDataEndpoint")
-    if runtime.server_type or not managed or not data or endpoint_address(managed) == endpoint_address(data):
-        return []
-    return [f"grpcDataEndpoint {data} must be grpcEndpoint {managed}: instances ask a runtime at one address"]
 
 
 def _name_problems(runtime: Runtime) -> list[str]:

@@ -216,6 +216,17 @@ def test_a_runtime_that_dies_of_a_load_is_waited_for_and_others_are_served(front
     assert mesh.infer("fine").model_name == "fine"
 
 
+def test_a_runtime_that_is_asked_elsewhere_than_it_is_managed(serve: Serve, runtime: Runtime, tmp_path: Path) -> None:
+    data = f"unix:{tmp_path}/data.sock"
+    runtime.start(data=data)
+    mesh = Front(serve(None, "--runtime", f"{runtime.address}?data={data}"), tmp_path)
+    try:
+        assert mesh.register("m", load=True).status == States.LOADED
+        assert mesh.infer("m").model_name == "m"
+    finally:
+        mesh.close()
+
+
 def test_an_old_runtime_is_found_by_the_services_old_name(front: Start) -> None:
     mesh = front(service="com.ibm.watson.tas.internal.proto.ModelServer")
     mesh.register("m")

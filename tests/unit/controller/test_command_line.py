@@ -43,7 +43,8 @@ def shipped() -> dict[str, Runtime]:
     return found
 
 
-RUNTIMES = shipped() | {"custom": CUSTOM}
+APART = runtime("apart", builtInAdapter=None, grpcEndpoint="port:8085", grpcDataEndpoint="port:8001")
+RUNTIMES = shipped() | {"custom": CUSTOM, "apart": APART}
 Start = Callable[[Runtime, str], ServeSettings]
 
 

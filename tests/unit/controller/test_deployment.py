@@ -185,7 +185,10 @@ def test_a_custom_runtime_is_reached_by_its_endpoint() -> None:
     spec = pod(item)
     for name in ("c", "mmcore"):
         assert {"name": "domain-socket", "mountPath": "/tmp/mm"} in container(spec, name)["volumeMounts"]
-    assert runtime_address(runtime(builtInAdapter=None, grpcEndpoint="port:8085")) == "127.0.0.1:8085"
+    spi = {"builtInAdapter": None, "grpcEndpoint": "port:8085"}
+    assert runtime_address(runtime(**spi)) == "127.0.0.1:8085"
+    assert runtime_address(runtime(**spi, grpcDataEndpoint="port:8085")) == "127.0.0.1:8085"
+    assert runtime_address(runtime(**spi, grpcDataEndpoint="port:8001")) == "127.0.0.1:8085?data=127.0.0.1:8001"
 
 
 def test_nothing_of_the_controller_itself_is_in_the_pods() -> None:

@@ -49,10 +49,6 @@ def test_what_is_right() -> None:
             {"builtInAdapter": {"serverType": "torchserve"}, "containers": [{"name": "torchserve"}]},
             "no adapter for builtInAdapter.serverType 'torchserve'",
         ),
-        (
-            {"builtInAdapter": None, "grpcEndpoint": "port:8085", "grpcDataEndpoint": "port:8001"},
-            "instances ask a runtime at one address",
-        ),
         ({"containers": [CONTAINER, CONTAINER]}, "two containers are named 'triton'"),
         ({"volumes": [{"name": "tc-config"}]}, "volume name 'tc-config'"),
         ({"containers": [{**CONTAINER, "ports": [{"containerPort": 8033}]}]}, "port 8033 is the instance's own"),
