@@ -157,13 +157,14 @@ class PayloadSettings:
         destination: a file, or an HTTP endpoint that takes CloudEvents; None: nothing is written.
         ratio: the share of requests.
         models: of these alone; empty: of all.
-        methods: gRPC methods, by their short names; REST's requests count as the one they stand for.
+        methods: gRPC methods, by their short names; REST's requests count as the one they stand for, and those within a
+            stream one by one.
     """
 
     destination: str | None = None
     ratio: float = 1.0
     models: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ("ModelInfer",)
+    methods: tuple[str, ...] = ("ModelInfer", "ModelStreamInfer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,7 @@ class ServeSettings:
         isolate: the models to be run in worker processes whatever they say: ``none``, ``untrusted`` formats or ``all``.
         server_name: what ServerMetadata calls this server.
         log_level: name of a level of :mod:`logging`, in lower case.
+        log_format: ``text`` or ``json``, one object a line.
         log_requests: whether each request is logged, until a client changes that.
         grace_s: how long a draining instance waits for calls in flight.
         event_loop: ``uvloop`` or ``asyncio``.
@@ -242,6 +244,7 @@ class ServeSettings:
     isolate: str = "none"
     server_name: str = "mmcore"
     log_level: str = "info"
+    log_format: str = "text"
     log_requests: bool = False
     grace_s: float = 90.0
     event_loop: str = "uvloop"
@@ -268,7 +271,7 @@ class HeldSettings:
         capacity_bytes: what the mesh may load; 0: what that server says.
         load_timeout_s: how long a load may take.
         loader_threads: how many models this process loads at once.
-        isolate, server_name, log_level, grace_s, event_loop, response_cache_bytes: as for an instance.
+        isolate, server_name, log_level, log_format, grace_s, event_loop, response_cache_bytes: as for an instance.
         transport: limits of its connections; what the mesh lets through is not refused here.
     """
 
@@ -282,6 +285,7 @@ class HeldSettings:
     isolate: str = "none"
     server_name: str = "mmcore"
     log_level: str = "info"
+    log_format: str = "text"
     grace_s: float = 30.0
     event_loop: str = "uvloop"
     response_cache_bytes: int = 64 * 2**20

@@ -1,4 +1,4 @@
-"""Where log lines go and which of them: standard error, one line each, switched while running.
+"""Where log lines go and which of them: standard error, one line each, as text or as JSON, switched while running.
 
 Modules log through ``logging.getLogger(__name__)``; only this one configures. The switches are those of the KServe v2
 logging extension as Triton documents it: one for each of info, warning and error, and a verbosity for the rest.
@@ -6,6 +6,7 @@ logging extension as Triton documents it: one for each of info, warning and erro
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -16,6 +17,9 @@ from typing import Final
 ROOT: Final = "mmcore"
 LEVELS: Final = ("debug", "info", "warning", "error")
 FORMATS: Final = ("default", "ISO8601")
+LINES: Final = ("text", "json")
+#: The attribute of a record that holds its event.
+_EVENT: Final = "event"
 
 
 @dataclass(slots=True)
@@ -87,14 +91,43 @@ class LineFormatter(logging.Formatter):
         return super().format(record)
 
 
-def configure(level: str) -> None:
-    """Send this process's log lines of ``level`` and above to standard error; a second call only sets the level."""
+class JsonFormatter(LineFormatter):
+    """An object a line: ``time``, ``level``, ``logger``, ``message``, the fields of an :func:`event`, ``exception``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, whatever is in it."""
+        line = {
+            "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name.removeprefix(f"{ROOT}."),
+            "message": record.getMessage(),
+            **getattr(record, _EVENT, {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def event(name: str, **fields: object) -> dict[str, object]:
+    """What a line tells, as fields of their own where lines are JSON: the ``extra`` of a logging call.
+
+    Names of events are fixed: programs go by them.
+    """
+    return {_EVENT: {"event": name, **fields}}
+
+
+def configure(level: str, lines: str = LINES[0]) -> None:
+    """Send this process's log lines of ``level`` and above to standard error; a second call only sets the level.
+
+    ``lines`` is one of :data:`LINES`.
+    """
     switches.set_level(level)
     switches.apply()
     root = logging.getLogger()
     if not any(isinstance(handler.formatter, LineFormatter) for handler in root.handlers):
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(shortname)s: %(message)s"))
+        kind = JsonFormatter if lines == "json" else LineFormatter
+        handler.setFormatter(kind("%(asctime)s %(levelname)s %(shortname)s: %(message)s"))
         handler.addFilter(switches.allows)
         root.addHandler(handler)
         logging.captureWarnings(True)

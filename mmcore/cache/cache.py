@@ -31,6 +31,7 @@ from mmcore.cache.room import NOTHING, Footprint, Room
 from mmcore.cache.sizes import Files, Sizes
 from mmcore.cache.threads import LoaderThreads
 from mmcore.errors import Cancelled, LoadFailed, MmcoreError, Overloaded, Unavailable
+from mmcore.log import event
 from mmcore.model import ModelSource
 from mmcore.runtimes import LoadedModel, load_model
 from mmcore.runtimes.isolation import IsolatedModel
@@ -333,7 +334,7 @@ class Cache:
             self._ended_one(name)
 
         task.add_done_callback(ended)
-        log.info("loading model %s version %s", name, version)
+        log.info("loading model %s version %s", name, version, extra=event("loading", model=name, version=version))
         self.on_state(name, load.state, None)
         self._tell(name, version)
         return load
@@ -345,7 +346,10 @@ class Cache:
         except MmcoreError as failure:
             error = failure
             if isinstance(failure, LoadFailed) and load.dropped is None:
-                log.warning("model %s version %s was not loaded: %s", load.name, load.version, failure)
+                log.warning(
+                    "model %s version %s was not loaded: %s", load.name, load.version, failure,
+                    extra=event("load_failed", model=load.name, version=load.version, reason=str(failure)),
+                )  # fmt: skip
                 self._failed(load.name, load.version, failure)
         except asyncio.CancelledError:
             error = Unavailable("this instance is shutting down")
@@ -512,12 +516,16 @@ class Cache:
             "loaded model %s version %s, %d bytes; seconds: %s",
             copy.name, copy.version, copy.weight,
             ", ".join(f"{stage.removesuffix('_s')} {spent:.4f}" for stage, spent in copy.times._asdict().items()),
+            extra=event("loaded", model=copy.name, version=copy.version, bytes=copy.weight, **copy.times._asdict()),
         )  # fmt: skip
 
     def _broken(self, copy: Copy, error: LoadFailed) -> None:
         """A copy's worker process cannot be kept: the copy goes, and its loads are answered with that for a while."""
         if copy.state is CopyState.LOADED:
-            log.warning("model %s version %s is given up: %s", copy.name, copy.version, error)
+            log.warning(
+                "model %s version %s is given up: %s", copy.name, copy.version, error,
+                extra=event("given_up", model=copy.name, version=copy.version, reason=str(error)),
+            )  # fmt: skip
             self._failed(copy.name, copy.version, error, first_s=BROKEN_EXPIRY_S)
             self.unload(copy)
 
@@ -564,7 +572,10 @@ class Cache:
         return (self.lru.now - copy.used_at) / TICKS_PER_S
 
     def _unload_idle(self, copy: Copy) -> None:
-        log.info("unloading model %s version %s, idle for %.0f s", copy.name, copy.version, self._idle_s(copy))
+        log.info(
+            "unloading model %s version %s, idle for %.0f s", copy.name, copy.version, self._idle_s(copy),
+            extra=event("idle", model=copy.name, version=copy.version),
+        )  # fmt: skip
         self.unload(copy)
 
     # Unloading.
@@ -626,7 +637,10 @@ class Cache:
             self._closing.discard(closing)
             if copy is not None:
                 self._unloading.discard(copy)
-                log.info("unloaded model %s version %s, %d bytes", copy.name, copy.version, copy.weight)
+                log.info(
+                    "unloaded model %s version %s, %d bytes", copy.name, copy.version, copy.weight,
+                    extra=event("unloaded", model=copy.name, version=copy.version, bytes=copy.weight),
+                )  # fmt: skip
                 self._tell(name, copy.version)
             self.room.left(size)
             self._ended_one(name)

@@ -17,6 +17,7 @@ from mmcore.cache.copies import Copy
 from mmcore.cache.eviction import Eviction
 from mmcore.cache.loads import Load
 from mmcore.errors import Cancelled, Overloaded
+from mmcore.log import event
 
 log = logging.getLogger(__name__)
 
@@ -175,5 +176,8 @@ class Room:
                 return
             assert isinstance(victim, Copy)
             self.evictions += 1
-            log.info("evicting model %s version %s, %d bytes", victim.name, victim.version, victim.weight)
+            log.info(
+                "evicting model %s version %s, %d bytes", victim.name, victim.version, victim.weight,
+                extra=event("evicting", model=victim.name, version=victim.version, bytes=victim.weight),
+            )  # fmt: skip
             self._unload(victim)

@@ -57,6 +57,7 @@ def own_namespace() -> str:
 @click.option("--leader-elect/--no-leader-elect", default=True, help="Work only while holding the lease.")
 @option("--probe-port", type=click.IntRange(0, 65535), default=8081, help="Port of /healthz and /readyz; 0: any.")
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
+@option("--log-format", type=click.Choice(log.LINES), default="text", help="Lines as text, or each a JSON object.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -67,6 +68,7 @@ def command(
     leader_elect: bool,
     probe_port: int,
     log_level: str,
+    log_format: str,
 ) -> int:
     """Run the controller of Predictors, InferenceServices and ServingRuntimes."""
     if ctx.invoked_subcommand is not None:
@@ -76,7 +78,7 @@ def command(
     from mmcore.controller.known import Installation
     from mmcore.controller.probes import Probes
 
-    log.configure(log_level)
+    log.configure(log_level, log_format)
     installation = Installation(namespace, cluster=not namespace_scope, etcd_secret=etcd_secret)
     controller = Controller(Api(kubeconfig), installation, elect=leader_elect)
 

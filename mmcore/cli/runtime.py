@@ -51,6 +51,7 @@ _HELD: Final = HeldSettings()
 )
 @option("--server-name", default=_HELD.server_name, help="The server's name in ServerMetadata.")
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
+@option("--log-format", type=click.Choice(log.LINES), default="text", help="Lines as text, or each a JSON object.")
 @option("--grace", type=DURATION, default="30s", help="How long calls in flight may finish after SIGTERM.")
 @option("--event-loop", type=click.Choice(["uvloop", "asyncio"]), default="uvloop", help="Event loop to run on.")
 def command(
@@ -64,6 +65,7 @@ def command(
     isolate: str,
     server_name: str,
     log_level: str,
+    log_format: str,
     grace: float,
     event_loop: str,
 ) -> int:
@@ -91,6 +93,7 @@ def command(
             isolate=isolate,
             server_name=server_name,
             log_level=log_level,
+            log_format=log_format,
             grace_s=grace,
             event_loop=event_loop,
         )

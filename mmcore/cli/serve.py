@@ -244,6 +244,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     "--server-name", metavar="NAME", default="mmcore", help="The name in ServerMetadata; 'triton' for clients that ask."
 )
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
+@option("--log-format", type=click.Choice(log.LINES), default="text", help="Lines as text, or each a JSON object.")
 @option("--log-requests/--no-log-requests", default=False, help="A line in the log for each request.")
 @option(
     "--otlp-endpoint",
@@ -266,8 +267,8 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @option(
     "--payload-method",
     multiple=True,
-    default=("ModelInfer",),
-    show_default="ModelInfer",
+    default=PayloadSettings().methods,
+    show_default=", ".join(PayloadSettings().methods),
     help="Write calls of this method; repeat it.",
 )
 @option("--grace", type=DURATION, default="90s", help="How long calls in flight may finish after SIGTERM.")
@@ -318,6 +319,7 @@ def command(
     loader_threads: int,
     server_name: str,
     log_level: str,
+    log_format: str,
     log_requests: bool,
     otlp_endpoint: str | None,
     trace_ratio: float,
@@ -391,6 +393,7 @@ def command(
             ),
             server_name=server_name,
             log_level=log_level,
+            log_format=log_format,
             log_requests=log_requests,
             grace_s=grace,
             event_loop=event_loop,

@@ -16,6 +16,7 @@ from contextlib import aclosing
 from typing import Any, Final
 
 from mmcore.errors import Unavailable
+from mmcore.log import event
 from mmcore.registry.presence import CANDIDATES, Presence
 from mmcore.registry.records import InstanceRecord, ModelRecord, VModelRecord, decode, encode
 from mmcore.registry.store import Changes, Compacted, Entry, Fence, Outcome, Store, Write
@@ -391,7 +392,10 @@ class Registry:
         self._returned_s = time.monotonic() - began
 
     def _tell_leader(self, leader: bool) -> None:
-        log.info("instance %s is %s the leader", self.instance, "now" if leader else "no longer")
+        log.info(
+            "instance %s is %s the leader", self.instance, "now" if leader else "no longer",
+            extra=event("leads" if leader else "leads_no_longer", instance=self.instance),
+        )  # fmt: skip
         for listener in self._leader_listeners:
             try:
                 listener(leader)

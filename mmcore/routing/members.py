@@ -15,6 +15,7 @@ from typing import Final
 
 from mmcore import placement
 from mmcore.errors import Unavailable
+from mmcore.log import event
 from mmcore.registry import InstanceRecord, ModelRecord, Registry
 from mmcore.routing.forwarding import Forwarding
 
@@ -95,12 +96,15 @@ class Members:
         known = self.cluster.get(name) is not None
         if record is None:
             if known:
-                log.info("instance %s has left", name)
+                log.info("instance %s has left", name, extra=event("left", instance=name))
             self.cluster.remove(name)
             self._forwarding.update(name, None)
             return
         if not known:
-            log.info("instance %s has joined, at %s", name, record.address or "no address")
+            log.info(
+                "instance %s has joined, at %s", name, record.address or "no address",
+                extra=event("joined", instance=name, address=record.address),
+            )  # fmt: skip
         self.cluster.put(instance_of(name, record))
         self._forwarding.update(name, record.address or None)
 

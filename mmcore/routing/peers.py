@@ -12,6 +12,7 @@ from typing import Final
 from mmcore._ext.forward import Traffic
 from mmcore.config import TransportSettings
 from mmcore.errors import RpcError
+from mmcore.log import event
 from mmcore.transport import Channel
 from mmcore.transport.channel import ClientConnection
 
@@ -90,7 +91,10 @@ class Peer(Traffic):
         if self._closed or not self.usable:
             return
         self.usable = False
-        log.warning("instance %s at %s is not reachable: %s", self.instance, self.address, reason)
+        log.warning(
+            "instance %s at %s is not reachable: %s", self.instance, self.address, reason,
+            extra=event("unreachable", instance=self.instance, address=self.address, reason=reason),
+        )  # fmt: skip
         self._probe_later()
         if self._on_down is not None:
             self._on_down(self.instance)
@@ -128,4 +132,7 @@ class Peer(Traffic):
                 self._probe_later()
         else:
             self.usable = True
-            log.info("instance %s at %s is reachable again", self.instance, self.address)
+            log.info(
+                "instance %s at %s is reachable again", self.instance, self.address,
+                extra=event("reachable", instance=self.instance, address=self.address),
+            )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from mmcore._ext.router import Registration
 from mmcore.cache import Copy, CopyState, Priority
 from mmcore.errors import AlreadyExists, Conflict, InvalidRequest, LoadFailed, MmcoreError, NotFound, Overloaded
+from mmcore.log import event
 from mmcore.model import ModelInfo
 from mmcore.registry import ModelRecord, Registry
 from mmcore.routing.actions import Haste
@@ -154,7 +155,10 @@ class Registered(Catalog):
 
         await self._registry.models.update(name, change)
         if new:
-            log.info("registered model %s, type %s, path %s", name, info.type, info.path)
+            log.info(
+                "registered model %s, type %s, path %s", name, info.type, info.path,
+                extra=event("registered", model=name, type=info.type, path=info.path),
+            )  # fmt: skip
         if load_now:
             return await self.ensure_loaded(name, sync=sync)
         return self.status(name)
@@ -322,7 +326,8 @@ class Registered(Catalog):
             self._reports.check(name, record)
         held = self._held.get(name)
         if held is not None and (record is None or info_of(record) != held):
-            log.info("model %s is %s", name, "unregistered" if record is None else "registered as something else")
+            what = "unregistered" if record is None else "registered as something else"
+            log.info("model %s is %s", name, what, extra=event(what.replace(" ", "_"), model=name))
             self._router.remove(name)
 
     async def _sweep(self) -> None:

@@ -13,6 +13,7 @@ import logging
 from typing import Final
 
 from mmcore.errors import LoadFailed, NotFound, Overloaded, Unavailable
+from mmcore.log import event
 from mmcore.registry import NotLeader, Registry, VModelRecord
 from mmcore.routing.registered import Loads
 from mmcore.routing.vmodel_changes import in_transition
@@ -102,12 +103,18 @@ class Transitions:
                 await self._loads.ensure(record.target, copies)
             except (LoadFailed, Overloaded, NotFound) as error:
                 if not record.failed:
-                    log.warning("vmodel %s stays with %s; %s: %s", name, record.active, record.target, error)
+                    log.warning(
+                        "vmodel %s stays with %s; %s: %s", name, record.active, record.target, error,
+                        extra=event("switch_failed", vmodel=name, model=record.target, reason=str(error)),
+                    )  # fmt: skip
                     # The change of the record begins this anew.
                     await self._vmodels.mark_failed(name, record)
                 return False
         await self._vmodels.complete(name, record)
-        log.info("vmodel %s stands for %s now", name, record.target)
+        log.info(
+            "vmodel %s stands for %s now", name, record.target,
+            extra=event("switched", vmodel=name, model=record.target),
+        )  # fmt: skip
         return True
 
     async def _pause(self, target: str, pause_s: float) -> None:

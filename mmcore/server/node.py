@@ -54,7 +54,7 @@ from mmcore.server.request_log import RequestLog
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
 from mmcore.server.tokens import Grants, parse_tokens
-from mmcore.server.v2 import SERVICE, V2Service
+from mmcore.server.v2 import SERVICE, STREAM_INFER, V2Service
 from mmcore.server.watched import Watcher, watched
 from mmcore.server.workers import run_workers
 from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig, WholeOrigin
@@ -198,6 +198,7 @@ class Node:
         tracer = self._tracer
         if tracer is None and not watchers:
             self._server.surround(None)
+            self._service.surround(None)
             return
 
         def trace(path: str, call: Answer) -> RequestTrace | None:
@@ -206,10 +207,11 @@ class Node:
         def around(path: str, handler: Any) -> Any:
             if not path.startswith(f"/{SERVICE}/"):
                 return handler
-            apart = self._service.infer_apart if path == MODEL_INFER and self._external is None else handler
-            return watched(path, handler, apart, trace, watchers)
+            infers = path in (MODEL_INFER, STREAM_INFER) and self._external is None
+            return watched(path, handler, self._service.apart(path) if infers else handler, trace, watchers)
 
         self._server.surround(around)
+        self._service.surround(around)
 
     async def start(self) -> None:
         """Register the models of the folder, listen, load what is to be loaded; ready when it returns.
@@ -490,6 +492,9 @@ def run_one(settings: ServeSettings) -> int:
     keep_freed_memory()
     take_short_turns()
     logs.switches.requests = settings.log_requests
-    logs.configure(settings.log_level)
-    log.info("mmcore %s, capacity %d bytes", mmcore.__version__, settings.capacity_bytes)
+    logs.configure(settings.log_level, settings.log_format)
+    log.info(
+        "mmcore %s, capacity %d bytes", mmcore.__version__, settings.capacity_bytes,
+        extra=logs.event("starting", version=mmcore.__version__, capacity_bytes=settings.capacity_bytes),
+    )  # fmt: skip
     return run_until_told(lambda: Node(settings), settings.event_loop, settings.grace_s)

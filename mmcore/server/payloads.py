@@ -14,10 +14,9 @@ import queue
 import random
 import threading
 import uuid
-from collections.abc import Callable
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
-from typing import Final
+from typing import Final, Protocol
 from urllib.parse import urlsplit
 
 from mmcore._ext.pbwire import find_string
@@ -55,7 +54,7 @@ class PayloadLog:
         self._bytes = 0
         self._lock = threading.Lock()
         self._destination = destination
-        self._write = _destination(destination)
+        self._write = _opened(destination)
         self._thread = threading.Thread(target=self._run, name="mmcore-payloads", daemon=True)
         self._thread.start()
 
@@ -132,6 +131,7 @@ class PayloadLog:
                 failing = True
             with self._lock:
                 self._bytes -= len(body)
+        self._write.close()
 
 
 def _named(call: Answer) -> str:
@@ -141,21 +141,38 @@ def _named(call: Answer) -> str:
     return ""
 
 
-def _destination(destination: str) -> Callable[[str], None]:
-    """What writes one event to a file, or to an ``http://`` or ``https://`` endpoint."""
-    parts = urlsplit(destination)
-    if parts.scheme in ("http", "https"):
-        return _Endpoint(destination)
-    handler = _Lines(destination, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8", delay=True)
+class _Destination(Protocol):
+    """Where events go."""
 
-    def write(text: str) -> None:
-        handler.emit(logging.LogRecord("payload", logging.INFO, "", 0, text, None, None))
+    def __call__(self, text: str) -> None:
+        """Write one; OSError or HTTPException where it was not taken."""
 
-    return write
+    def close(self) -> None:
+        """Let go of it."""
+
+
+def _opened(destination: str) -> _Destination:
+    """What writes events to a file, or to an ``http://`` or ``https://`` endpoint."""
+    return _Endpoint(destination) if urlsplit(destination).scheme in ("http", "https") else _File(destination)
+
+
+class _File:
+    """A file with an event a line, which begins anew when it is long."""
+
+    def __init__(self, path: str) -> None:
+        self._lines = _Lines(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8", delay=True)
+
+    def __call__(self, text: str) -> None:
+        """Write one; OSError where it cannot be."""
+        self._lines.emit(logging.LogRecord("payload", logging.INFO, "", 0, text, None, None))
+
+    def close(self) -> None:
+        """Close it."""
+        self._lines.close()
 
 
 class _Lines(RotatingFileHandler):
-    """A file of lines that begins anew when it is long; what goes wrong is raised."""
+    """What goes wrong is raised."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
         """Let the error through, which is being handled where this is called."""
@@ -170,6 +187,10 @@ class _Endpoint:
         self._path = f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}"
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connection = kind(parts.netloc, timeout=_POST_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
 
     def __call__(self, text: str) -> None:
         """Post one; OSError where it was not taken."""

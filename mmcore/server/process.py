@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from typing import Protocol
 
+from mmcore import log as logs
 from mmcore.server.allocator import release_freed_memory
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ async def _serve(make: Callable[[], Served], grace_s: float) -> int:
     else:
         starting.cancel()
         await asyncio.wait([starting])
-    log.info("draining, for %g seconds at most", grace_s)
+    log.info("draining, for %g seconds at most", grace_s, extra=logs.event("draining", grace_s=grace_s))
     await served.drain()
     return 0
 

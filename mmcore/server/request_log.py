@@ -7,6 +7,7 @@ import time
 
 from mmcore._ext.pbwire import find_string
 from mmcore.errors import InvalidRequest, Status
+from mmcore.log import event
 from mmcore.server.calls import Answer, Body
 from mmcore.server.watched import Ended
 
@@ -31,6 +32,11 @@ class RequestLog:
                 "%s model=%s status=%s ms=%.3f request_bytes=%d answer_bytes=%d%s",
                 path.rpartition("/")[2], _word(model), Status(status).name, took_ms, len(body), size,
                 f" details={_word(details)}" if details else "",
+                extra=event(
+                    "request", method=path.rpartition("/")[2], model=model, status=Status(status).name,
+                    ms=round(took_ms, 3), request_bytes=len(body), answer_bytes=size,
+                    **({"details": details} if details else {}),
+                ),
             )  # fmt: skip
 
         return ended

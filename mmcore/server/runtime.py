@@ -208,6 +208,6 @@ def run(settings: HeldSettings) -> int:
     """Run one until told to end; the exit code: 0 drained, 1 failed or ended at once."""
     keep_freed_memory()
     take_short_turns()
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     log.info("mmcore %s runtime, capacity %d bytes", mmcore.__version__, settings.capacity_bytes)
     return run_until_told(lambda: RuntimeNode(settings), settings.event_loop, settings.grace_s)

@@ -95,14 +95,14 @@ class StreamAnswer:
 
 
 class StreamInference:
-    """The handler of ModelStreamInfer.
+    """The handler of ModelStreamInfer; ``infer`` answers the requests of its streams and may be exchanged.
 
     A draining instance ends a stream when what came on it is answered: its client may keep it open for hours, and opens
     the next one elsewhere.
     """
 
     def __init__(self, infer: Callable[[Answer, bytes], Body | None]) -> None:
-        self._infer = infer
+        self.infer = infer
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
@@ -144,7 +144,7 @@ class StreamInference:
 
     def _start(self, answer: StreamAnswer, body: bytes) -> None:
         try:
-            message = self._infer(answer, body)
+            message = self.infer(answer, body)
         except Exception as error:
             refuse(answer, error, "ModelStreamInfer")
         else:

@@ -7,7 +7,7 @@ of their own. Messages, names and texts follow the Open Inference Protocol and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar, cast
 
 from google.protobuf.message import Message
 
@@ -26,10 +26,12 @@ from mmcore.server.shared_memory import SharedMemory
 from mmcore.server.statistics import statistics_of
 from mmcore.server.streaming import StreamInference
 from mmcore.server.tracing import Tracing
+from mmcore.server.watched import Handler
 from mmcore.transport import Server, ServerCall, StreamCall
 from mmcore.transport.server import Guard, UnaryHandler
 
 SERVICE: Final = "inference.GRPCInferenceService"
+STREAM_INFER: Final = f"/{SERVICE}/ModelStreamInfer"
 
 #: What ServerMetadata promises; an extension is named here when all of it is served over gRPC.
 EXTENSIONS: Final = (
@@ -84,17 +86,16 @@ class V2Service:
         self._naming = Naming(names, self._waiting, config or DataplaneConfig)
         self._mesh = mesh
         self._passes_through = passes_through
-        infer: Callable[[Any, bytes], Body | None] = self._infer("ModelStreamInfer")
-        if guard is not None:
-            # Each message of a stream is a request of its own.
-            infer = guard.unary(f"/{SERVICE}/ModelStreamInfer", infer)
-        self._streams = StreamInference(infer)
+        self._guard = guard
+        # Each message of a stream is a request of its own.
+        self._infer_in_stream = self._guarded(STREAM_INFER, self._infer("ModelStreamInfer"))
+        self._streams = StreamInference(self._infer_in_stream)
 
     def register(self, server: Server) -> None:
         """Add every method to ``server``."""
         if not self._passes_through:
             server.add_unary(f"/{SERVICE}/ModelInfer", self._infer("ModelInfer"))
-            server.add_stream(f"/{SERVICE}/ModelStreamInfer", self._serve_stream, each=True)
+            server.add_stream(STREAM_INFER, self._serve_stream, each=True)
 
         def at_once(name: str, request_type: type[RequestT], method: Callable[[RequestT], Message]) -> None:
             self._add(server, name, immediate(request_type, method))
@@ -129,10 +130,19 @@ class V2Service:
             handler = self._naming.handler(method, request, answer, absent=absent, passed_on=passed_on)
             server.add_unary(f"/{method}", handler)
 
-    @property
-    def infer_apart(self) -> Callable[[Answer, bytes], Body | None]:
-        """What answers traced requests of ModelInfer."""
-        return self._inference.apart if self._config is None else self._infer("ModelInfer")
+    def apart(self, path: str) -> Handler:
+        """What answers traced requests of ModelInfer, and those within streams."""
+        handler = self._inference.apart if self._config is None else self._infer(path.rpartition("/")[2])
+        return self._guarded(path, handler)
+
+    def surround(self, around: Callable[[str, Handler], Handler] | None) -> None:
+        """Have the requests within streams looked at; see :meth:`mmcore.transport.Server.surround`."""
+        infer = self._infer_in_stream
+        self._streams.infer = infer if around is None else around(STREAM_INFER, infer)
+
+    def _guarded(self, path: str, handler: Handler) -> Handler:
+        # Requests of a stream, and of REST, answer like a transport's calls.
+        return handler if self._guard is None else cast(Handler, self._guard.unary(path, handler))
 
     def _passed_on(self, call: Answer, body: bytes, model: str, path: str, here: Callable[[], object]) -> bool:
         """Whether a question about a model that is not loaded here goes to another instance."""

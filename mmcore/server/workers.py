@@ -196,7 +196,7 @@ def run_workers(settings: ServeSettings, serve: Callable[[ServeSettings], int]) 
     Raises:
         Unavailable: a port cannot be listened on.
     """
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     folder = Path(tempfile.mkdtemp(prefix="mmcore-workers-"))
     try:
         with (

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mmcore.pb.inference_pb2 import ModelInferRequest
 from mmcore.pb.model_mesh_pb2 import ModelInfo, RegisterModelRequest
+from tests.etcds import Etcd
 from tests.serving import ADD_SUB, IDENTITY, Instance, Serve, write_model
 
 pytestmark = pytest.mark.slow
@@ -189,6 +190,34 @@ def test_what_is_passed_on_is_told(serve: Serve, tmp_path: Path) -> None:
     for each in told:
         assert each["mmcore_forward_retries_total", ()] == each["mmcore_forwards_unanswered_total", ()] == 0
         assert 0 <= each["mmcore_registry_lag_seconds", ()] < 2
+
+
+def test_the_lag_of_a_registry_that_is_away_grows_and_ends(serve: Serve, tmp_path: Path) -> None:
+    etcd = Etcd(tmp_path / "etcd").start()
+    try:
+        instance = serve(None, "--registry", f"etcd://{etcd.endpoint}/test", "--peer-port", "0")
+
+        def told() -> tuple[float, float]:
+            found = scrape(instance)
+            return found["mmcore_registry_connected", ()], found["mmcore_registry_lag_seconds", ()]
+
+        until(lambda: told()[0] == 1 and told()[1] < 2)
+        etcd.kill()
+        until(lambda: told()[0] == 0)
+        _, before = told()
+        began = time.monotonic()
+        until(lambda: told()[1] > before + 1)
+        # It grows as time does, no quicker.
+        assert time.monotonic() - began > 0.9
+        etcd.start()
+        until(lambda: told()[0] == 1 and told()[1] < 2)
+    finally:
+        etcd.stop()
+
+
+def test_a_registry_in_memory_does_not_lag(instance: Instance) -> None:
+    found = scrape(instance)
+    assert (found["mmcore_registry_connected", ()], found["mmcore_registry_lag_seconds", ()]) == (1, 0)
 
 
 def test_a_scrape_costs_the_same_with_many_models(serve: Serve, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from mmcore.pb.inference_pb2 import ModelInferRequest, ModelInferResponse
+from mmcore.pb.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from mmcore.pb.model_mesh_pb2 import ModelInfo, RegisterModelRequest, UnregisterModelRequest
 from tests.posts import Posts
 from tests.serving import FAILING, IDENTITY, Instance, Serve, write_model
@@ -77,6 +77,14 @@ def over_grpc(instance: Instance, model: str, **metadata: str) -> ModelInferResp
         return ModelInferResponse.FromString(
             call(question(model).SerializeToString(), timeout=20, metadata=list(metadata.items()))
         )
+
+
+def in_a_stream(instance: Instance, *models: str, **metadata: str) -> list[ModelStreamInferResponse]:
+    with grpc.insecure_channel(instance.grpc) as channel:
+        call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        bodies = [question(model).SerializeToString() for model in models]
+        answers = call(iter(bodies), timeout=20, metadata=list(metadata.items()))
+        return [ModelStreamInferResponse.FromString(answer) for answer in answers]
 
 
 def spans(posts: Posts) -> list[dict[str, Any]]:
@@ -158,6 +166,60 @@ def test_a_share_is_traced_unasked_and_errors_are_told(serve: Serve, posts: Post
     assert len({span["trace"] for span in requests}) == 2
 
 
+def test_each_request_of_a_stream_is_traced(serve: Serve, posts: Posts, models: Path) -> None:
+    instance = serve(models, "--otlp-endpoint", posts.url, "--trace-ratio", "0")
+    assert len(in_a_stream(instance, "one", "two")) == 2
+    answers = in_a_stream(instance, "one", "unknown", "one", traceparent=f"00-{TRACE}-{PARENT}-01")
+    assert [bool(answer.error_message) for answer in answers] == [False, True, False]
+    ended(instance)
+    found = spans(posts)
+    assert {span["trace"] for span in found} == {TRACE}
+    requests = [span for span in found if span["parent"] == PARENT]
+    assert {span["name"] for span in requests} == {"inference.GRPCInferenceService/ModelStreamInfer"}
+    assert sorted(span["status"] for span in requests) == [0, 0, 2]
+    answered = {span["id"] for span in requests if span["status"] == 0}
+    for stage in ("queue", "compute"):
+        assert {span["parent"] for span in found if span["name"] == stage} == answered
+    # They end when they are answered, not with the stream.
+    assert all(span["began"] <= span["ended"] for span in requests)
+
+
+def test_a_trace_goes_on_from_a_stream_to_another_instance(
+    serve: Serve, posts: Posts, tmp_path: Path, models: Path
+) -> None:
+    flags = ("--registry", f"sqlite:{tmp_path / 'registry.db'}", "--peer-port", "0")
+    one, other = (serve(None, *flags, "--otlp-endpoint", posts.url, "--trace-ratio", "0") for _ in range(2))
+    key = json.dumps({"storage_params": {"type": "local"}})
+    with grpc.insecure_channel(one.grpc) as channel:
+        register = channel.unary_unary("/mmesh.ModelMesh/registerModel")
+        info = ModelInfo(type="python", path=str(models / "one"), key=key)
+        register(RegisterModelRequest(modelId="m", modelInfo=info).SerializeToString(), timeout=20)
+    for instance in (one, other):
+        [answer] = in_a_stream(instance, "m", traceparent=f"00-{TRACE}-{PARENT}-01")
+        assert not answer.error_message
+    ended(one, other)
+    found = spans(posts)
+    by_id = {span["id"]: span for span in found}
+    [forward] = [span for span in found if span["name"] == "forward"]
+    assert by_id[forward["parent"]]["name"].endswith("/ModelStreamInfer")
+    [passed_on] = [span for span in found if span["parent"] == forward["id"]]
+    assert passed_on["instance"] != forward["instance"]
+
+
+def test_a_traced_request_needs_its_token_too(serve: Serve, posts: Posts, models: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.yaml"
+    tokens.write_text("- {name: some, token: some, scopes: [infer], models: [one]}\n")
+    instance = serve(models, "--auth-tokens", tokens, "--otlp-endpoint", posts.url, "--trace-ratio", "1")
+    assert over_rest(instance, "one") == 401
+    assert over_rest(instance, "two", authorization="Bearer some") == 403
+    assert over_rest(instance, "one", authorization="Bearer some") == 200
+    with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+        over_grpc(instance, "one")
+    first, second = in_a_stream(instance, "one", "two", authorization="Bearer some")
+    assert (first.error_message, "may not use" in second.error_message) == ("", True)
+    ended(instance)
+
+
 def test_a_collector_that_is_away_harms_no_request(serve: Serve, models: Path) -> None:
     instance = serve(models, "--otlp-endpoint", "http://127.0.0.1:9", "--trace-ratio", "1", "--grace", "5s")
     assert [over_rest(instance, "one") for _ in range(20)] == [200] * 20
@@ -183,6 +245,27 @@ def test_payloads_are_written_to_a_file(serve: Serve, tmp_path: Path, models: Pa
     assert ModelInferResponse.FromString(payloads[1]) == answer
     assert ModelInferRequest.FromString(payloads[2]).model_name == "one"
     assert "seven" in events[5]["details"]
+
+
+def test_payloads_within_streams_are_written_one_by_one(serve: Serve, tmp_path: Path, models: Path) -> None:
+    file = tmp_path / "payloads.jsonl"
+    instance = serve(models, "--payload-log", file, "--payload-model", "one", "--payload-model", "failing")
+    first, _, third, _ = in_a_stream(instance, "one", "two", "failing", "one")
+    assert "shape" in third.error_message
+    ended(instance)
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {event["method"] for event in events} == {"ModelStreamInfer"}
+    requests = {event["requestid"]: event for event in events if event["type"].endswith(".request")}
+    responses = {event["requestid"]: event for event in events if event["type"].endswith(".response")}
+    assert requests.keys() == responses.keys()
+    told = sorted((event["subject"], responses[name]["status"]) for name, event in requests.items())
+    assert told == [("failing", "INVALID_ARGUMENT"), ("one", "OK"), ("one", "OK")]
+    for name, event in requests.items():
+        body = ModelInferRequest.FromString(base64.b64decode(event["data_base64"]))
+        assert body == question(event["subject"])
+        if event["subject"] == "one":
+            answer = ModelInferResponse.FromString(base64.b64decode(responses[name]["data_base64"]))
+            assert answer.raw_output_contents == first.infer_response.raw_output_contents
 
 
 def test_payloads_are_posted_and_dropped_where_the_endpoint_is_slow(serve: Serve, posts: Posts, models: Path) -> None:
@@ -227,6 +310,54 @@ def test_requests_are_logged_on_demand(serve: Serve, models: Path) -> None:
         "one",
     ]
     assert "status=OK" in lines[0] and "status=NOT_FOUND" in "".join(lines)
+
+
+def test_requests_of_a_stream_are_logged_on_demand(serve: Serve, models: Path) -> None:
+    instance = serve(models, "--log-format", "json")
+    in_a_stream(instance, "one")
+    assert post(instance.rest, "/v2/logging", {"log_requests": True}) == 200
+    in_a_stream(instance, "one", "unknown")
+    ended(instance)
+    lines = [json.loads(line) for line in instance.log_text().splitlines()]
+    told = [(one["method"], one["model"], one["status"]) for one in lines if one.get("event") == "request"]
+    streamed = sorted(one for one in told if one[0] == "ModelStreamInfer")
+    assert streamed == [("ModelStreamInfer", "one", "OK"), ("ModelStreamInfer", "unknown", "NOT_FOUND")]
+
+
+def test_the_turns_of_a_life_have_names_and_fields_as_json(serve: Serve, tmp_path: Path, models: Path) -> None:
+    flags = ("--registry", f"sqlite:{tmp_path / 'registry.db'}", "--peer-port", "0", "--log-format", "json")
+    one = serve(None, *flags)
+    with grpc.insecure_channel(one.grpc) as channel:
+        register = channel.unary_unary("/mmesh.ModelMesh/registerModel")
+        unregister = channel.unary_unary("/mmesh.ModelMesh/unregisterModel")
+        key = json.dumps({"storage_params": {"type": "local"}})
+        for name, path in (("good", models / "one"), ("bad", tmp_path / "nothing")):
+            info = ModelInfo(type="python", path=str(path), key=key)
+            register(RegisterModelRequest(modelId=name, modelInfo=info).SerializeToString(), timeout=20)
+        assert over_rest(one, "good") == 200
+        assert over_rest(one, "bad") == 400
+        unregister(UnregisterModelRequest(modelId="good").SerializeToString(), timeout=20)
+
+    def events() -> list[dict[str, Any]]:
+        return [line for text in one.log_text().splitlines() if "event" in (line := json.loads(text))]
+
+    def told(event: str, **fields: str) -> bool:
+        return any(one["event"] == event and fields.items() <= one.items() for one in events())
+
+    until(lambda: told("unloaded", model="good"))
+    other = serve(None, *flags)
+    until(lambda: told("joined", instance=other.ready["instance"]))
+    ended(other)
+    until(lambda: told("left", instance=other.ready["instance"]))
+    for event in ("registered", "loading", "loaded", "unregistered", "unloaded"):
+        assert told(event, model="good"), event
+    [failed] = [one for one in events() if one["event"] == "load_failed"]
+    assert failed["model"] == "bad"
+    assert "nothing" in failed["reason"]
+    [loaded] = [one for one in events() if one["event"] == "loaded"]
+    assert loaded["bytes"] > 0 and {"level", "logger", "message", "time"} <= loaded.keys()
+    ended(one)
+    assert told("draining")
 
 
 def test_each_turn_in_a_life_is_a_line_in_the_log(serve: Serve, tmp_path: Path, models: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -56,3 +58,28 @@ def test_times_are_universal_time_to_the_millisecond(capsys: pytest.CaptureFixtu
     )
     formatter = log.LineFormatter("%(asctime)s %(levelname)s %(shortname)s: %(message)s")
     assert formatter.format(record) == "1970-01-01T00:00:00.500Z INFO x: text"
+
+
+def test_lines_as_json_have_the_fields_of_their_event(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("info", "json")
+    logger = logging.getLogger("mmcore.cache.cache")
+    logger.info("loaded %s\nat last", "m", extra=log.event("loaded", model="m", bytes=3))
+    try:
+        raise ValueError("seven")
+    except ValueError:
+        logger.exception("it failed")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
+    assert first == {
+        "level": "info", "logger": "cache.cache", "message": "loaded m\nat last",
+        "event": "loaded", "model": "m", "bytes": 3,
+    }  # fmt: skip
+    assert second["level"] == "error"
+    assert "ValueError: seven" in second["exception"]
+    assert "event" not in second
+
+
+def test_events_do_not_show_in_text(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("info")
+    logging.getLogger("mmcore.x").info("loaded", extra=log.event("loaded", model="m"))
+    assert capsys.readouterr().err.endswith("INFO x: loaded\n")
