@@ -51,8 +51,8 @@ def _repository(address: str) -> RepositoryRuntime:
 def _check(target: str, address: str) -> None:
     host, _, port = target.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
+        servers = " or ".join(f"{name}://HOST:PORT?repo=DIR" for name in _REPOSITORIES)
         raise ValueError(
-            f"{address!r} is not the address of a runtime; write unix:PATH or HOST:PORT, with ?data= and such an address"
-            " where requests go elsewhere,"
-            f" or {' or '.join(f'{name}://HOST:PORT?repo=DIR' for name in _REPOSITORIES)}"
+            f"{address!r} is not the address of a runtime; write unix:PATH or HOST:PORT, with ?data= and another such"
+            f" address where requests go elsewhere, or {servers}"
         )

@@ -20,9 +20,9 @@ def runtime_address(runtime: Runtime) -> str | None:
         return None
     spec, server = runtime.spec, runtime.server_type
     if not server:
-        managed, data = spec["grpcEndpoint"], spec.get("grpcDataEndpoint")
-        apart = data and endpoint_address(data) != endpoint_address(managed)
-        return endpoint_address(managed) + (f"?data={endpoint_address(data)}" if apart else "")
+        managed = endpoint_address(spec["grpcEndpoint"])
+        data = endpoint_address(spec.get("grpcDataEndpoint") or spec["grpcEndpoint"])
+        return managed if data == managed else f"{managed}?data={data}"
     port = at(spec, "builtInAdapter", "runtimeManagementPort") or _GRPC_PORT
     return f"{server}://127.0.0.1:{port}?repo={MODELS}/_{server}_models"
 
