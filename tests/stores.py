@@ -41,9 +41,9 @@ class Bucket:
         self.client.put_object(Bucket=BUCKET, Key=key, Body=body)
         return hashlib.md5(body).hexdigest()
 
-    def put_in_parts(self, key: str, parts: list[bytes]) -> None:
+    def put_in_parts(self, key: str, parts: list[bytes], **checksum: str) -> None:
         """A multipart upload."""
-        upload = self.client.create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
+        upload = self.client.create_multipart_upload(Bucket=BUCKET, Key=key, **checksum)["UploadId"]
         done = [
             {
                 "PartNumber": number,

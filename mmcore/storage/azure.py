@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -20,6 +20,7 @@ from azure.storage.blob import BlobSasPermissions, ContainerClient, generate_blo
 
 from mmcore.errors import LoadFailed
 from mmcore.storage.connections import Connections
+from mmcore.storage.digests import Digest
 from mmcore.storage.places import Place
 from mmcore.storage.remote import Blob, Interrupted, Refused, Request, objects_at, refusal
 from mmcore.storage.transfer import PullLimits
@@ -99,8 +100,13 @@ class AzureRemote:
         path = f"{self._address.path}/{quote(blob.key)}"
         return Request(urlunsplit(self._address._replace(path=path, query=query)), headers)
 
-    def upload_bytes(self, blob: Blob) -> int | None:
-        """Nothing is known of uploads."""
+    def digest(self, blob: Blob) -> Digest | None:
+        """That of the listing, see :class:`mmcore.storage.remote.Remote`."""
+        return blob.digest
+
+    def piece_sizes(self, blob: Blob, count: int) -> Iterable[int]:
+        """Nothing is known of pieces."""
+        return ()
 
     def checks(self, headers: Mapping[str, str]) -> bool:
         """Digests here are always of the bytes."""
@@ -130,5 +136,5 @@ def _blob(listed: Any) -> Blob:
         size=listed.size,
         version=str(listed.etag).strip('"'),
         content=digest,
-        md5=digest or None,
+        digest=Digest("md5", digest) if digest else None,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
@@ -19,6 +19,7 @@ from google.oauth2.service_account import Credentials
 
 from mmcore.errors import LoadFailed
 from mmcore.storage.connections import Connections
+from mmcore.storage.digests import Digest
 from mmcore.storage.places import Place
 from mmcore.storage.remote import Blob, Interrupted, Refused, Request, objects_at
 from mmcore.storage.transfer import PullLimits
@@ -26,7 +27,7 @@ from mmcore.storage.transfer import PullLimits
 _ENDPOINT: Final = "https://storage.googleapis.com"
 _TOKENS: Final = "https://oauth2.googleapis.com/token"
 _SCOPE: Final = "https://www.googleapis.com/auth/devstorage.read_only"
-_FIELDS: Final = "nextPageToken,items(name,size,generation,md5Hash)"
+_FIELDS: Final = "nextPageToken,items(name,size,generation,md5Hash,crc32c)"
 _PAGE: Final = 1000
 _PAGE_BYTES: Final = 16 * 2**20
 
@@ -70,8 +71,13 @@ class GcsRemote:
         # Objects that are stored compressed are wanted as they are stored: so they are listed.
         return Request(url, {**self._headers(), "accept-encoding": "gzip"})
 
-    def upload_bytes(self, blob: Blob) -> int | None:
-        """Nothing is known of uploads."""
+    def digest(self, blob: Blob) -> Digest | None:
+        """That of the listing, see :class:`mmcore.storage.remote.Remote`."""
+        return blob.digest
+
+    def piece_sizes(self, blob: Blob, count: int) -> Iterable[int]:
+        """Nothing is known of pieces."""
+        return ()
 
     def checks(self, headers: Mapping[str, str]) -> bool:
         """Digests here are always of the bytes."""
@@ -122,13 +128,16 @@ def _page(body: bytes, what: str) -> dict[str, Any]:
 
 
 def _blob(listed: Mapping[str, Any]) -> Blob:
-    md5 = listed.get("md5Hash")
-    digest = base64.b64decode(md5).hex() if md5 else ""
+    found = {
+        algorithm: base64.b64decode(listed[field]).hex()
+        for algorithm, field in (("crc32c", "crc32c"), ("md5", "md5Hash"))
+        if listed.get(field)
+    }
     return Blob(
         key=listed["name"],
         name="",
         size=int(listed["size"]),
         version=str(listed["generation"]),
-        content=digest,
-        md5=digest or None,
+        content=found.get("md5", ""),
+        digest=next((Digest(algorithm, value) for algorithm, value in found.items()), None),
     )

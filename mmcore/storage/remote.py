@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Final, Protocol
 
 from mmcore.errors import LoadFailed
+from mmcore.storage.digests import Digest
 
 #: Objects that are listed at the first look for a model.
 _FEW: Final = 20
@@ -44,8 +45,8 @@ class Blob:
         size: in bytes; None where the store does not tell.
         version: changes with the object: an entity tag, a generation, a time; empty where the store tells none.
         content: equal in one store only where the bytes are equal; empty where the store has no such thing.
-        md5: hex digest of the bytes, where the store tells.
-        uploads: so many pieces it was uploaded in, where ``content`` is made of their digests; else 0.
+        digest: what the bytes are checked by, where the store tells.
+        more: whether the store has others, which are worth asking for.
         ranges: whether parts of it can be asked for.
     """
 
@@ -54,9 +55,14 @@ class Blob:
     size: int | None
     version: str
     content: str = ""
-    md5: str | None = None
-    uploads: int = 0
+    digest: Digest | None = None
+    more: bool = False
     ranges: bool = True
+
+    @property
+    def asks(self) -> bool:
+        """Whether the store is to be asked what the bytes are checked by."""
+        return self.more or (self.digest is not None and self.digest.pieces > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +96,14 @@ class Remote(Protocol):
     def request(self, blob: Blob) -> Request:
         """What asks for an object as listed, signed anew for each time. Raises as :meth:`find` does."""
 
-    def upload_bytes(self, blob: Blob) -> int | None:
-        """Bytes of each piece but the last of an object uploaded in pieces; None when that cannot be told."""
+    def digest(self, blob: Blob) -> Digest | None:
+        """What an object that ``asks`` is best checked by; None where nothing fits. Raises Interrupted alone."""
+
+    def piece_sizes(self, blob: Blob, count: int) -> Iterable[int]:
+        """The bytes of each of the pieces that an object was uploaded in, as far as the store tells."""
 
     def checks(self, headers: Mapping[str, str]) -> bool:
-        """Whether an answer's headers leave the listed digest one of the bytes: not so with some encryptions."""
+        """Whether an answer's headers leave a listed MD5 one of the bytes: not so with some encryptions."""
 
 
 def refusal(status: int, text: str, what: str) -> Exception:

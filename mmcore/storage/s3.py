@@ -6,10 +6,13 @@ roles. Objects are fetched by signed URLs, made anew for every request, so that 
 
 from __future__ import annotations
 
+import base64
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import boto3
@@ -28,6 +31,7 @@ from botocore.exceptions import ConnectionError as ConnectionFailed
 
 from mmcore.errors import LoadFailed
 from mmcore.storage.connections import Connections
+from mmcore.storage.digests import ALGORITHMS, Digest
 from mmcore.storage.places import Place
 from mmcore.storage.remote import (
     Blob,
@@ -40,6 +44,9 @@ from mmcore.storage.remote import (
 from mmcore.storage.transfer import PullLimits
 
 _URL_LIFE_S: Final = 900
+_WORTH_ASKING: Final = 8 * 2**20
+#: An entity tag that is a digest of the bytes, or of the digests of the parts of an upload.
+_MD5: Final = re.compile(r"[0-9a-f]{32}(-[1-9]\d{0,4})?")
 _STYLES: Final = ("auto", "path", "virtual")
 #: boto3 reads its service models while a client is made, which is not for several threads at once.
 _making = threading.Lock()
@@ -116,18 +123,36 @@ class S3Remote:
             )
         return Request(url, {"if-match": f'"{blob.version}"'} if blob.version else {})
 
-    def upload_bytes(self, blob: Blob) -> int | None:
-        """The size of the first part of a multipart upload.
+    def digest(self, blob: Blob) -> Digest | None:
+        """The cheapest that the store has, see :class:`mmcore.storage.remote.Remote`.
 
         A server that does not know such questions is no reason to fail: the object is checked by its size alone then.
         """
+        head = self._head(blob, ChecksumMode="ENABLED") if blob.more else {}
+        found = (_additional(head) if _tag(head) == blob.version else None) or blob.digest
+        if found is None or not found.pieces:
+            return found
+        size = next(iter(self.piece_sizes(blob, found.pieces)), 0)
+        fits = size and blob.size is not None and -(-blob.size // size) == found.pieces
+        return replace(found, piece_bytes=size) if fits else None
+
+    def piece_sizes(self, blob: Blob, count: int) -> Iterator[int]:
+        """Those of the parts of a multipart upload, by one request each."""
+        for number in range(1, count + 1):
+            head = self._head(blob, PartNumber=number)
+            size = head.get("ContentLength")
+            if head.get("PartsCount") != count or not isinstance(size, int):
+                return
+            yield size
+
+    def _head(self, blob: Blob, **asked: Any) -> Mapping[str, Any]:
+        """What the store tells of an object without its bytes; nothing where it cannot."""
         try:
             with self._translated(f"{self.where}/{blob.key}"):
-                head = self._client.head_object(Bucket=self._bucket, Key=blob.key, PartNumber=1)
+                head: Mapping[str, Any] = self._client.head_object(Bucket=self._bucket, Key=blob.key, **asked)
+                return head
         except (LoadFailed, Interrupted):
-            return None
-        size = head.get("ContentLength")
-        return size if isinstance(size, int) and head.get("PartsCount") == blob.uploads else None
+            return {}
 
     def checks(self, headers: Mapping[str, str]) -> bool:
         """With keys of a key service or of the customer the tag is no digest of the bytes."""
@@ -160,16 +185,31 @@ class S3Remote:
 
 
 def _blob(listed: Mapping[str, Any]) -> Blob:
-    tag = str(listed.get("ETag", "")).strip('"')
-    digest, _, uploads = tag.partition("-")
-    known = len(digest) == 32 and all(one in "0123456789abcdef" for one in digest)
-    pieces = int(uploads) if known and uploads.isdigit() else 0
+    tag, size = _tag(listed), int(listed["Size"])
+    known = _MD5.fullmatch(tag) is not None
     return Blob(
         key=listed["Key"],
         name="",
-        size=int(listed["Size"]),
+        size=size,
         version=tag,
         content=tag if known else "",
-        md5=digest if known and not uploads else None,
-        uploads=pieces,
+        digest=Digest("md5", tag) if known else None,
+        # An object of less is summed up before a question would be answered.
+        more=bool(listed.get("ChecksumAlgorithm")) and (size >= _WORTH_ASKING or "-" in tag),
     )
+
+
+def _tag(told: Mapping[str, Any]) -> str:
+    return str(told.get("ETag", "")).strip('"')
+
+
+def _additional(head: Mapping[str, Any]) -> Digest | None:
+    """The cheapest of the digests beside the tag; those of pieces have the number of these behind them, as tags do."""
+    for algorithm in ALGORITHMS:
+        value, _, pieces = str(head.get(f"Checksum{algorithm.upper()}") or "").partition("-")
+        if head.get("ChecksumType") == "COMPOSITE":
+            # Some servers leave the number out.
+            pieces = pieces or _tag(head).partition("-")[2]
+        if value:
+            return Digest(algorithm, base64.b64decode(value).hex() + (f"-{pieces}" if pieces else ""))
+    return None

@@ -6,13 +6,12 @@ pause, from the byte it stopped at; a bounded number of times without progress, 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from mmcore.errors import Cancelled, LoadFailed
 from mmcore.storage.cancellation import Cancellation
+from mmcore.storage.digests import Digest, begin, joined, of_pieces
 from mmcore.storage.remote import Blob, Changed, Interrupted, Remote
 
 if TYPE_CHECKING:
@@ -155,19 +155,21 @@ class Watch:
 class _File:
     """One object on its way to a file: its open parts, and the digests of what has come."""
 
-    def __init__(self, blob: Blob, path: Path) -> None:
+    def __init__(self, blob: Blob, path: Path, digest: Digest | None) -> None:
         self.blob = blob
         self.path = path
+        self.digest = digest
         self.descriptor = -1
         self.parts: list[_Part] = []
         self.left = 0
         #: By number: the digest of each piece that the object was uploaded in.
         self.pieces: dict[int, bytes] = {}
-        #: The digest of the first so many bytes; its lock is held by the thread that goes on with it.
-        self.md5 = hashlib.md5(usedforsecurity=False)
+        #: Of a digest that needs all bytes in order: that of the first so many; who holds the lock goes on with it.
+        self.in_order = begin(digest.algorithm) if digest is not None and not (digest.pieces or digest.joins) else None
         self.summed = 0
         self.summing = threading.Lock()
-        self.checked = True
+        #: The listed digest turned out to be none of the bytes.
+        self.unchecked = False
         self.lock = threading.Lock()
 
     def open(self) -> None:
@@ -182,17 +184,40 @@ class _File:
 
         What was just written is in memory, so reading it again costs little, and the parts need not come in order.
         """
-        if self.blob.md5 is None or not self.summing.acquire(blocking=wait):
+        if self.in_order is None or not self.summing.acquire(blocking=wait):
             return
         try:
             while count := min(_SUM_BYTES, self._missing() - self.summed):
-                self.md5.update(os.pread(self.descriptor, count, self.summed))
+                self.in_order.update(os.pread(self.descriptor, count, self.summed))
                 self.summed += count
         finally:
             self.summing.release()
 
     def _missing(self) -> int:
         return next((part.at for part in self.parts if not part.done), self.parts[-1].at)
+
+    def found(self) -> str | None:
+        """The digest of what has come, where all of it has; None where there is none to compare it with."""
+        if self.digest is None:
+            return None
+        if self.in_order is not None:
+            self.sum_up(wait=True)
+            return self.in_order.digest().hex()
+        if self.digest.joins:
+            return joined(self.digest.algorithm, [(part.sum, part.at - part.start) for part in self.parts])
+        return of_pieces(self.digest.algorithm, [self.pieces[number] for number in sorted(self.pieces)])
+
+    def found_in(self, sizes: Iterable[int]) -> str:
+        """The digest of pieces that have these sizes, read once more."""
+        assert self.digest is not None
+        digests, at = [], 0
+        for size in sizes:
+            piece, end = begin(self.digest.algorithm), at + size
+            while at < end and (chunk := os.pread(self.descriptor, min(_SUM_BYTES, end - at), at)):
+                piece.update(chunk)
+                at += len(chunk)
+            digests.append(piece.digest())
+        return of_pieces(self.digest.algorithm, digests)
 
     def close(self) -> None:
         """Close the descriptor if it is open."""
@@ -205,18 +230,17 @@ class _File:
 class _Part:
     """Bytes of a file from ``at`` to ``stop``, which is None while the size is not known; they come in order.
 
-    ``piece`` is the size of the pieces the object was uploaded in, where these are checked one by one; ``left`` is how
-    far an earlier download has come.
+    ``left`` is how far an earlier download has come. ``sum`` is that of its bytes, or of the last of the pieces the
+    object was uploaded in, where that is what the object is checked by.
     """
 
-    def __init__(self, file: _File, start: int, stop: int | None, piece: int | None, left: int = 0) -> None:
+    def __init__(self, file: _File, start: int, stop: int | None, left: int = 0) -> None:
         self.file = file
         self.start = self.at = start
         self.stop = stop
         self.left = left
         self.whole = start == 0 and stop == file.blob.size
-        self._piece = piece
-        self._sum = hashlib.md5(usedforsecurity=False)
+        self.sum = begin(file.digest.algorithm if file.digest is not None else "md5")
 
     @property
     def done(self) -> bool:
@@ -238,19 +262,22 @@ class _Part:
             view = view[written:]
 
     def _count(self, view: memoryview) -> None:
-        piece = self._piece
-        if piece is None:
+        digest = self.file.digest
+        if digest is None or not digest.pieces:
+            if digest is not None and digest.joins:
+                self.sum.update(view)
             self.at += len(view)
             self.file.sum_up(wait=False)
             return
+        piece = digest.piece_bytes
         while view:
             left = view[: piece - self.at % piece]
-            self._sum.update(left)
+            self.sum.update(left)
             self.at += len(left)
             view = view[len(left) :]
             if self.at % piece == 0 or self.at == self.file.blob.size:
-                self.file.pieces[(self.at - 1) // piece] = self._sum.digest()
-                self._sum = hashlib.md5(usedforsecurity=False)
+                self.file.pieces[(self.at - 1) // piece] = self.sum.digest()
+                self.sum = begin(digest.algorithm)
 
 
 class Transfer:
@@ -291,11 +318,11 @@ class Transfer:
         """
         for parent in {(folder / blob.name).parent for blob in blobs}:
             parent.mkdir(parents=True, exist_ok=True)
-        uploaded = [blob for blob in blobs if blob.uploads]
+        asked = [blob for blob in blobs if blob.asks]
         with ThreadPoolExecutor(self._watch.limits.threads, thread_name_prefix="mmcore-pull") as asking:
-            pieces = dict(zip(uploaded, asking.map(self._piece, uploaded), strict=True))
+            digests = dict(zip(asked, asking.map(self._digest, asked), strict=True))
         for blob in blobs:
-            self._plan(_File(blob, folder / blob.name), pieces.get(blob))
+            self._plan(_File(blob, folder / blob.name, digests[blob] if blob.asks else blob.digest))
         threads = [
             threading.Thread(target=self._work, name=f"mmcore-pull-{number}", daemon=True)
             for number in range(min(self._watch.limits.threads, len(self._parts)) - 1)
@@ -329,27 +356,23 @@ class Transfer:
         count = sum(at - start for parts in came.values() for start, at in parts)
         return came if known and count >= self._watch.limits.least_bytes else {}
 
-    def _plan(self, file: _File, piece: int | None) -> None:
-        """Cut a file into parts; along the pieces it was uploaded in, where these can be checked one by one."""
+    def _plan(self, file: _File) -> None:
+        """Cut a file into parts; along the pieces it was uploaded in, where these are checked one by one."""
         size, step = file.blob.size, self._part_bytes
-        if piece is not None:
-            step = max(1, step // piece) * piece
+        if file.digest is not None and file.digest.pieces:
+            step = max(1, step // file.digest.piece_bytes) * file.digest.piece_bytes
         if size is None or not file.blob.ranges or size <= step:
             spans: list[tuple[int, int | None]] = [(0, size)]
         else:
             spans = [(start, min(start + step, size)) for start in range(0, size, step)]
         left = dict(self._left.get(file.blob.name, ()))
-        file.parts = parts = [
-            _Part(file, start, stop, piece, min(left.get(start, 0), stop or 0)) for start, stop in spans
-        ]
+        file.parts = parts = [_Part(file, start, stop, min(left.get(start, 0), stop or 0)) for start, stop in spans]
         file.left = len(parts)
         self._files.append(file)
         self._parts.extend(parts)
 
-    def _piece(self, blob: Blob) -> int | None:
-        """Bytes of the pieces an object was uploaded in, where they account for it."""
-        piece = self._watch.again(lambda: self._remote.upload_bytes(blob))
-        return piece if piece and blob.size is not None and -(-blob.size // piece) == blob.uploads else None
+    def _digest(self, blob: Blob) -> Digest | None:
+        return self._watch.again(lambda: self._remote.digest(blob))
 
     def _work(self) -> None:
         """In every thread: bring one part after the other, until all are there or one failed."""
@@ -399,8 +422,9 @@ class Transfer:
         ):
             if blob.size is not None and answer.size not in (None, blob.size):
                 raise Changed(f"{what} was changed while it was pulled")
-            if not self._remote.checks(answer.headers):
-                part.file.checked = False
+            digest = part.file.digest
+            if digest is not None and digest.algorithm == "md5" and not self._remote.checks(answer.headers):
+                part.file.unchecked = True
             since, seen = watch.clock(), part.at
             for chunk in answer.chunks():
                 if self._failure is not None:
@@ -428,21 +452,24 @@ class Transfer:
         Raises:
             LoadFailed: it is not what the store said it would be.
         """
-        blob = file.blob
-        found = expected = None
-        if file.checked and blob.md5 is not None:
-            file.sum_up(wait=True)
-            expected = blob.md5
-            found = file.md5.hexdigest()
-        elif file.checked and len(file.pieces) == blob.uploads > 0:
-            # The digest of the pieces' digests, and their number.
-            joined = b"".join(file.pieces[number] for number in range(blob.uploads))
-            expected = blob.content
-            found = f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{blob.uploads}"
-        if found != expected:
-            raise LoadFailed(f"{self._what(blob)}: what came has the checksum {found}, the store says {expected}")
+        digest = None if file.unchecked else file.digest
+        if digest is not None and (found := file.found()) != digest.value and not self._fits_otherwise(file, digest):
+            raise LoadFailed(
+                f"{self._what(file.blob)}: what came has the checksum {found}, the store says {digest.value}"
+            )
         os.fsync(file.descriptor)
         file.close()
+
+    def _fits_otherwise(self, file: _File, digest: Digest) -> bool:
+        """Whether the digest is right for pieces of different sizes, each of which the store is asked for."""
+        if not digest.pieces:
+            return False
+        sizes = []
+        for size in self._remote.piece_sizes(file.blob, digest.pieces):
+            self._watch.check()
+            sizes.append(size)
+        different = any(size != digest.piece_bytes for size in sizes[:-1])
+        return different and sum(sizes) == file.blob.size and file.found_in(sizes) == digest.value
 
     def _what(self, blob: Blob) -> str:
         return f"{self._remote.where}/{blob.key}"

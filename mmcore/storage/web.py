@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from mmcore.errors import LoadFailed
 from mmcore.storage.connections import Connections
+from mmcore.storage.digests import Digest
 from mmcore.storage.places import Place
 from mmcore.storage.remote import Blob, Changed, Request
 from mmcore.storage.transfer import PullLimits
@@ -62,8 +63,13 @@ class WebRemote:
             condition["if-unmodified-since"] = blob.version
         return self._request(blob.key, condition)
 
-    def upload_bytes(self, blob: Blob) -> int | None:
-        """Nothing is known of uploads."""
+    def digest(self, blob: Blob) -> Digest | None:
+        """That of the listing, see :class:`mmcore.storage.remote.Remote`."""
+        return blob.digest
+
+    def piece_sizes(self, blob: Blob, count: int) -> Iterable[int]:
+        """Nothing is known of pieces."""
+        return ()
 
     def checks(self, headers: Mapping[str, str]) -> bool:
         """No digest is known that could be another's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import pytest
 from mmcore.errors import Cancelled, LoadFailed, Unavailable
 from mmcore.model import ModelInfo
 from mmcore.storage import Cancellation, DiskCache, Pulled, PulledOrigin, Puller, StorageConfig
+from mmcore.storage.digests import begin
 from mmcore.storage.places import Place
 from mmcore.storage.remote import Blob
 from mmcore.storage.s3 import S3Remote
@@ -300,6 +302,58 @@ def test_wrong_part_of_a_large_upload_is_noticed(bucket: Bucket, proxy: Proxy, s
     proxy.faults = [flip]
     with pytest.raises(LoadFailed, match=r"has the checksum \w+-2, the store says \w+-2"):
         spoiled("m")
+
+
+PARTS = [*(os.urandom(5 * MIB) for _ in range(4)), b"rest"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind", "digits"),
+    [("CRC32", "COMPOSITE", 8), ("CRC32", "FULL_OBJECT", 8), ("SHA256", "COMPOSITE", 64), ("SHA1", "COMPOSITE", 40)],
+)
+def test_uploads_in_parts_are_checked_by_the_checksum_beside_their_tag(
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, algorithm: str, kind: str, digits: int
+) -> None:
+    bucket.put_in_parts("m/model.onnx", PARTS, ChecksumAlgorithm=algorithm, ChecksumType=kind)
+    proxy.faults = [flip]
+    pieces = "-5" if kind == "COMPOSITE" else ""
+    text = f"what came has the checksum [0-9a-f]{{{digits}}}{pieces}, the store says [0-9a-f]{{{digits}}}{pieces}$"
+    with pytest.raises(LoadFailed, match=text):
+        spoiled("m")
+    assert tree(spoiled("m").path) == {"model.onnx": b"".join(PARTS)}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "digits"), [("CRC32", 8), ("CRC32C", 8), ("CRC64NVME", 16), ("SHA256", 64), ("SHA1", 40)]
+)
+def test_large_objects_are_checked_by_the_checksum_beside_their_tag(
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, algorithm: str, digits: int
+) -> None:
+    body = b"".join(PARTS)
+    whole = begin(algorithm.lower())
+    whole.update(body)
+    told = {"ChecksumAlgorithm": algorithm, f"Checksum{algorithm}": base64.b64encode(whole.digest()).decode()}
+    bucket.client.put_object(Bucket=BUCKET, Key="m/model.onnx", Body=body, **told)
+    proxy.faults = [flip]
+    with pytest.raises(LoadFailed, match=rf"has the checksum [0-9a-f]{{{digits}}}, the store says \w{{{digits}}}$"):
+        spoiled("m")
+    assert tree(spoiled("m").path) == {"model.onnx": body}
+    assert len([line for line in proxy.requests if line.startswith("HEAD")]) == 2
+    # A small one is sooner summed up than asked for.
+    bucket.put("small/model.onnx", b"x" * 1000)
+    spoiled("small")
+    assert len([line for line in proxy.requests if line.startswith("HEAD")]) == 2
+
+
+def test_parts_of_different_sizes_are_asked_for_one_by_one(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+    # As many as there would be if all were as large as the first.
+    parts = [os.urandom(5 * MIB), os.urandom(6 * MIB), os.urandom(8 * MIB), b"rest"]
+    bucket.put_in_parts("m/model.onnx", parts)
+    assert tree(spoiled("m").path) == {"model.onnx": b"".join(parts)}
+    bucket.put_in_parts("n/model.onnx", parts[::-1][1:])
+    proxy.faults = [flip]
+    with pytest.raises(LoadFailed, match=r"has the checksum \w+-3, the store says \w+-3"):
+        spoiled("n")
 
 
 def test_server_that_tells_nothing_of_parts_is_no_reason_to_fail(bucket: Bucket, server: str, tmp_path: Path) -> None:
