@@ -191,6 +191,22 @@ def test_a_custom_runtime_is_reached_by_its_endpoint() -> None:
     assert runtime_address(runtime(**spi, grpcDataEndpoint="port:8001")) == "127.0.0.1:8085?data=127.0.0.1:8001"
 
 
+def test_servers_with_a_port_for_management_are_told_both() -> None:
+    ovms = {
+        "builtInAdapter": {"serverType": "ovms", "runtimeManagementPort": 8888},
+        "grpcDataEndpoint": "port:8001",
+        "containers": [{"name": "ovms", "args": ["--port=8001", "--config_path=/models/list.json"]}],
+    }
+    expected = "ovms://127.0.0.1:8001?repo=/models/_ovms_models&rest=8888&config="
+    assert runtime_address(runtime(**ovms)) == expected + "/models/list.json"
+    assert runtime_address(runtime(**{**ovms, "containers": [{"name": "ovms"}]})) == (
+        expected + "/models/model_config_list.json"
+    )
+    torchserve = {"builtInAdapter": {"serverType": "torchserve"}, "containers": [{"name": "torchserve"}]}
+    told = "torchserve://127.0.0.1:7070?repo=/models/_torchserve_models&management=7071"
+    assert runtime_address(runtime(**torchserve)) == told
+
+
 def test_nothing_of_the_controller_itself_is_in_the_pods() -> None:
     # An upgrade of the controller rolls pods only where the image that they run changes.
     config = ServingConfig.read("mmcoreImage: {name: mine, tag: fixed}")
