@@ -12,11 +12,13 @@ from libc.stdint cimport int64_t, uint8_t
 
 from mmcore._ext.h2 cimport CANCELLED, OK, RESOURCE_EXHAUSTED, Method, encode_metadata, now
 from mmcore._ext.h2client cimport ClientCall, ClientSession
-from mmcore._ext.h2server cimport ServerCall
+from mmcore._ext.h2server cimport ServerCall, Working
 
 
 #: What was measured counts 1/e after so long: a peer that was slow is tried again.
 cdef double LATENCY_DECAY_S = 10.0
+#: What a peer has told with an answer holds for so long.
+cdef double TOLD_S = 2.0
 
 
 cdef class Traffic:
@@ -27,6 +29,7 @@ cdef class Traffic:
         silent: whether it leaves unanswered whether it lives; others are asked first.
         session: the connection used last, which may take no calls any more; None before the first.
         in_flight: requests sent and not answered.
+        others: what it works at beside those, as it told with its last answer; -1: not known, or too long ago.
         latency_s: moving average of the seconds to an answer with OK, which fades; 0 before the first.
         answered: requests that got any answer.
         failures: connections that broke or were not to be had since the last answer with OK.
@@ -38,8 +41,20 @@ cdef class Traffic:
     cdef readonly Py_ssize_t in_flight
     cdef double latency       # when it was measured
     cdef double measured_at
+    cdef Py_ssize_t told      # of it, without what was sent from here
+    cdef double told_at
     cdef readonly int64_t answered
     cdef public int failures
+
+    @property
+    def others(self):
+        return self.told if self.told_at > 0 and now() - self.told_at < TOLD_S else -1
+
+    cdef void hear(self, Py_ssize_t count, double moment) noexcept:
+        """It works at so much, by its last word."""
+        if count >= 0:
+            self.told = max(0, count - self.in_flight)
+            self.told_at = moment
 
     @property
     def latency_s(self):
@@ -153,6 +168,8 @@ cdef class Forwarded:
         self.peer = peer
         self.began = now()
         peer.in_flight += 1
+        if self.owner.working is not None and self.asked is not None:
+            self.owner.working.count -= 1
         self.owner.sent += 1
         self.call.on_cancel = self.cancel
         return 0
@@ -168,12 +185,16 @@ cdef class Forwarded:
         cdef Traffic peer = self.peer
         cdef double moment
         peer.in_flight -= 1
+        if self.owner.working is not None and self.asked is not None:
+            self.owner.working.count += 1
         self.sent = None
         if self.over:
             return
         peer.answered += not call.lost
+        moment = now()
+        if not call.lost:
+            peer.hear((<ClientSession>call.session).told, moment)
         if call.grpc_status == OK:
-            moment = now()
             peer.succeeded(moment - self.began, moment)
             self.answer(call)
         else:
@@ -216,9 +237,11 @@ cdef class Forwards:
             requests in flight from here, of several the one that answers fastest.
         first_hop: encoded metadata of a common request.
         sent: requests sent to a peer, each time that they were.
+        working: what this instance works at, to which requests that were sent to a peer do not count; or None.
     """
 
     cdef readonly int64_t sent
+    cdef public Working working
     cdef public object choose
     cdef public list first_hop
     cdef dict methods

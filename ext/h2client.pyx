@@ -78,6 +78,9 @@ cdef class ClientCall(Stream):
                 return 0
             if is_text(name, name_size, b"grpc-accept-encoding", 20):
                 return 0
+        if name[0] == c"m" and is_text(name, name_size, b"mmcore-working", 14):
+            (<ClientSession>self.session).told = count_of(value, value_size)
+            return 0
         return self.keep(name, name_size, value, value_size)
 
     cdef int on_headers_done(self, int category, bint end) except -1:
@@ -212,6 +215,19 @@ cdef int number_of(const uint8_t *text, size_t length) noexcept:
     return number
 
 
+cdef Py_ssize_t count_of(const uint8_t *text, size_t length) noexcept:
+    """A number of at most nine digits, -1 for anything else."""
+    cdef Py_ssize_t number = 0
+    cdef size_t i
+    if length == 0 or length > 9:
+        return -1
+    for i in range(length):
+        if text[i] < c"0" or text[i] > c"9":
+            return -1
+        number = number * 10 + (text[i] - c"0")
+    return number
+
+
 cdef int status_of_http(int status) noexcept:
     """gRPC status for an HTTP one (grpc/doc/http-grpc-status-mapping.md)."""
     if status == 400:
@@ -257,6 +273,7 @@ cdef class ClientSession(Session):
     """The client's side of one connection."""
 
     def __cinit__(self, buffers, settings, *args, **kwargs):
+        self.told = -1
         self.open(True, callbacks, settings)
 
     def request_allowed(self):

@@ -23,6 +23,15 @@ TRAILER_OK[0] = static_nv(b"grpc-status", b"0")
 
 
 @cython.final
+cdef class Working:
+    """What an instance works at.
+
+    Attributes:
+        count: requests of whatever protocol, without the unary calls that another instance has been asked to answer.
+    """
+
+
+@cython.final
 @cython.no_gc
 cdef class ServerCall(Stream):
     """One call a server answers; handlers get it with the request's message.
@@ -101,6 +110,9 @@ cdef class ServerCall(Stream):
             return 0
         session.calls += 1
         self.began = now()
+        if (<ServerSession>session).working is not None:
+            self.working = True
+            (<ServerSession>session).working.count += 1
         if self.header_flood:
             return self.refuse(RESOURCE_EXHAUSTED, f"metadata is above the limit of {session.max_header} bytes")
         if not self.http_ok:
@@ -130,6 +142,7 @@ cdef class ServerCall(Stream):
         """Answer something that is not gRPC, in plain HTTP."""
         cdef nghttp2_nv[1] pair
         self.finished = self.discard = True
+        self.rest()
         pair[0] = static_nv(b":status", http_status)
         nghttp2_submit_response(self.session.h2, self.id, pair, 1, NULL)
         return self.leave()
@@ -245,13 +258,22 @@ cdef class ServerCall(Stream):
             pairs.append((b"grpc-message", percent_encode(self.grpc_message)))
         if self.extra_trailers is not None:
             pairs.extend(self.extra_trailers)
+        if (<ServerSession>self.session).tells():
+            pairs.append((b"mmcore-working", b"%d" % (<ServerSession>self.session).told))
         return pairs
 
     cdef int submit_end(self) except -1:
         cdef nghttp2_nv[MAX_HEADERS] pairs
         cdef list status
+        cdef bytes told
         if self.grpc_status == OK and self.extra_trailers is None:
-            nghttp2_submit_trailer(self.session.h2, self.id, TRAILER_OK, 1)
+            pairs[0] = TRAILER_OK[0]
+            if not (<ServerSession>self.session).tells():
+                nghttp2_submit_trailer(self.session.h2, self.id, pairs, 1)
+            else:
+                told = b"%d" % (<ServerSession>self.session).told
+                pairs[1] = bytes_nv(b"mmcore-working", told, NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_INDEX)
+                nghttp2_submit_trailer(self.session.h2, self.id, pairs, 2)
         else:
             status = self.status_pairs()
             nghttp2_submit_trailer(self.session.h2, self.id, pairs, add_pairs(pairs, 0, status))
@@ -276,8 +298,15 @@ cdef class ServerCall(Stream):
         self.session.want_flush()
         return 0
 
+    cdef void rest(self) noexcept:
+        """It is worked at no more."""
+        if self.working:
+            self.working = False
+            (<ServerSession>self.session).working.count -= 1
+
     cdef void count(self, int status) noexcept:
         """Count the call, which has just ended."""
+        self.rest()
         if self.target is not None:
             if (<ServerSession>self.session).internal:
                 self.target.from_peers.add(status, now() - self.began, self.message_bytes, self.answer_bytes)
@@ -412,11 +441,24 @@ cdef class ServerSession(Session):
 
     Attributes:
         internal: whether the other side is another instance; metadata named ``mmcore-…`` is dropped where it is not.
+        working: counts the calls too, and is told to another instance with answers; None for nothing.
     """
 
     def __cinit__(self, buffers, settings, dict methods not None, *args, **kwargs):
         self.methods = methods
+        self.told = -1
         self.open(False, callbacks, settings)
+
+    cdef bint tells(self) noexcept:
+        """Whether the other side is to be told anew how much there is to do: it differs by more than an eighth."""
+        cdef Py_ssize_t count
+        if not self.internal or self.working is None:
+            return False
+        count = max(0, self.working.count)
+        if self.told >= 0 and 8 * abs(count - self.told) <= self.told:
+            return False
+        self.told = count
+        return True
 
     def find_method(self, bytes path not None):
         """A :class:`Method` that is not in ``methods``, or None."""

@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from mmcore._ext.h2client import ClientCall, ClientSession
-from mmcore._ext.h2server import ServerCall
+from mmcore._ext.h2server import ServerCall, Working
 
 class Traffic:
     usable: bool
     silent: bool
     session: ClientSession | None
     in_flight: int
+    @property
+    def others(self) -> int: ...
     @property
     def latency_s(self) -> float: ...
     answered: int
@@ -41,6 +43,7 @@ class Forwards:
     choose: Callable[..., Any] | None
     first_hop: list[tuple[bytes, bytes]]
     sent: int
+    working: Working | None
     def __init__(self) -> None: ...
     def unary(
         self,

@@ -19,6 +19,7 @@ cdef class ClientCall(Stream):
 
 
 cdef class ClientSession(Session):
+    cdef Py_ssize_t told      # by another instance, of what it works at; -1 before that
     cdef bint takes_calls(self) noexcept
     cdef int submit(
         self, ClientCall call, Method method, object message, uint8_t flag, list encoded, object deadline

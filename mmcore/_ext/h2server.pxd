@@ -5,7 +5,12 @@ from libc.stdint cimport uint8_t
 from mmcore._ext.h2 cimport Method, Session, Stream
 
 
+cdef class Working:
+    cdef public Py_ssize_t count
+
+
 cdef class ServerCall(Stream):
+    cdef bint working         # it is counted in the session's
     cdef bint headers_sent
     cdef bint finished
     cdef bint dispatched
@@ -13,6 +18,7 @@ cdef class ServerCall(Stream):
     cdef list extra_headers
     cdef public object on_cancel
     cdef void count(self, int status) noexcept
+    cdef void rest(self) noexcept
     cdef int answer(self, object message) except -1
     cdef int answer_as(self, object message, uint8_t flag) except -1
     cdef int send_headers(self, bint end) except -1
@@ -28,5 +34,8 @@ cdef class ServerCall(Stream):
 
 cdef class ServerSession(Session):
     cdef public bint internal  # the peers are instances of ours, whose own metadata counts
+    cdef public Working working
+    cdef Py_ssize_t told      # of it, to the other side
     cdef dict methods
     cdef Method latest        # method called last; the next call's is mostly the same
+    cdef bint tells(self) noexcept

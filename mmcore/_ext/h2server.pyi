@@ -1,10 +1,15 @@
 """The server side of a session: calls that come in, and how they are answered."""
 
 from collections.abc import Callable, Sequence
+from typing import final
 
 from mmcore._ext.h2 import Method, Session, Stream
 from mmcore._ext.outbuf import Buffers
 from mmcore.config import TransportSettings
+
+@final
+class Working:
+    count: int
 
 class ServerCall(Stream):
     on_cancel: Callable[[], object] | None
@@ -24,5 +29,6 @@ class ServerCall(Stream):
 
 class ServerSession(Session):
     internal: bool
+    working: Working | None
     def __init__(self, buffers: Buffers, settings: TransportSettings, methods: dict[bytes, Method]) -> None: ...
     def find_method(self, path: bytes) -> Method | None: ...

@@ -154,7 +154,9 @@ class Mesh(Loads):
         return arrival is None and self._place(asked, ())
 
     def _choose(self, peers: Sequence[Peer]) -> Peer:
-        """The cheaper of two holders drawn at random: latency seen, times the requests there by the larger count.
+        """The cheaper of two holders drawn at random: latency seen, times the requests there.
+
+        Those are told with each answer; where nothing was heard for seconds, the instance's record tells.
 
         Nearly as even as always the cheapest, and many senders with the same old counts do not all choose the same.
         """
@@ -162,9 +164,11 @@ class Mesh(Loads):
         return one if self._cost(one) <= self._cost(other) else other
 
     def _cost(self, peer: Peer) -> float:
-        member = self.members.cluster.get(peer.instance)
-        reported = member.instance.in_flight if member is not None else 0
-        return max(peer.latency_s, LEAST_LATENCY_S) * (1 + max(peer.in_flight, reported))
+        count = peer.in_flight + peer.others
+        if peer.others < 0:
+            member = self.members.cluster.get(peer.instance)
+            count = max(peer.in_flight, member.instance.in_flight if member is not None else 0)
+        return max(peer.latency_s, LEAST_LATENCY_S) * (1 + count)
 
     def _not_there(self, model: str, instance: str) -> None:
         """A holder has no copy any more: ask it no further until the model's record says otherwise."""

@@ -163,7 +163,7 @@ class Node:
         add_reflection(self._server, pb.descriptor_protos(), list(_SERVICES))
         add_reflection(self._management_server, pb.descriptor_protos(), [management.SERVICE, cluster.SERVICE])
         self._rest_counted = defaultdict[str, CallCounters](CallCounters)
-        self._rest = Listener(self._first_rest_request, settings.transport)
+        self._rest = Listener(self._first_rest_request, settings.transport, self._server.working)
         observed = Observed(
             Parts(
                 self.instance, self._router, self._registry, self._registered, self._puller, self._server, self._rest,
@@ -319,7 +319,7 @@ class Node:
             loading=cache.loading,
             loader_threads=cache.loader_threads,
             requests_per_minute=round(self._mesh.upkeep.usage.requests_per_minute) if self._mesh is not None else 0,
-            in_flight=self._server.calls,
+            in_flight=max(0, self._server.working.count),
             draining=not self._starting and not self._service.ready,
             published_ms=now_ms,
         )
@@ -350,6 +350,7 @@ class Node:
         if self._constraints is not None:
             members.constrain(self._constraints.value)
             self._constraints.on_change = members.constrain
+        forwarding.working = self._server.working
         return Mesh(self._registry, self._router, self._registered, forwarding, members)
 
     def ready_line(self) -> str:

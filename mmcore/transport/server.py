@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mmcore._ext.h2 import Method
-from mmcore._ext.h2server import ServerCall, ServerSession
+from mmcore._ext.h2server import ServerCall, ServerSession, Working
 from mmcore.config import TransportSettings
 from mmcore.errors import MmcoreError, RpcError, Status
 from mmcore.transport.connection import TICK_S, Connection, Message, loop_buffers, require_h2
@@ -72,6 +72,7 @@ class ServerConnection(Connection, ServerSession, asyncio.BufferedProtocol):
     ) -> None:
         Connection.__init__(self, buffers, settings, loop)  # type: ignore[arg-type]  # typed where it is made
         self.internal = internal
+        self.working = server.working
         self._server = server
         self._leaving_since: float | None = None
 
@@ -135,6 +136,7 @@ class Server:
 
     Attributes:
         accepted: connections since the beginning.
+        working: counts the calls that are being answered; those of other protocols may be added to it.
         errors: those that ended with an error, by :data:`CONNECTION_ERRORS`.
     """
 
@@ -158,6 +160,7 @@ class Server:
         #: Methods that were not added, those called last.
         self._others: OrderedDict[bytes, Method] = OrderedDict()
         self.accepted = 0
+        self.working = Working()
         self.errors = dict.fromkeys(CONNECTION_ERRORS, 0)
         self._received = self._sent = 0
 

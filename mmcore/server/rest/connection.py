@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 import httptools
 
+from mmcore._ext.h2server import Working
 from mmcore.config import TransportSettings
 from mmcore.server.rest.request import Part, Request
 
@@ -35,6 +36,10 @@ class Owner(Protocol):
     handle: Callable[[Request], None]
     draining: bool
     refused: int
+
+    @property
+    def working(self) -> Working:
+        """Counts the requests that are being answered."""
 
     def joined(self, connection: Connection) -> None:
         """A connection was accepted."""
@@ -93,6 +98,7 @@ class Connection(asyncio.Protocol):
         self._ready.clear()
         if self._current is not None:
             self._current.left()
+            self._end_current()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes, and answer the requests that are complete."""
@@ -196,6 +202,7 @@ class Connection(asyncio.Protocol):
         """Start on the next request, if the one before is answered and the client takes its answers."""
         while self._ready and self._current is None and self._writable and not self.lost:
             request = self._current = self._ready.popleft()
+            self._owner.working.count += 1
             if not request.method and self._refusal is not None:
                 request.fail(self._refusal.status, str(self._refusal))
                 return
@@ -212,6 +219,11 @@ class Connection(asyncio.Protocol):
             else:
                 self._transport.pause_reading()
 
+    def _end_current(self) -> None:
+        if self._current is not None:
+            self._current = None
+            self._owner.working.count -= 1
+
     def answer(self, request: Request, head: bytes, parts: Sequence[Part]) -> None:
         """Send an answer: its head, to which what concerns the connection is added, and its body."""
         closing = not request.keep_alive or self._owner.draining
@@ -221,7 +233,7 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.writelines([head, *parts])
         self._since = time.monotonic()
-        self._current = None
+        self._end_current()
         if not closing:
             # Not from within the handler of the request before: many sent ahead would nest as deep.
             if self._ready:

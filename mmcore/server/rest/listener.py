@@ -7,7 +7,9 @@ import contextlib
 import ssl as tls
 import time
 from collections.abc import Callable
+from typing import Final
 
+from mmcore._ext.h2server import Working
 from mmcore.config import TransportSettings
 from mmcore.server.rest.connection import Connection
 from mmcore.server.rest.request import Request
@@ -22,10 +24,17 @@ class Listener:
         draining: whether connections end with their next answer.
         accepted: connections since the beginning.
         refused: requests that could not be read as such, or were too long.
+        working: counts the requests that are being answered.
     """
 
-    def __init__(self, handle: Callable[[Request], None], settings: TransportSettings | None = None) -> None:
+    def __init__(
+        self,
+        handle: Callable[[Request], None],
+        settings: TransportSettings | None = None,
+        working: Working | None = None,
+    ) -> None:
         self.handle = handle
+        self.working: Final = working or Working()
         self.settings = settings or TransportSettings()
         self.draining = False
         self.accepted = 0

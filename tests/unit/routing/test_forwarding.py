@@ -69,6 +69,7 @@ class Front:
         self.forwarding = Forwarding(
             "front", on_not_here=lambda *what: self.stale.append(what), on_down=self.down.append
         )
+        self.forwarding.working = self.server.working
         self.holders: tuple[Peer, ...] = ()
         self.options: dict[str, Any] = {}
         self.kept: list[bytes] | None = None
@@ -216,6 +217,38 @@ async def test_latency_and_requests_in_flight_are_measured(start: Start) -> None
     assert 0 < measured < WITHIN_S
     # It fades, so that a peer that was slow once is tried again.
     await until(lambda: peer.latency_s < 0.99 * measured, "it counts for less")
+
+
+async def test_what_a_peer_works_at_comes_with_its_answers_and_goes_no_further(start: Start) -> None:
+    channel, front, (holder,) = await start()
+    peer = front.holders[0]
+    assert peer.others == -1
+    direct = Channel(holder.address)
+    await direct.connect()
+    await channel.connect()
+    for expected in (0, 3, 20):
+        for _ in range(expected):
+            direct.start("/echo.Echo/Hold", b"", lambda call: None)
+        await until(lambda expected=expected: len(holder.service.held) == expected, "they are held")
+        answers: list[Any] = []
+        channel.start("/echo.Echo/Where", b"", answers.append)
+        await until(lambda answers=answers: answers, "it is answered")
+        assert peer.others == holder.server.working.count == expected
+        (answer,) = answers
+        assert [name for name, _ in (*answer.initial_metadata, *answer.trailers) if name.startswith("mmcore")] == []
+        holder.service.release()
+        await until(lambda: holder.server.working.count == 0, "they have been answered")
+    # A failed answer tells too, and what the instance has others answer does not count to what it works at.
+    forwarded = asyncio.create_task(channel.unary("/echo.Echo/Hold", b"", timeout_s=WITHIN_S))
+    await until(lambda: holder.service.held, "the holder has it")
+    assert (front.server.working.count, holder.server.working.count) == (0, 1)
+    with pytest.raises(RpcError):
+        await channel.unary("/echo.Echo/Fail", b"9 no", timeout_s=WITHIN_S)
+    assert (peer.in_flight, peer.others) == (1, 0)
+    holder.service.release()
+    await forwarded
+    assert front.server.working.count == holder.server.working.count == 0
+    await direct.close()
 
 
 # -- which holder

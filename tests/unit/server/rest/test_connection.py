@@ -61,6 +61,7 @@ async def served() -> AsyncIterator[Served]:
     await served.start()
     yield served
     await served.stop()
+    assert served.listener.working.count == 0
 
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -188,9 +189,11 @@ async def test_work_for_a_client_that_leaves_is_cancelled(served: Served) -> Non
     _, writer = await served.connect()
     writer.write(b"GET /wait HTTP/1.1\r\n\r\n")
     await served.came.wait()
+    assert served.listener.working.count == 1
     writer.transport.abort()
     await asyncio.wait_for(served.cancelled.wait(), 5)
     assert served.waiting[0].gone
+    assert served.listener.working.count == 0
     served.waiting[0].send(b"late")  # nobody is told, nothing breaks
 
 
