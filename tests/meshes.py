@@ -52,8 +52,10 @@ class Client:
     async def close(self) -> None:
         await self._channel.close()
 
-    async def raw(self, path: str, body: bytes, timeout_s: float = WITHIN_S) -> bytes:
-        answer: bytes = await self._channel.unary_unary(path)(body, timeout=timeout_s)
+    async def raw(
+        self, path: str, body: bytes, timeout_s: float = WITHIN_S, metadata: Sequence[tuple[str, str]] = ()
+    ) -> bytes:
+        answer: bytes = await self._channel.unary_unary(path)(body, timeout=timeout_s, metadata=tuple(metadata))
         return answer
 
     async def ask(self, model: int, number: int, *, name: str = "", timeout_s: float = WITHIN_S) -> bool:
@@ -116,6 +118,7 @@ class Member:
         client: of this instance alone.
         etcd: what it reaches etcd through.
         door: what the others reach it through.
+        clock: the file that holds what its clock is off by.
         instance: the process; the last one.
     """
 
@@ -127,8 +130,8 @@ class Member:
         self.etcd = CuttingProxy(etcd.endpoint)
         self.door = CuttingProxy(f"127.0.0.1:{self._peer_port}")
         self.instance: Instance
-        self._clock = folder / f"clock-{self._grpc_port}"
-        self._clock.write_bytes(struct.pack("d", 0.0))
+        self.clock = folder / f"clock-{self._grpc_port}"
+        self.clock.write_bytes(struct.pack("d", 0.0))
 
     @property
     def id(self) -> str:
@@ -145,7 +148,7 @@ class Member:
 
     def set_clock(self, off_s: float) -> None:
         """Set its time of day so many seconds ahead of this machine's, also while it runs."""
-        with self._clock.open("r+b") as file:
+        with self.clock.open("r+b") as file:
             file.write(struct.pack("d", off_s))
 
     async def start(self, serve: Serve) -> None:
@@ -157,7 +160,7 @@ class Member:
             *("--registry", f"etcd://{self.etcd.endpoint}/faults", "--model-cache", self._folder / "pulled"),
             *("--grace", "20s"),
         )
-        env = {"LD_PRELOAD": str(wrong_clock(self._folder)), "CLOCK_OFF_FILE": str(self._clock)}
+        env = {"LD_PRELOAD": str(wrong_clock(self._folder)), "CLOCK_OFF_FILE": str(self.clock)}
         self.instance = await asyncio.to_thread(serve, None, *flags, **env)
 
     async def peer_call(self, method: str, model: int) -> None:

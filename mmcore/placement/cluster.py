@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Final
 
 from mmcore.placement.constraints import TypeConstraints
@@ -124,6 +124,13 @@ class Cluster:
         rate = known.requests_per_minute if known is not None else 0.0
         member.reserve(model_id, Reservation(size_bytes, rate, now_ms + RESERVATION_MS, since_ms))
         self._reserved.setdefault(model_id, set()).add(instance_id)
+
+    def ended(self, model_id: str, holders: Container[str]) -> None:
+        """A model's record shows these holders: loads that it has shown before, elsewhere, are on their way no more."""
+        for instance_id in self.reserved(model_id):
+            begun = self._members[instance_id].reservations[model_id].since_ms is not None
+            if begun and instance_id not in holders:
+                self.release(instance_id, model_id)
 
     def release(self, instance_id: str, model_id: str) -> None:
         """A load was refused, failed or given up: its room is free again."""

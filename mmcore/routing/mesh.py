@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -210,8 +210,10 @@ class Mesh(Loads):
         except (LoadFailed, Overloaded):
             return False
 
-    def _ask(self, asked: _Asked, peers: tuple[Peer, ...], mode: Mode, ran: int = 0) -> None:
-        """Have one of these answer; when none does, one that can load the model is looked for."""
+    def _ask(
+        self, asked: _Asked, peers: tuple[Peer, ...], mode: Mode, tried: tuple[str, ...] = (), ran: int = 0
+    ) -> None:
+        """Have one of these answer; when none does, one is looked for that can and has not been tried."""
         self._forwarding.unary(
             asked.call,
             asked.body,
@@ -220,7 +222,7 @@ class Mesh(Loads):
             mode=mode,
             resolved=asked.resolved,
             path=asked.path,
-            instead=partial(self._place_again, asked),
+            instead=partial(self._place_again, asked, tried),
             ran=ran,
         )
 
@@ -233,7 +235,7 @@ class Mesh(Loads):
         self._router.table.hold(model, holders)
         return holders
 
-    def _place(self, asked: _Asked, tried: Collection[str], ran: int = 0) -> bool:
+    def _place(self, asked: _Asked, tried: tuple[str, ...], ran: int = 0) -> bool:
         """Have a model loaded where it fits best, and the request answered there; False: that is here.
 
         ``ran`` instances may have run it: one that ends whoever runs it is not to end them all.
@@ -248,22 +250,34 @@ class Mesh(Loads):
             # One that is on its way here is as good a place as any, and the last one where the others are gone.
             if self._registry.instance not in tried and self._has(asked.model):
                 return False
+            # Nor is it loaded once more where it has been loaded since it was asked for.
+            serving = placement.serving(self.members.cluster, model_of(asked.model, record, self._clock_ms()))
+            if holders := self._heard(one for one in serving if one not in tried):
+                self._ask(asked, holders, Mode.HIT, tried, ran)
+                return True
             target = self._target(asked.model, record, tried)
             if target == self._registry.instance:
                 return False
-            peers = tuple(peer for peer in self._forwarding.holders((target,)) if peer.usable and not peer.silent)
-            if peers:
-                self._ask(asked, peers, Mode.LOAD, ran)
+            if peers := self._heard((target,)):
+                self._ask(asked, peers, Mode.LOAD, tried, ran)
                 return True
             tried = (*tried, target)
+
+    def _heard(self, instances: Iterable[str]) -> tuple[Peer, ...]:
+        """Those of these instances that can be reached, as far as is known."""
+        return tuple(peer for peer in self._forwarding.holders(instances) if peer.usable and not peer.silent)
 
     def _has(self, model: str) -> bool:
         """Whether this instance has a copy, or is about to."""
         return bool(self._router.copies(model)) or self._router.loading(model)
 
-    def _place_again(self, asked: _Asked, call: Any, body: bytes, unanswered: Unanswered) -> None:
-        """Those that were asked have not answered: have it loaded by another one."""
-        tried = unanswered.tried if asked.here is not None else (*unanswered.tried, self._registry.instance)
+    def _place_again(
+        self, asked: _Asked, before: tuple[str, ...], call: Any, body: bytes, unanswered: Unanswered
+    ) -> None:
+        """Those that were asked, the last ones and those before, have not answered: have another one do so."""
+        tried = (*before, *unanswered.tried)
+        if asked.here is None:
+            tried = (*tried, self._registry.instance)
         try:
             if self._place(asked, tried, unanswered.ran):
                 return
@@ -379,6 +393,7 @@ class Mesh(Loads):
         if record is None:
             return
         cluster, now_ms = self.members.cluster, self._clock_ms()
+        cluster.ended(name, record.copies)
         for instance, copy in record.copies.items():
             if copy.state != placement.CopyState.LOADED:
                 cluster.started(instance, name, record.size_bytes, copy.since_ms, now_ms)

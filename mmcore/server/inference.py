@@ -103,7 +103,9 @@ class Inference:
 
     def _ask_all(self, call: Answer, request: InferRequest, models: Asked, started: int) -> Body | None:
         """Ask the models that the metadata names; the answers of several make one."""
-        if len(models.ids) == 1:
+        # One that was passed on is for one of them, which comes with it.
+        arrival = arrival_of(call) if self._mesh is not None else None
+        if len(models.ids) == 1 or (arrival is not None and arrival.model):
             return self._ask(call, request, models.ids[0], models.kind, started)
 
         def ask(part: Answer, name: str) -> Body | None:

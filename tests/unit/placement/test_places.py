@@ -193,6 +193,18 @@ def test_a_reservation_takes_room_until_the_record_counts_it_or_it_expires() -> 
     assert cluster.get("i0").free_bytes == GIB - 900 * MIB  # type: ignore[union-attr]
 
 
+def test_a_load_that_the_models_record_shows_no_more_is_not_on_its_way() -> None:
+    """A copy that went soon after it was loaded kept further ones from being made for half a minute."""
+    cluster = Cluster(instances(2))
+    cluster.started("i0", "m", 10, since_ms=5000, now_ms=NOW_MS)
+    cluster.reserve("i1", "m", 10, NOW_MS)
+    cluster.ended("m", {"i0"})
+    assert sorted(cluster.reserved("m")) == ["i0", "i1"]
+    cluster.ended("m", set())
+    # What no record has shown yet may still come.
+    assert cluster.reserved("m") == ["i1"]
+
+
 def test_asked_again_before_any_record_shows_the_load_the_place_is_the_same() -> None:
     cluster = Cluster(instances(20))
     first = place(cluster, model(), NOW_MS)

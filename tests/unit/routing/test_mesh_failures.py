@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from mmcore.registry import CopyRecord, InstanceRecord, MemoryStore, ModelRecord
+from mmcore.errors import Status
+from mmcore.registry import CopyRecord, InstanceRecord, MemoryStore, ModelRecord, Registry
 from mmcore.transport import Server, ServerCall
 from tests.etcds import free_port
 from tests.unit.routing.instances_in_memory import until
@@ -86,34 +88,89 @@ async def test_what_cannot_be_answered_here_nor_elsewhere_fails_and_does_not_han
         call = Call()
         assert elsewhere(call, b"", "m", path=PATH)
         await until(lambda call=call: call.outcome)
-        assert "cannot connect" in call.outcome[0]
+        assert "connect" in call.outcome[0] or "reached" in call.outcome[0]
 
 
-@pytest.mark.parametrize("member", [2**20], indirect=True, ids=["no room here"])
-async def test_a_request_that_ends_whoever_runs_it_ends_two_instances_and_no_more(member: MeshMember) -> None:
+@dataclass
+class Others:
+    """Other instances with much room, which do with a request what ``answer`` does; ``asked`` tells which were."""
+
+    registry: Registry
+    servers: list[Server] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    closing: list[asyncio.Future[None]] = field(default_factory=list)
+
+    async def add(self, name: str, answer: Callable[[ServerCall, Server], bytes | None]) -> None:
+        server = Server()
+
+        def handle(call: ServerCall, body: bytes) -> bytes | None:
+            self.asked.append(name)
+            return answer(call, server)
+
+        server.add_unary(PATH, handle)
+        record = InstanceRecord(await server.listen_tcp("127.0.0.1", 0, internal=True), capacity_bytes=2**40)
+        self.servers.append(server)
+        await self.registry.instances.update(name, lambda _: record)
+
+    def die(self, call: ServerCall, server: Server) -> None:
+        """As the framework under a model may."""
+        self.closing.append(asyncio.ensure_future(server.close()))
+
+    def full(self, call: ServerCall, server: Server) -> None:
+        call.fail(Status.RESOURCE_EXHAUSTED, "no room")
+
+
+@pytest.fixture
+async def others(member: MeshMember) -> AsyncIterator[Others]:
+    made = Others(member.registry)
+    yield made
+    for server in made.servers:
+        await server.close()
+
+
+no_room_here = pytest.mark.parametrize("member", [2**20], indirect=True, ids=["no room here"])
+
+
+@no_room_here
+async def test_a_request_that_ends_whoever_runs_it_ends_two_instances_and_no_more(
+    member: MeshMember, others: Others
+) -> None:
     """As one that crashes its framework does; each place would have been the next one's turn."""
-    servers = [Server() for _ in range(4)]
-    asked: list[int] = []
-    closing: list[asyncio.Future[None]] = []
-    try:
-        for number, server in enumerate(servers):
-
-            def end(call: ServerCall, body: bytes, number: int = number) -> None:
-                asked.append(number)
-                closing.append(asyncio.ensure_future(servers[number].close()))
-
-            server.add_unary(PATH, end)
-            address = await server.listen_tcp("127.0.0.1", 0, internal=True)
-            record = InstanceRecord(address, capacity_bytes=2**40)
-            await member.registry.instances.update(f"poor{number}", lambda _, record=record: record)
-        call = Call()
-        assert member.mesh.pass_on(call, b"", "m", call.here, path=PATH)
-        await until(lambda: call.outcome)
-    finally:
-        for server in servers:
-            await server.close()
-    assert (len(asked), call.outcome) == (2, call.outcome[:1])
+    for number in range(4):
+        await others.add(f"other{number}", others.die)
+    call = Call()
+    assert member.mesh.pass_on(call, b"", "m", call.here, path=PATH)
+    await until(lambda: call.outcome)
+    assert len(others.asked) == 2
     assert "here" not in call.outcome
+
+
+@no_room_here
+async def test_each_instance_is_tried_once_although_its_failure_is_in_no_record(
+    member: MeshMember, others: Others
+) -> None:
+    for number in range(3):
+        await others.add(f"other{number}", others.full)
+    call = Call()
+    assert member.mesh.pass_on(call, b"", "m", call.here, path=PATH)
+    await until(lambda: call.outcome)
+    assert sorted(others.asked) == ["other0", "other1", "other2"]
+    assert call.outcome == ["no room"]
+
+
+async def test_who_has_loaded_it_since_answers(member: MeshMember, others: Others) -> None:
+    """Where a copy is there is no place for another one, so the request failed."""
+    await others.add("other", lambda call, server: b"")
+
+    def holds(record: ModelRecord | None) -> ModelRecord:
+        assert record is not None
+        return replace(record, copies={"other": CopyRecord("LOADED", 1)})
+
+    await member.registry.models.update("m", holds)
+    call = Call()
+    assert member.mesh.load_elsewhere(call, b"", "m", path=PATH)
+    await until(lambda: call.outcome)
+    assert call.outcome == ["answered elsewhere"]
 
 
 async def test_a_clock_that_is_set_back_stops_no_upkeep_and_keeps_nothing_from_being_handed_over(
