@@ -17,6 +17,7 @@ from bench import (
     batching,
     cold_loads,
     confirm,
+    controller,
     density,
     formats,
     forward,
@@ -60,6 +61,7 @@ SUITES: Final[dict[str, Callable[[Console, Plan], list[Row] | Mapping[str, objec
     "load-cycles": loading.load_cycles,
     "cold-loads": cold_loads.run,
     "density": density.run,
+    "controller": controller.run,
 }
 THOROUGH: Final = Plan(rounds=5, warmup_s=0.2, duration_s=1.2)
 QUICK: Final = Plan(rounds=3, warmup_s=0.1, duration_s=0.2)

@@ -35,6 +35,8 @@ UNITS: Final = {
     "idle_requests": "requests/s per instance",
     "idle_bytes": "bytes/s per instance",
     "bytes": "bytes per model",
+    "sync": "s",
+    "requests": "requests",
 }
 
 

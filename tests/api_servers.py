@@ -99,7 +99,7 @@ class ApiServer:
     @cached_property
     def has_cel(self) -> bool:
         """Whether it checks the rules in CEL of custom resources, as servers do since 1.25."""
-        return int(self.ask("GET", "/version")["minor"].rstrip("+")) >= 25
+        return int(self.ask("GET", "/version")["gitVersion"].split(".")[1]) >= 25
 
     def ask(
         self, method: str, path: str, body: Any = None, content: str = "application/json", token: str = TOKEN
@@ -198,6 +198,11 @@ class OwnApiServer(ApiServer):
     def expire(self) -> None:
         """End all watches, and have it know no version of objects older than now."""
         self.ask("POST", "/testing/expire")
+
+    def requests(self, user: str = CONTROLLER) -> dict[str, int]:
+        """How often a user has asked so far, by method and plural, as ``GET pods``; watches are ``WATCH pods``."""
+        found: dict[str, int] = self.ask("GET", "/testing/requests").get(user, {})
+        return found
 
 
 def write_kubeconfig(file: Path, url: str, token: str) -> None:

@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from mmcore._ext.v2codec import decode_infer_response, encode_infer_request
 from mmcore.controller.api import Api, ApiError
 from mmcore.controller.app import Controller
 from mmcore.controller.known import Installation
@@ -21,6 +23,7 @@ from mmcore.controller.objects import (
     EVENT,
     INFERENCE_SERVICE,
     NAMESPACE,
+    PERSISTENT_VOLUME_CLAIM,
     POD,
     PREDICTOR,
     SECRET,
@@ -30,6 +33,7 @@ from mmcore.controller.objects import (
     Ref,
     at,
 )
+from mmcore.transport import Channel
 from tests.api_servers import ApiServer, secret
 from tests.etcds import free_port
 from tests.kubelet import Kubelet
@@ -37,7 +41,16 @@ from tests.kubelet import Kubelet
 WITHIN_S = 40.0
 KINDS = {
     kind.name: kind
-    for kind in (PREDICTOR, INFERENCE_SERVICE, SERVING_RUNTIME, CLUSTER_SERVING_RUNTIME, CONFIG_MAP, SECRET, NAMESPACE)
+    for kind in (
+        PREDICTOR,
+        INFERENCE_SERVICE,
+        SERVING_RUNTIME,
+        CLUSTER_SERVING_RUNTIME,
+        CONFIG_MAP,
+        SECRET,
+        NAMESPACE,
+        PERSISTENT_VOLUME_CLAIM,
+    )
 }
 
 #: One instance a runtime, none before the first model; on ports that nothing else has.
@@ -63,17 +76,52 @@ class Cluster:
         self.models.mkdir(parents=True)
         (folder / "pods").mkdir()
         self.kubelet = Kubelet(Api(server.kubeconfig), folder / "pods", self.claims, namespace)
-        self.grpc_port, rest, metrics = free_port(), free_port(), free_port()
+        self.grpc_port, self.rest_port, metrics = free_port(), free_port(), free_port()
+        self.controller: Controller | None = None
+        self._cluster_scope = False
+        self._working: asyncio.Task[None] | None = None
         self.config = {
             **CONFIG,
             "inferenceServicePort": self.grpc_port,
-            "restProxy": {"port": rest},
+            "restProxy": {"port": self.rest_port},
             "metrics": {"port": metrics},
         }
 
     async def close(self) -> None:
         await self.api.close()
         await self.kubelet.close()
+
+    async def prepare(self, *, cluster_scope: bool) -> None:
+        """Make what a controller finds: its namespace, its secrets, its configuration and its rights."""
+        namespace, server = self.namespace, self.server
+        self._cluster_scope = cluster_scope
+        await self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+        connection = {"endpoints": server.etcd.url, "root_prefix": namespace}
+        await self.apply(secret(namespace, "model-serving-etcd", etcd_connection=connection))
+        await self.apply(secret(namespace, "storage-config", models={"type": "pvc", "name": "models"}))
+        await self.configure()
+        server.grant(namespace, cluster_scope=cluster_scope)
+
+    async def start_controller(self) -> None:
+        """Start one, and wait until it knows all objects."""
+        installation = Installation(self.namespace, cluster=self._cluster_scope)
+        self.controller = Controller(Api(self.server.controller_kubeconfig), installation)
+        self._working = asyncio.ensure_future(self.controller.run())
+        started = asyncio.ensure_future(self.controller.ready.wait())
+        await asyncio.wait([started, self._working], timeout=WITHIN_S, return_when=asyncio.FIRST_COMPLETED)
+        self.check_controller()
+        assert started.done(), "the controller does not know all objects"
+
+    async def stop_controller(self) -> None:
+        """End it; nothing where there is none."""
+        if self._working is not None:
+            self._working.cancel()
+            await asyncio.wait([self._working])
+            self._working = None
+
+    def check_controller(self) -> None:
+        """Fail with what it failed with."""
+        assert self._working is None or not self._working.done(), self._working.result()
 
     async def apply(self, item: Object | str) -> Object:
         """Apply an object; its namespace is the controller's where it states none."""
@@ -142,10 +190,32 @@ class Cluster:
         return [(item["reason"], item["message"]) for item in items]
 
     async def instance(self, namespace: str = "") -> str:
-        """The address of a ready instance."""
+        """The host of a ready instance."""
         items, _ = await self.api.list(POD, namespace or self.namespace)
-        ready = [item for item in items if at(item, "status", "podIP")]
-        return f"{ready[0]['status']['podIP']}:{self.grpc_port}"
+        ready: list[str] = [item["status"]["podIP"] for item in items if at(item, "status", "podIP")]
+        return ready[0]
+
+    async def ask(self, model: str, value: Any, *, name: str = "X", datatype: str = "FP32", namespace: str = "") -> Any:
+        """A model's first output for one input, over gRPC; RpcError where it is refused."""
+        channel = Channel(f"{await self.instance(namespace)}:{self.grpc_port}")
+        try:
+            request = encode_infer_request(model, [(name, datatype, value)])
+            body = await channel.unary("/inference.GRPCInferenceService/ModelInfer", request, timeout_s=10)
+        finally:
+            await channel.close()
+        return decode_infer_response(body).outputs[0].array()
+
+
+def inference_service(name: str, block: Object, **annotations: str) -> Object:
+    """An InferenceService that asks for this controller unless an annotation says otherwise."""
+    stated = {"deploymentMode": "ModelMesh", **annotations}
+    marks = {f"serving.kserve.io/{key}": value for key, value in stated.items()}
+    return {
+        "apiVersion": INFERENCE_SERVICE.api_version,
+        "kind": INFERENCE_SERVICE.name,
+        "metadata": {"name": name, "annotations": marks},
+        "spec": {"predictor": block},
+    }
 
 
 def predictor(name: str, path: str, *, model_type: str = "python", **spec: Any) -> Object:
@@ -182,25 +252,36 @@ async def running(server: ApiServer, folder: Path, *, cluster_scope: bool = Fals
     """A cluster in a namespace of its own."""
     namespace = f"serving-{os.urandom(4).hex()}"
     cluster = Cluster(server, folder, namespace)
-    await cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
-    connection = {"endpoints": server.etcd.url, "root_prefix": namespace}
-    await cluster.apply(secret(namespace, "model-serving-etcd", etcd_connection=connection))
-    await cluster.apply(secret(namespace, "storage-config", models={"type": "pvc", "name": "models"}))
-    await cluster.configure()
-    server.grant(namespace, cluster_scope=cluster_scope)
-    controller = Controller(Api(server.controller_kubeconfig), Installation(namespace, cluster=cluster_scope))
-    tasks = [asyncio.ensure_future(work) for work in (cluster.kubelet.run(), controller.run())]
+    await cluster.prepare(cluster_scope=cluster_scope)
+    kubelet = asyncio.ensure_future(cluster.kubelet.run())
     try:
-        started = asyncio.ensure_future(controller.ready.wait())
-        await asyncio.wait([started, *tasks], timeout=WITHIN_S, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            assert not task.done() or task.result() is None, task
-        assert started.done(), "the controller does not know all objects"
+        await cluster.start_controller()
         yield cluster
-        for task in tasks:
-            assert not task.done() or task.result() is None, task
+        cluster.check_controller()
+        assert not kubelet.done(), kubelet.result()
     finally:
-        for task in reversed(tasks):
-            task.cancel()
-            await asyncio.wait([task])
+        await cluster.stop_controller()
+        kubelet.cancel()
+        await asyncio.wait([kubelet])
         await cluster.close()
+
+
+def state(name: str, target: str = "") -> Callable[[Object], bool]:
+    """Whether a Predictor's active model, and its target, are in these states."""
+
+    def fits(item: Object) -> bool:
+        status = item.get("status") or {}
+        return status["activeModelState"] == name and (status.get("targetModelState") or "") == target
+
+    return fits
+
+
+def failed(reason: str) -> Callable[[Object], bool]:
+    """Whether the last failure of a Predictor has this reason."""
+    return lambda item: at(item, "status", "lastFailureInfo", "reason") == reason
+
+
+async def infer(cluster: Cluster, model: str, value: float, namespace: str = "") -> float:
+    """What a model of one number answers, over gRPC."""
+    [answer] = await cluster.ask(model, np.array([value], dtype=np.float32), namespace=namespace)
+    return float(answer)

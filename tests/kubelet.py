@@ -164,7 +164,7 @@ class Kubelet:
                     text = text.replace(mount["mountPath"], str(folders[mount["name"]]))
                     break
             env[name] = text
-        env |= {"MMCORE_HOST": address, "MMCORE_PVC_MOUNTS": str(self._claims)}
+        env |= {"MMCORE_HOST": address, "MMCORE_PVC_MOUNTS": str(self._mount_claims(where, container))}
         with (self._folder / f"{where.name}.log").open("w") as log:
             self._processes[where] = process = await asyncio.create_subprocess_exec(
                 *command("serve"), stdout=asyncio.subprocess.PIPE, stderr=log, env=environment(**env)
@@ -177,6 +177,16 @@ class Kubelet:
             raise AssertionError((self._folder / f"{where.name}.log").read_text())
         ready = [{"type": "Ready", "status": "True"}]
         await self._status(where, {"phase": "Running", "podIP": address, "conditions": ready})
+
+    def _mount_claims(self, where: Ref, container: Object) -> Path:
+        """The folder of the claims that the pod mounts, as they are below the folder of all."""
+        made = self._folder / where.name / "claims"
+        made.mkdir(parents=True, exist_ok=True)
+        for mount in container["volumeMounts"]:
+            path = Path(mount["mountPath"])
+            if mount["name"].startswith("pvc-") and (self._claims / path.name).exists():
+                (made / path.name).symlink_to(self._claims / path.name)
+        return made
 
     async def _status(self, where: Ref, status: Object) -> None:
         await self._api.patch(POD, where, {"status": status}, "status")

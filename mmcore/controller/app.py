@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Final
 
@@ -66,6 +66,11 @@ class Controller:
         self._models = ModelReconciler(api, self._known, self._mesh, self._events)
         self._namespaces = NamespaceReconciler(api, self._known, self._events)
         self._sources = {source.kind.name: source for source in SOURCES}
+
+    @property
+    def requests(self) -> Mapping[str, int]:
+        """Requests to the API server so far, by method; watches are not counted."""
+        return self._api.requests
 
     def is_ready(self) -> bool:
         """Whether it works, or would if the one that leads went away."""

@@ -88,6 +88,9 @@ class ModelReconciler:
         self._informers = {PREDICTOR.name: known.predictors, INFERENCE_SERVICE.name: known.inference_services}
         #: The model that an object's instances were last asked to load, and when.
         self._asked: dict[tuple[str, Ref], tuple[str, float]] = {}
+        #: How often they have been asked for it in vain. Many loads at once take all the room that there may be, by
+        #: what they are expected to need, and further ones are let drop; a while later there is room.
+        self._tries: dict[tuple[str, Ref], int] = {}
         #: Until when failed loads of a namespace are tried again soon: its stores have changed.
         self._soon_until: dict[str, float] = {}
 
@@ -147,8 +150,7 @@ class ModelReconciler:
                         raise
                     return observe(None, "", before, _clash()), _RETRY_FAILED_S
         status = observe(vmodel, wanted, before, problem)
-        failed = FAILED in (status.active, status.target)
-        return status, self._retry_s(namespace) if failed else None
+        return status, self._again_s(source, item, status)
 
     def _problem(self, namespace: str, chosen: Selected) -> tuple[Failure | None, bool]:
         """What stands against serving it, and whether its runtime has a ready pod."""
@@ -177,29 +179,41 @@ class ModelReconciler:
         Empty where nothing is to be asked, :data:`_ANOTHER_TRY` for the same by a new name.
         """
         where, now = ref(item), asyncio.get_running_loop().time()
-        asked, at = self._asked.get((source.kind.name, where), ("", 0.0))
+        key = (source.kind.name, where)
+        asked, at = self._asked.get(key, ("", 0.0))
         if vmodel is not None and vmodel.targetModelId == wanted:
             if not ready:
                 return ""
             moves, active = vmodel.activeModelId != vmodel.targetModelId, source.read(item).active
             newest = (vmodel.targetModelStatus if moves else vmodel.activeModelStatus).status
+            if newest != pb.ModelStatusInfo.NOT_LOADED:
+                self._tries.pop(key, None)
             if newest == pb.ModelStatusInfo.LOADING_FAILED:
                 pause = _RETRY_FAILED_S
                 if now < self._soon_until.get(where.namespace, 0.0) and now - at > _SOON_EVERY_S:
                     # Instances remember the failure by the model's name, so it is given another one.
-                    self._asked[source.kind.name, where] = wanted, now
+                    self._asked[key] = wanted, now
                     return _ANOTHER_TRY
             elif newest == pb.ModelStatusInfo.NOT_LOADED and (moves or active in (PENDING, "Loading", FAILED)):
                 # Once is enough where the status tells the next time that it has been asked for.
                 pause = _LOOK_AGAIN_S if moves or active == "Loading" else 0.0
+            elif newest == pb.ModelStatusInfo.NOT_LOADED and asked == wanted and (tries := self._tries.get(key, 0)):
+                pause = _pause_s(tries)
             else:
                 # One that was loaded and let go is loaded by its next request.
                 return ""
             if asked == wanted and now - at < pause:
                 return ""
         if ready:
-            self._asked[source.kind.name, where] = wanted, now
+            self._asked[key] = wanted, now
+            self._tries[key] = self._tries.get(key, 0) + 1
         return wanted
+
+    def _again_s(self, source: Source, item: Object, status: ModelStatus) -> float | None:
+        if FAILED in (status.active, status.target):
+            return self._retry_s(item["metadata"]["namespace"])
+        tries = self._tries.get((source.kind.name, ref(item)))
+        return _pause_s(tries) if tries else None
 
     def _retry_s(self, namespace: str) -> float:
         now = asyncio.get_running_loop().time()
@@ -228,6 +242,7 @@ class ModelReconciler:
     async def _leave(self, source: Source, informer: Informer, item: Object) -> float | None:
         """Let the vmodel of an object go that is being deleted or not served any more, and then the object."""
         self._asked.pop((source.kind.name, ref(item)), None)
+        self._tries.pop((source.kind.name, ref(item)), None)
         where, mesh = ref(item), self._meshes(item["metadata"]["namespace"])
         name = where.name
         if mesh.reachable:
@@ -277,6 +292,10 @@ class ModelReconciler:
             self._events.warn(item, status.failure.reason, status.failure.told)
         elif status.active == "Loaded" and (before.active != "Loaded" or before.target):
             self._events.tell(item, "Loaded", "The model is loaded")
+
+
+def _pause_s(tries: int) -> float:
+    return float(min(_LOOK_AGAIN_S * 2**tries, _RETRY_FAILED_S))
 
 
 def _clash() -> Failure:

@@ -56,10 +56,14 @@ FILES: Final = "serving.kserve.io/files"
 
 @dataclass(slots=True)
 class _Plan:
-    """What a namespace is to have: its objects by kind, names that stay as they are, and when to look again."""
+    """What a namespace is to have: its objects by kind, names that stay as they are, and when to look again.
+
+    ``runtimes`` are those that objects are made of, by the objects' names.
+    """
 
     wanted: dict[Kind, dict[str, Object]] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
+    runtimes: dict[str, Object] = field(default_factory=dict)
     look_again_s: float | None = None
 
     def add(self, kind: Kind, item: Object) -> None:
@@ -110,6 +114,9 @@ class NamespaceReconciler:
                 if not error.code:
                     raise
                 refused.append(error)
+                runtime = plan.runtimes.get(item["metadata"]["name"])
+                if runtime is not None and not error.conflict:
+                    self._events.warn(runtime, "Refused", f"the API server refuses the {kind.name}: {error}")
         return refused
 
     async def validate(self, kind: Kind, informer: Informer, where: Ref) -> None:
@@ -179,6 +186,7 @@ class NamespaceReconciler:
             marks[IDLE_SINCE] = decided.idle_since
         item["metadata"]["annotations"] = marks
         plan.add(DEPLOYMENT, item)
+        plan.runtimes[name] = runtime.resource
         if budgets := known.optional(DISRUPTION_BUDGETS):
             plan.add(budgets.kind, manifests.disruption_budget(runtime, config, namespace, budgets.kind))
         scalers = known.optional(AUTOSCALERS)

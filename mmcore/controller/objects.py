@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mmcore.controller.quantities import quantity
+
 #: An object, or a part of one.
 Object = dict[str, Any]
 
@@ -17,6 +19,12 @@ ENABLED_LABEL: Final = "modelmesh-enabled"
 #: Deployments, pods and the Service of a mesh carry it; its value is the Service's name.
 SERVICE_LABEL: Final = "modelmesh-service"
 FINALIZER: Final = "serving.kserve.io/mmcore"
+
+
+#: Below these keys values are quantities.
+_QUANTITIES: Final = frozenset({"limits", "requests", "sizeLimit", "divisor", "averageValue"})
+#: What Go's types leave out.
+_EMPTY: Final[tuple[object, ...]] = (None, "", False, [], {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +130,28 @@ def owner_reference(item: Object, kind: Kind) -> Object:
     }
 
 
-def covers(found: Any, wanted: Any) -> bool:
-    """Whether an object has everything that is wanted of it; it may have more: defaults, and what others manage."""
+def covers(found: Any, wanted: Any, *, quantities: bool = False) -> bool:
+    """Whether an object has everything that is wanted of it; it may have more: defaults, and what others manage.
+
+    API servers leave out what is empty and write quantities in a form of their own: neither is a difference, or it
+    would be applied again for ever. ``quantities`` says that what is compared are such.
+    """
+    if found is None:
+        return wanted in _EMPTY
     if isinstance(wanted, Mapping):
-        return isinstance(found, Mapping) and all(covers(found.get(key), value) for key, value in wanted.items())
+        return isinstance(found, Mapping) and all(
+            covers(found.get(key), value, quantities=quantities or key in _QUANTITIES) for key, value in wanted.items()
+        )
     if isinstance(wanted, list):
         return isinstance(found, list) and len(found) >= len(wanted) and _covers_list(found, wanted)
-    # An API server leaves out what is empty.
-    return bool(found == wanted) or (wanted in ("", None) and found is None)
+    return bool(found == wanted) or (quantities and _same_quantity(found, wanted))
+
+
+def _same_quantity(found: Any, wanted: Any) -> bool:
+    try:
+        return quantity(found) == quantity(wanted)
+    except ValueError:
+        return False
 
 
 def _covers_list(found: list[Any], wanted: list[Any]) -> bool:

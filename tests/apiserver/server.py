@@ -57,6 +57,8 @@ class ApiServer:
         self._minor = "33" if cel_rules else "22"
         self._snapshots: OrderedDict[str, tuple[list[Stored], int]] = OrderedDict()
         self._watches: set[asyncio.Task[Any]] = set()
+        #: Requests so far by user and by method and plural; watches have a method of their own.
+        self._counts: dict[str, dict[str, int]] = {}
 
     def app(self) -> web.Application:
         """To be served by aiohttp."""
@@ -83,10 +85,13 @@ class ApiServer:
         if path == "/testing/expire" and request.method == "POST":
             self.expire()
             return _json({})
+        if path == "/testing/requests":
+            return _json(self._counts)
         found = _PATH.fullmatch(path)
         if found is None:
             return self._discovery(path)
         target = self._target(found)
+        self._count(user, request, target)
         if request.method == "GET":
             return await self._get(request, user, target)
         data = await request.read()
@@ -99,6 +104,12 @@ class ApiServer:
         self._snapshots.clear()
         for watch in list(self._watches):
             watch.cancel()
+
+    def _count(self, user: User, request: web.Request, target: _Target) -> None:
+        method = "WATCH" if request.query.get("watch") else request.method
+        counts = self._counts.setdefault(user.name, {})
+        what = f"{method} {target.resource.plural}"
+        counts[what] = counts.get(what, 0) + 1
 
     def _user(self, request: web.Request) -> User:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")

@@ -8,14 +8,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from mmcore._ext.v2codec import decode_infer_response, encode_infer_request
 from mmcore.controller.api import ApiError
 from mmcore.controller.objects import (
     CLUSTER_SERVING_RUNTIME,
@@ -30,56 +27,12 @@ from mmcore.controller.objects import (
     Object,
     Ref,
 )
-from mmcore.transport import Channel
-from tests.api_servers import ApiServer, OwnApiServer, api_server, secret
-from tests.clusters import Cluster, predictor, running, runtime
-from tests.management import BROKEN, SCALE
+from tests.api_servers import ApiServer, OwnApiServer, secret
+from tests.clusters import Cluster, failed, infer, inference_service, predictor, running, runtime, state
+from tests.management import SCALE
 from tests.serving import write_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    started = api_server(tmp_path_factory.mktemp("kubernetes"))
-    try:
-        yield started.start()
-    finally:
-        started.stop()
-
-
-@pytest.fixture
-async def cluster(server: ApiServer, tmp_path: Path) -> AsyncIterator[Cluster]:
-    async with running(server, tmp_path) as found:
-        for factor in (2, 3):
-            write_model(found.models, f"scale-{factor}", SCALE.replace("FACTOR", str(factor)))
-        write_model(found.models, "broken", BROKEN)
-        yield found
-
-
-def state(name: str, target: str = "") -> Any:
-    """Whether a Predictor's active model, and its target, are in these states."""
-
-    def fits(item: Object) -> bool:
-        status = item.get("status") or {}
-        return status["activeModelState"] == name and (status.get("targetModelState") or "") == target
-
-    return fits
-
-
-def failed(reason: str) -> Any:
-    return lambda item: ((item.get("status") or {}).get("lastFailureInfo") or {}).get("reason") == reason
-
-
-async def infer(cluster: Cluster, model: str, value: float, namespace: str = "") -> float:
-    """What a model answers, over gRPC."""
-    channel = Channel(await cluster.instance(namespace))
-    try:
-        request = encode_infer_request(model, [("X", "FP32", np.array([value], dtype=np.float32))])
-        body = await channel.unary("/inference.GRPCInferenceService/ModelInfer", request, timeout_s=10)
-    finally:
-        await channel.close()
-    return float(decode_infer_response(body).outputs[0].array()[0])
 
 
 async def test_a_predictor_from_its_creation_to_its_end(cluster: Cluster) -> None:
@@ -186,23 +139,12 @@ async def test_a_store_that_is_mended_is_noticed(cluster: Cluster) -> None:
 
 
 async def test_inference_services_of_both_forms(cluster: Cluster) -> None:
-    def service(name: str, block: Object, **annotations: str) -> Object:
-        stated = {"deploymentMode": "ModelMesh", **annotations}
-        marks = {f"serving.kserve.io/{key}": value for key, value in stated.items()}
-        metadata = {"name": name, "annotations": marks}
-        return {
-            "apiVersion": INFERENCE_SERVICE.api_version,
-            "kind": "InferenceService",
-            "metadata": metadata,
-            "spec": {"predictor": block},
-        }
-
     await cluster.apply(runtime("own", "sklearn", "python"))
     model = {"modelFormat": {"name": "python"}, "storageUri": "pvc://models/scale-2"}
-    await cluster.apply(service("new", {"model": {**model, "protocolVersion": "grpc-v2"}}))
-    await cluster.apply(service("old", {"sklearn": {"storageUri": "pvc://models/nowhere"}}))
-    await cluster.apply(service("other", {"model": model}, deploymentMode="Serverless"))
-    await cluster.apply(service("none", {}))
+    await cluster.apply(inference_service("new", {"model": {**model, "protocolVersion": "grpc-v2"}}))
+    await cluster.apply(inference_service("old", {"sklearn": {"storageUri": "pvc://models/nowhere"}}))
+    await cluster.apply(inference_service("other", {"model": model}, deploymentMode="Serverless"))
+    await cluster.apply(inference_service("none", {}))
 
     def ready(value: str) -> Any:
         return lambda item: any(
@@ -310,8 +252,8 @@ async def test_an_instance_that_dies_is_replaced_in_the_status(cluster: Cluster)
     await cluster.until(PREDICTOR, "other", state("Loaded"))
 
 
-async def test_a_cluster_of_several_namespaces(server: ApiServer, tmp_path: Path) -> None:
-    async with running(server, tmp_path, cluster_scope=True) as cluster:
+async def test_a_cluster_of_several_namespaces(kubernetes: ApiServer, tmp_path: Path) -> None:
+    async with running(kubernetes, tmp_path, cluster_scope=True) as cluster:
         write_model(cluster.models, "scale-2", SCALE.replace("FACTOR", "2"))
         team = f"{cluster.namespace}-team"
         name = f"shared-{cluster.namespace}"

@@ -1,0 +1,259 @@
+"""What the archived controller got wrong, and what goes wrong around a controller: nothing is lost, and it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmcore.controller.api import Api
+from mmcore.controller.app import Controller
+from mmcore.controller.known import Installation
+from mmcore.controller.objects import (
+    CLUSTER_SERVING_RUNTIME,
+    DEPLOYMENT,
+    INFERENCE_SERVICE,
+    NETWORK_POLICY,
+    POD,
+    PREDICTOR,
+    SERVICE,
+    Object,
+    Ref,
+    at,
+)
+from tests.api_servers import ApiServer, OwnApiServer
+from tests.clusters import WITHIN_S, Cluster, failed, infer, inference_service, predictor, running, runtime, state
+from tests.management import SCALE
+from tests.serving import write_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+OWN = "modelmesh-serving-own"
+
+
+async def until(fits: Any, within_s: float = WITHIN_S) -> None:
+    async with asyncio.timeout(within_s):
+        while not await fits():
+            await asyncio.sleep(0.05)
+
+
+async def versions(cluster: Cluster) -> dict[str, str]:
+    """The versions of what the controller keeps."""
+    found = {}
+    for kind in (DEPLOYMENT, SERVICE, NETWORK_POLICY, PREDICTOR, INFERENCE_SERVICE, POD):
+        for item in (await cluster.api.list(kind, cluster.namespace))[0]:
+            found[f"{kind.name} {item['metadata']['name']}"] = item["metadata"]["resourceVersion"]
+    return found
+
+
+async def test_nothing_is_written_where_nothing_differs(cluster: Cluster) -> None:
+    item = runtime("own", "python")
+    # Forms that API servers write differently, and what they leave out.
+    limits = {"memory": "1024Mi", "cpu": "1000m"}
+    item["spec"]["containers"][0] |= {
+        "resources": {"limits": limits, "requests": {"cpu": "0.5"}},
+        "env": [{"name": "EMPTY", "value": ""}],
+        "volumeMounts": [],
+    }
+    item["spec"]["volumes"] = [{"name": "scratch", "emptyDir": {"sizeLimit": "2048Mi"}}]
+    item["spec"]["nodeSelector"] = {}
+    await cluster.apply(item)
+    await cluster.apply(predictor("m", "scale-2"))
+    await cluster.apply(inference_service("s", {"sklearn": {"storageUri": "pvc://models/scale-2"}}))
+    await cluster.until(PREDICTOR, "m", state("Loaded"))
+    await cluster.until(
+        INFERENCE_SERVICE, "s", lambda one: at(one, "status", "modelStatus", "lastFailureInfo") is not None
+    )
+    assert cluster.controller is not None
+    await until(lambda: _idle(cluster.controller))
+    before = await versions(cluster)
+    # A controller that starts anew looks at everything.
+    await cluster.stop_controller()
+    await cluster.start_controller()
+    await until(lambda: _idle(cluster.controller))
+    assert await versions(cluster) == before
+    requests = cluster.controller.requests
+    assert requests.get("PATCH", 0) == 0 and requests.get("DELETE", 0) == 0, requests
+
+
+async def _idle(controller: Controller | None) -> bool:
+    """Whether it has had nothing to do for a while."""
+    assert controller is not None
+    for _ in range(20):
+        if not controller.queue.idle:
+            return False
+        await asyncio.sleep(0.05)
+    return True
+
+
+async def test_watches_that_end_and_versions_that_are_gone_lose_nothing(tmp_path: Path) -> None:
+    (tmp_path / "kubernetes").mkdir()
+    server = OwnApiServer(tmp_path / "kubernetes")
+    try:
+        async with running(server.start(), tmp_path) as cluster:
+            write_model(cluster.models, "scale-2", SCALE.replace("FACTOR", "2"))
+            await cluster.apply(runtime())
+            await cluster.apply(predictor("m", "scale-2"))
+            await cluster.until(PREDICTOR, "m", state("Loaded"))
+            before = await cluster.get(DEPLOYMENT, OWN)
+            await asyncio.to_thread(server.expire)
+            await cluster.apply(predictor("n", "scale-2"))
+            await cluster.until(PREDICTOR, "n", state("Loaded"))
+            after = await cluster.get(DEPLOYMENT, OWN)
+            assert before is not None and after is not None
+            assert before["metadata"]["uid"] == after["metadata"]["uid"] and before["spec"] == after["spec"]
+    finally:
+        server.stop()
+
+
+async def test_a_model_whose_pods_have_gone_is_not_available(cluster: Cluster) -> None:
+    await cluster.apply(runtime())
+    await cluster.apply(predictor("m", "scale-2"))
+    await cluster.until(PREDICTOR, "m", state("Loaded"))
+    cluster.kubelet.broken[OWN] = "the image is gone"
+    for item in (await cluster.api.list(POD, cluster.namespace))[0]:
+        cluster.kubelet.kill(Ref(cluster.namespace, item["metadata"]["name"]))
+        await cluster.delete(POD, item["metadata"]["name"])
+    gone = lambda one: failed("RuntimeUnhealthy")(one) and not one["status"]["available"]  # noqa: E731
+    await cluster.until(PREDICTOR, "m", gone)
+    # And back again, as far as a pod is there.
+    cluster.kubelet.broken.clear()
+    for item in (await cluster.api.list(POD, cluster.namespace))[0]:
+        await cluster.delete(POD, item["metadata"]["name"])
+    await cluster.until(PREDICTOR, "m", lambda one: one["status"]["available"] and not failed("RuntimeUnhealthy")(one))
+    assert await infer(cluster, "m", 2) == 4
+
+
+async def test_models_are_registered_again_when_etcd_has_lost_them(cluster: Cluster) -> None:
+    await cluster.apply(runtime())
+    await cluster.apply(predictor("m", "scale-2"))
+    await cluster.until(PREDICTOR, "m", state("Loaded"))
+    await asyncio.to_thread(wipe, cluster.server.etcd.url, cluster.namespace + "/")
+
+    async def serves() -> bool:
+        try:
+            return await infer(cluster, "m", 2) == 4
+        except Exception:
+            return False
+
+    async def lost() -> bool:
+        return not await serves()
+
+    await until(lost)
+    await until(serves)
+    await cluster.until(PREDICTOR, "m", state("Loaded"))
+
+
+def wipe(etcd: str, prefix: str) -> None:
+    """Delete all keys below a prefix."""
+    first, last = prefix.encode(), prefix[:-1].encode() + bytes([ord(prefix[-1]) + 1])
+    body = {"key": base64.b64encode(first).decode(), "range_end": base64.b64encode(last).decode()}
+    request = urllib.request.Request(f"{etcd}/v3/kv/deleterange", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert int(json.loads(answer.read())["deleted"]) > 0
+
+
+async def test_what_happens_while_no_controller_works_is_made_up_for(cluster: Cluster) -> None:
+    await cluster.apply(runtime())
+    for name in ("m", "n"):
+        await cluster.apply(predictor(name, "scale-2"))
+    for name in ("m", "n"):
+        await cluster.until(PREDICTOR, name, state("Loaded"))
+    await cluster.stop_controller()
+    await cluster.delete(PREDICTOR, "m")
+    await cluster.apply(predictor("n", "scale-3"))
+    held = await cluster.get(PREDICTOR, "m")
+    assert held is not None and held["metadata"]["deletionTimestamp"]
+    await cluster.start_controller()
+    await cluster.until_gone(PREDICTOR, "m")
+    updated = lambda one: one["status"].get("observedGeneration") == 2 and state("Loaded")(one)  # noqa: E731
+    await cluster.until(PREDICTOR, "n", updated)
+    assert await infer(cluster, "n", 2) == 6
+    with pytest.raises(Exception, match="m"):
+        await infer(cluster, "m", 2)
+
+
+async def test_another_controller_takes_over(cluster: Cluster) -> None:
+    await cluster.apply(runtime())
+    second = Controller(Api(cluster.server.controller_kubeconfig), Installation(cluster.namespace, cluster=False))
+    working = asyncio.ensure_future(second.run())
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            while not second.is_ready():
+                await asyncio.sleep(0.05)
+        assert not second.ready.is_set(), "it stands by"
+        await cluster.stop_controller()
+        await asyncio.wait_for(second.ready.wait(), WITHIN_S)
+        await cluster.apply(predictor("m", "scale-2"))
+        await cluster.until(PREDICTOR, "m", state("Loaded"))
+    finally:
+        working.cancel()
+        await asyncio.wait([working])
+
+
+async def test_what_others_tell_of_a_service_stays(cluster: Cluster) -> None:
+    await cluster.apply(runtime("own", "python"))
+    item = inference_service("s", {"model": {"modelFormat": {"name": "python"}, "storageUri": "pvc://models/scale-2"}})
+    item["spec"]["transformer"] = {"containers": [{"name": "kserve-container", "image": "i"}]}
+    await cluster.apply(item)
+
+    def condition(one: Object, name: str) -> Object:
+        return next((it for it in at(one, "status", "conditions") or [] if it["type"] == name), {})
+
+    await cluster.until(INFERENCE_SERVICE, "s", lambda one: condition(one, "PredictorReady").get("status") == "True")
+    found = await cluster.get(INFERENCE_SERVICE, "s")
+    assert found is not None and condition(found, "Ready")["reason"] == "TransformerNotReady"
+    since = condition(found, "PredictorReady")["lastTransitionTime"]
+    theirs = {"type": "TransformerReady", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    change = {
+        "status": {
+            "conditions": [*found["status"]["conditions"], theirs],
+            "components": {"transformer": {"url": "http://t"}},
+            "address": {"url": "http://a"},
+        }
+    }
+    await cluster.api.patch(INFERENCE_SERVICE, Ref(cluster.namespace, "s"), change, "status")
+    found = await cluster.until(INFERENCE_SERVICE, "s", lambda one: condition(one, "Ready").get("status") == "True")
+    assert condition(found, "TransformerReady") == theirs
+    assert found["status"]["components"]["transformer"] == {"url": "http://t"}
+    assert found["status"]["components"]["predictor"]["grpcUrl"] and found["status"]["address"] == {"url": "http://a"}
+    assert condition(found, "PredictorReady")["lastTransitionTime"] == since
+
+
+async def test_what_the_api_server_refuses_is_told(cluster: Cluster) -> None:
+    wrong = runtime()
+    wrong["spec"]["containers"][0]["env"] = [{"name": "NUMBER", "value": 5}]
+    await cluster.apply(wrong)
+
+    async def told() -> bool:
+        return any(reason == "Refused" and "Deployment" in text for reason, text in await cluster.events("own"))
+
+    await until(told)
+    # It is in no other's way.
+    await cluster.apply(runtime("other", "python"))
+    await cluster.apply(predictor("m", "scale-2", runtime={"name": "other"}))
+    await cluster.until(PREDICTOR, "m", state("Loaded"))
+
+
+async def test_deployments_of_a_clusters_runtimes_are_watched_too(kubernetes: ApiServer, tmp_path: Path) -> None:
+    async with running(kubernetes, tmp_path, cluster_scope=True) as cluster:
+        name = f"shared-{cluster.namespace}"
+        await cluster.apply(runtime(name, kind="ClusterServingRuntime"))
+        try:
+            deployment = f"modelmesh-serving-{name}"
+            await cluster.until(DEPLOYMENT, deployment, lambda one: one["spec"]["replicas"] == 0)
+            change = {"spec": {"replicas": 3, "template": {"spec": {"terminationGracePeriodSeconds": 1}}}}
+            await cluster.api.patch(DEPLOYMENT, Ref(cluster.namespace, deployment), change)
+            back = lambda one: (  # noqa: E731
+                one["spec"]["replicas"] == 0 and one["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > 1
+            )
+            await cluster.until(DEPLOYMENT, deployment, back)
+            policies, _ = await cluster.api.list(NETWORK_POLICY, cluster.namespace)
+            assert [one["metadata"]["name"] for one in policies] == ["modelmesh-serving"]
+        finally:
+            await cluster.delete(CLUSTER_SERVING_RUNTIME, name)
