@@ -79,6 +79,8 @@ class Site:
     Attributes:
         files: bodies by path.
         requests: method, path and headers of all requests, names in lower case.
+        bodies: what came with them.
+        headers: those of all answers.
         ranges: whether ranges are answered.
         validators: whether entity tags are sent and looked at.
         login: the value of ``authorization`` that is asked for, but for the paths in ``open``.
@@ -88,6 +90,8 @@ class Site:
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.files: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.bodies: list[str] = []
+        self.headers: dict[str, str] = {}
         self.ranges = self.validators = True
         self.login: str | None = None
         self.open: set[str] = set()
@@ -119,7 +123,7 @@ class Site:
 
     def answer(self, to: BaseHTTPRequestHandler) -> None:
         headers = {name.lower(): value for name, value in to.headers.items()}
-        to.rfile.read(int(headers.get("content-length", "0")))
+        self.bodies.append(to.rfile.read(int(headers.get("content-length", "0"))).decode())
         self.requests.append((to.command, to.path, headers))
         path = unquote(to.path.partition("?")[0])
         if path in self.redirects:
@@ -144,8 +148,9 @@ class Site:
         self, to: BaseHTTPRequestHandler, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         to.send_response(status)
-        kind = "application/xml" if body.startswith(b"<?xml") else "application/octet-stream"
-        for name, value in {**headers, "content-length": str(len(body)), "content-type": kind}.items():
+        kinds = {b"<": "application/xml", b"{": "application/json"}
+        kind = kinds.get(body[:1], "application/octet-stream")
+        for name, value in {**self.headers, **headers, "content-length": str(len(body)), "content-type": kind}.items():
             to.send_header(name, value)
         to.end_headers()
         with contextlib.suppress(OSError):

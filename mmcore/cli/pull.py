@@ -63,7 +63,7 @@ def command(
     source = path if path is not None else _absolute(places[0])
     log.configure("info")
     puller = Puller(
-        StorageConfig(storage_config),
+        StorageConfig(storage_config, own_parameters=True),
         # Nothing is kept: its folder is never made.
         DiskCache(StorageSettings().cache),
         pvc_mounts=pvc_mounts,

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from azure.core.credentials import TokenCredential
 from azure.core.exceptions import (
     AzureError,
     ClientAuthenticationError,
@@ -15,11 +16,16 @@ from azure.core.exceptions import (
     ServiceRequestError,
     ServiceResponseError,
 )
-from azure.identity import ClientSecretCredential
+from azure.identity import (
+    ClientSecretCredential,
+    DefaultAzureCredential,
+    ManagedIdentityCredential,
+    WorkloadIdentityCredential,
+)
 from azure.storage.blob import BlobSasPermissions, ContainerClient, generate_blob_sas
 
 from mmcore.errors import LoadFailed
-from mmcore.storage.connections import Connections
+from mmcore.storage.connections import Connections, trusted_file
 from mmcore.storage.digests import Digest
 from mmcore.storage.places import Place
 from mmcore.storage.remote import Blob, Interrupted, Refused, Request, objects_at, refusal
@@ -29,6 +35,8 @@ _URL_LIFE: Final = timedelta(minutes=15)
 _SCOPE: Final = "https://storage.azure.com/.default"
 #: The version of the service's protocol in which tokens are understood.
 _PROTOCOL: Final = "2021-12-02"
+#: What ``credentials`` may say.
+IDENTITIES: Final = ("default", "managed-identity", "workload-identity")
 _SECRETS: Final = ("client_id", "client_secret", "tenant_id")
 
 
@@ -36,39 +44,40 @@ class AzureRemote:
     """One container. Satisfies :class:`mmcore.storage.remote.Remote`.
 
     Its parameters are those of the archived stack: ``account_name`` and ``container``; ``connection_string``, else
-    ``client_id``, ``client_secret`` and ``tenant_id``, else nothing for a public container.
+    ``client_id``, ``client_secret`` and ``tenant_id``, else nothing for a public container. And ``credentials``, one of
+    :data:`IDENTITIES`, for the identity that this machine or pod has (``client_id`` says which, where it has several),
+    ``endpoint_url`` where the account is not in Azure's public cloud, ``authority_host`` where logins are not either,
+    and ``certificate``, what both are trusted by.
     """
 
     def __init__(self, place: Place, limits: PullLimits) -> None:
         self._container = place.required("container")
-        options: dict[str, Any] = {
-            "retry_total": 0, "connection_timeout": limits.connect_s, "read_timeout": limits.silence_s,
-        }  # fmt: skip
-        stated = place.text("connection_string")
-        secrets = [place.text(name) for name in _SECRETS]
-        self._token: ClientSecretCredential | None = None
+        certificate, stated = place.text("certificate"), place.text("connection_string")
+        options: dict[str, Any] = {"connection_timeout": limits.connect_s, "read_timeout": limits.silence_s}
+        if certificate:
+            options["connection_verify"] = trusted_file(certificate, self)
+        self._token: TokenCredential | None = None
         account = "connection string"
         try:
             if stated:
-                self._client = ContainerClient.from_connection_string(stated, self._container, **options)
+                self._client = ContainerClient.from_connection_string(stated, self._container, retry_total=0, **options)
             else:
                 account = place.required("account_name")
-                if any(secrets):
-                    if not all(secrets):
-                        raise LoadFailed(f"storage of type azure: {', '.join(_SECRETS)} go together")
-                    client_id, client_secret, tenant_id = (secret or "" for secret in secrets)
-                    self._token = ClientSecretCredential(tenant_id, client_id, client_secret)
+                self._token = _identity(place, options)
+                endpoint = place.text("endpoint_url") or f"https://{account}.blob.core.windows.net"
                 self._client = ContainerClient(
-                    f"https://{account}.blob.core.windows.net", self._container, credential=self._token, **options
+                    endpoint, self._container, credential=self._token, retry_total=0, **options
                 )
         except ValueError:
-            raise LoadFailed("storage of type azure: the connection string or an id is not in the right form") from None
+            raise LoadFailed(
+                "storage of type azure: the connection string or an id is missing, or is not in the right form"
+            ) from None
         address = urlsplit(self._client.url)
         self.where = f"azure://{self._client.account_name or account}/{self._container}"
         self.store = f"azure {address.netloc}{address.path}"
         self._address = address
         self._account_key = getattr(self._client.credential, "account_key", None) if stated else None
-        self.connections = Connections(connect_s=limits.connect_s, silence_s=limits.silence_s)
+        self.connections = Connections(connect_s=limits.connect_s, silence_s=limits.silence_s, ca=certificate)
 
     def find(self, path: str) -> list[Blob]:
         """The objects at a path, see :class:`mmcore.storage.remote.Remote`."""
@@ -125,6 +134,34 @@ class AzureRemote:
             raise refusal(error.status_code, str(getattr(error, "error_code", None) or ""), what) from None
         except AzureError as error:
             raise LoadFailed(f"{what}: the entry's parameters cannot be used ({type(error).__name__})") from None
+
+
+def _identity(place: Place, options: dict[str, Any]) -> TokenCredential | None:
+    """What gets tokens; None for a public container.
+
+    Raises:
+        ValueError: an id is missing or not in the right form.
+    """
+    authority = place.text("authority_host")
+    if authority is not None:
+        # The public cloud's login knows nothing of others, and would be asked.
+        options = {**options, "authority": authority, "disable_instance_discovery": True}
+    stated, client_id, tenant_id = (place.text(name) for name in ("credentials", "client_id", "tenant_id"))
+    match stated:
+        case None:
+            secrets = [place.text(name) or "" for name in _SECRETS]
+            if any(secrets) and not all(secrets):
+                raise LoadFailed(f"storage of type azure: {', '.join(_SECRETS)} go together")
+            client, secret, tenant = secrets
+            return ClientSecretCredential(tenant, client, secret, **options) if secret else None
+        case "managed-identity":
+            return ManagedIdentityCredential(client_id=client_id, **options)
+        case "workload-identity":
+            return WorkloadIdentityCredential(client_id=client_id, tenant_id=tenant_id, **options)
+        case "default":
+            named = {f"{kind}_identity_client_id": client_id for kind in ("managed", "workload") if client_id}
+            return DefaultAzureCredential(**named, **options)
+    raise LoadFailed(f"storage of type azure: 'credentials' must be one of {', '.join(IDENTITIES)}")
 
 
 def _blob(listed: Any) -> Blob:

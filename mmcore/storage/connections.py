@@ -9,8 +9,10 @@ import contextlib
 import os
 import ssl
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -231,6 +233,15 @@ def _root(error: BaseException) -> str:
             return os.strerror(seen.errno)
         seen = seen.__cause__ or seen.__context__
     return type(error).__name__
+
+
+def trusted_file(ca: str, owner: object) -> str:
+    """The path of a file of certificates, for a library that reads them from one alone; it goes with its owner."""
+    descriptor, path = tempfile.mkstemp(suffix=".pem")
+    with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write(ca)
+    weakref.finalize(owner, Path(path).unlink, missing_ok=True)
+    return path
 
 
 def _context(ca: str | None, certificate: str | None, private_key: str | None) -> ssl.SSLContext:

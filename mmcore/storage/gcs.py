@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
+import google.auth
+from google.auth.credentials import with_scopes_if_required
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.auth.transport.urllib3 import Request as TokenRequest
 from google.oauth2.service_account import Credentials
@@ -36,7 +38,9 @@ class GcsRemote:
     """One bucket. Satisfies :class:`mmcore.storage.remote.Remote`.
 
     Its parameters are those of the archived stack (``bucket``; ``private_key`` with ``client_email``, and
-    ``token_uri``, or nothing for a public bucket) and ``endpoint_url``.
+    ``token_uri``, or nothing for a public bucket), ``endpoint_url`` and ``credentials``, which ``default`` makes those
+    of this machine: the file of GOOGLE_APPLICATION_CREDENTIALS (a key, or workload identity federation), the login of
+    gcloud, or the metadata server (https://google.aip.dev/auth/4110).
     """
 
     def __init__(self, place: Place, limits: PullLimits) -> None:
@@ -46,7 +50,8 @@ class GcsRemote:
         self.store = f"gcs {self._endpoint} {self._bucket}"
         self.connections = Connections(connect_s=limits.connect_s, silence_s=limits.silence_s)
         self._lock = threading.Lock()
-        self._credentials = _credentials(place)
+        self._own = place.text("credentials") is None
+        self._credentials = self._found(place)
 
     def find(self, path: str) -> list[Blob]:
         """The objects at a path, see :class:`mmcore.storage.remote.Remote`."""
@@ -96,13 +101,27 @@ class GcsRemote:
                 except GoogleAuthError as error:
                     if error.retryable:
                         raise Interrupted(f"{self.where}: the token's server is not at its best") from None
-                    raise Refused(
-                        f"{self.where}: the token's server refuses 'client_email' and 'private_key'"
-                    ) from None
-            return {"authorization": f"Bearer {self._credentials.token}"}
+                    refused = "'client_email' and 'private_key'" if self._own else "the default credentials"
+                    raise Refused(f"{self.where}: the token's server refuses {refused}") from None
+            headers: dict[str, str] = {}
+            self._credentials.apply(headers)
+            return headers
+
+    def _found(self, place: Place) -> Any:
+        if self._own:
+            return _of_the_entry(place)
+        if place.text("credentials") != "default" or place.text("private_key"):
+            raise LoadFailed("storage of type gcs: 'credentials' must be 'default', and takes no 'private_key' beside")
+        try:
+            # Without a scope yet: with one it would ask another service, which may be out of reach, for a project.
+            found, _ = google.auth.default(request=TokenRequest(self.connections.pool))
+            return with_scopes_if_required(found, [_SCOPE])
+        except GoogleAuthError as error:
+            # Its text names files and what is wrong with them.
+            raise Refused(f"{self.where}: no default credentials: {error}") from None
 
 
-def _credentials(place: Place) -> Any:
+def _of_the_entry(place: Place) -> Any:
     key, email = place.text("private_key"), place.text("client_email")
     if bool(key) != bool(email):
         raise LoadFailed("storage of type gcs: 'private_key' and 'client_email' go together")

@@ -20,6 +20,9 @@ from mmcore.storage.stated import known_format
 #: What a key of a Kubernetes secret may be called.
 _ENTRY: Final = re.compile(r"[-._a-zA-Z0-9]+")
 _AZURE_HOST: Final = ".blob.core.windows.net"
+#: In an entry: that this machine's own identity is used; and what says which, and where its tokens are sent.
+_IDENTITY: Final = "credentials"
+_RECEIVERS: Final = ("account_name", "authority_host", "certificate", "client_id", "endpoint_url", "tenant_id", "type")
 _URI: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
@@ -154,11 +157,13 @@ class StorageConfig:
     """The storage entries in ``folder``, one JSON file each; none without a folder.
 
     A file is read each time it is needed, so a change holds from the next pull on, also where Kubernetes switches the
-    link that the whole folder hangs on.
+    link that the whole folder hangs on. ``own_parameters`` says that parameters are of somebody whose identity this
+    process has; those of others neither take it nor say where its tokens are sent.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, own_parameters: bool = False) -> None:
         self._folder = folder
+        self._own_parameters = own_parameters
 
     def names(self) -> list[str]:
         """The keys of all entries."""
@@ -191,6 +196,8 @@ class StorageConfig:
         else:
             stated_type = params.get("type")
             entry = self._entry(f"default_{stated_type}" if stated_type else "default") or {}
+        if not self._own_parameters:
+            _check_identity(entry, params)
         _lay_over(entry, params)
         if key.bucket and "bucket" in entry:
             entry["bucket"] = key.bucket
@@ -221,6 +228,17 @@ class StorageConfig:
         if not isinstance(values, dict):
             raise LoadFailed(f"the storage entry '{name}' is not a JSON object")
         return values
+
+
+def _check_identity(entry: dict[str, Any], params: dict[str, Any]) -> None:
+    """Whoever may register a model could have this machine's tokens sent to a server of theirs otherwise."""
+    if _IDENTITY in params:
+        raise LoadFailed(f"'{_IDENTITY}' can be said in a storage entry alone, not by a model's parameters")
+    for name in _RECEIVERS if _IDENTITY in entry else ():
+        if name in params and params[name] != entry.get(name):
+            raise LoadFailed(
+                f"the storage parameter '{name}' cannot be changed by a model: the entry uses this machine's identity"
+            )
 
 
 def _lay_over(entry: dict[str, Any], params: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import re
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as ConnectionFailed
 
 from mmcore.errors import LoadFailed
-from mmcore.storage.connections import Connections
+from mmcore.storage.connections import Connections, trusted_file
 from mmcore.storage.digests import ALGORITHMS, Digest
 from mmcore.storage.places import Place
 from mmcore.storage.remote import (
@@ -76,12 +75,6 @@ class S3Remote:
             raise LoadFailed("storage of type s3: 'access_key_id' and 'secret_access_key' go together")
         certificate = place.text("certificate")
         self.connections = Connections(connect_s=limits.connect_s, silence_s=limits.silence_s, ca=certificate)
-        self._trusted: Any = None
-        if certificate:
-            # The library reads these from a file alone, for as long as the client lives.
-            self._trusted = tempfile.NamedTemporaryFile("w", suffix=".pem")  # noqa: SIM115
-            self._trusted.write(certificate)
-            self._trusted.flush()
         config = Config(
             signature_version=botocore.UNSIGNED if place.flag("anonymous") else "s3v4",
             s3={"addressing_style": style},
@@ -98,7 +91,7 @@ class S3Remote:
                 "s3",
                 endpoint_url=endpoint,
                 region_name=region or session.region_name or "us-east-1",
-                verify=self._trusted.name if self._trusted else None,
+                verify=trusted_file(certificate, self) if certificate else None,
                 config=config,
             )
 

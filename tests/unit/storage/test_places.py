@@ -171,3 +171,22 @@ def test_no_text_shows_what_an_entry_holds(folder: Path) -> None:
             config.place(info(storage_key=name))
         assert "SECRET" not in repr(raised.value)
         assert raised.value.__cause__ is None
+
+
+def test_models_neither_take_the_identity_of_the_machine_nor_say_where_its_tokens_go(folder: Path) -> None:
+    entry = {"type": "azure", "account_name": "acct", "container": "models", "credentials": "managed-identity"}
+    (folder / "default_azure").write_text(json.dumps(entry))
+    config = StorageConfig(folder)
+    assert config.place(info("https://acct.blob.core.windows.net/other/m")).parameters["container"] == "other"
+    for params in ({"endpoint_url": "https://mine.example"}, {"client_id": "another"}, {"account_name": "mine"}):
+        with pytest.raises(LoadFailed, match="cannot be changed by a model"):
+            config.place(info("m", storage_params={"type": "azure", **params}))
+    with pytest.raises(LoadFailed, match="'account_name' cannot be changed by a model"):
+        config.place(info("https://mine.blob.core.windows.net/other/m"))
+    with pytest.raises(LoadFailed, match="can be said in a storage entry alone"):
+        config.place(info("m", storage_params={"type": "gcs", "credentials": "default"}))
+    # Who pulls for themselves says what they like.
+    own = StorageConfig(None, own_parameters=True)
+    assert own.place(info("m", storage_params={"type": "gcs", "credentials": "default"})).parameters == {
+        "credentials": "default"
+    }
