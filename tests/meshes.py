@@ -196,7 +196,11 @@ class Mesh:
     async def start(self) -> None:
         """Start all, register the models and have each of them loaded somewhere."""
         wrong_clock(self.files.parent)
-        await asyncio.gather(*(member.start(self.serve) for member in self.members))
+        starts = [member.start(self.serve) for member in self.members]
+        # Whatever becomes of one, all have been started, and are ended with the test.
+        for outcome in await asyncio.gather(*starts, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
         for number in range(MODELS):
             await self.register(self.members[number % len(self.members)].client, name_of(number), number)
         await asyncio.gather(*(self.members[0].client.ask(number, number) for number in range(MODELS)))

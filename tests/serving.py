@@ -83,6 +83,7 @@ class Instances:
         timer.cancel()
         if not line:
             code = process.wait()
+            process.stdout.close()
             raise AssertionError(f"no ready line, exit code {code}:\n{log.read_text()}")
         instance = Instance(process, json.loads(line), log)
         self._started.append(instance)
