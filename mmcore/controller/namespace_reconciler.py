@@ -18,7 +18,8 @@ from mmcore.controller.deployment import CONSTRAINTS_MAP, Place, claims_of, depl
 from mmcore.controller.events import Events
 from mmcore.controller.informer import Informer
 from mmcore.controller.known import Known
-from mmcore.controller.mesh import Mesh
+from mmcore.controller.mesh import Mesh, NoInstance
+from mmcore.controller.mesh_tls import tls_of
 from mmcore.controller.objects import (
     AUTOSCALERS,
     CONFIG_MAP,
@@ -151,6 +152,7 @@ class NamespaceReconciler:
         used, claims = self._used(namespace)
         place = Place(namespace, known.installation.etcd_secret, await self._claims(namespace, claims))
         served = False
+        tls = await self._tls_trouble(namespace)
         for runtime in runtimes:
             if runtime.disabled or not runtime.multi_model:
                 continue
@@ -162,6 +164,8 @@ class NamespaceReconciler:
             if known.etcd_secrets.get(known.installation.namespace, known.installation.etcd_secret) is None:
                 message = f"the secret {known.installation.etcd_secret} is missing in {known.installation.namespace}"
                 self._events.warn(runtime.resource, "EtcdSecretMissing", message)
+            if tls:
+                self._events.warn(runtime.resource, "TlsSecretUnusable", tls)
             self._add_runtime(plan, runtime, place, wanted=runtime.name in used)
         if not served:
             return plan
@@ -194,6 +198,17 @@ class NamespaceReconciler:
             scaler = manifests.autoscaler(runtime, config, namespace, scalers.kind)
             if scaler is not None:
                 plan.add(scalers.kind, scaler)
+
+    async def _tls_trouble(self, namespace: str) -> str:
+        """Why pods wait for the secret of TLS, or the controller cannot use it; looked for while a pod is not ready."""
+        waiting = [pod for pod in self._known.pods.of(namespace) if not pods.is_ready(pod)]
+        if not self._known.config.tls_secret or not waiting:
+            return ""
+        try:
+            await tls_of(self._api, lambda: self._known.config, namespace)
+        except NoInstance as error:
+            return str(error)
+        return ""
 
     def _used(self, namespace: str) -> tuple[set[str], set[str]]:
         """The runtimes that models go to, and the volume claims that models name."""

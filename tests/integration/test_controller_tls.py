@@ -92,9 +92,12 @@ async def test_tls_is_turned_on_while_models_are_served(cluster: Cluster, tmp_pa
     await cluster.apply(predictor("m", "scale-2"))
     await cluster.until(PREDICTOR, "m", loaded("http"))
 
+    await cluster.configure(tls={"secretName": "model-serving-tls", "clientAuth": "require"})
+    async with asyncio.timeout(20):
+        while "TlsSecretUnusable" not in [reason for reason, _ in await cluster.events("own")]:
+            await asyncio.sleep(0.05)
     files = {"tls.crt": pair.certificate.read_text(), "tls.key": pair.key.read_text()}
     await cluster.apply(secret(cluster.namespace, "model-serving-tls", **files))
-    await cluster.configure(tls={"secretName": "model-serving-tls", "clientAuth": "require"})
     target = await rolled(cluster, secured=True)
     await cluster.until(PREDICTOR, "m", loaded("https"))
     # They are asked for a new model over TLS too.
