@@ -1,6 +1,7 @@
 # Everything a person or CI runs; README.md says what each verb is for.
 #   make run [ONCE=1]    make test | test-fast    make bench [SUITE=transport]    make lint | format
 #   make build | protos | debug | sanitize | coverage | clean | kube-apiserver
+#   make fuzz [SECONDS_EACH=60] [TARGETS="archive protobuf"]
 # PYTHON chooses the interpreter of a new virtual environment, VENV its folder, PYTEST_ARGS goes to pytest.
 
 PYTHON      ?= python3
@@ -9,13 +10,15 @@ SUITE       ?=
 ONCE        ?=
 PYTEST_ARGS ?=
 TORCH       ?= torch==2.13.0
+SECONDS_EACH ?= 60
+TARGETS     ?=
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS   += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := build
-.PHONY: run test test-fast kube-apiserver bench bench-density lint format build protos debug sanitize coverage clean
+.PHONY: run test test-fast kube-apiserver bench bench-density lint format build protos debug sanitize fuzz coverage clean
 
 PY   := $(abspath $(VENV))/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet
@@ -25,6 +28,7 @@ SYSTEM       := build/stamp/system-$(subst /,-,$(PYTHON))
 TEST_SYSTEM  := build/stamp/test-system
 BENCH_SYSTEM := build/stamp/bench-system
 SERVERS      := build/stamp/servers
+FUZZ_SYSTEM  := build/stamp/fuzz-system
 RUN_PACKAGES := $(VENV)/.stamp-run
 DEV_PACKAGES := $(VENV)/.stamp-dev
 PROTOS_TOOL  := .venv-protos/.stamp
@@ -205,7 +209,7 @@ check() {
 }
 check "ruff check" $(PY) -m ruff check --quiet .
 check "ruff format" $(PY) -m ruff format --check --quiet --diff .
-check "cython-lint" cython-lint ext mmcore/_ext
+check "cython-lint" cython-lint ext mmcore/_ext tests/fuzz
 check "mypy" $(PY) -m mypy
 check "import rules" lint-imports --no-cache
 check "generated messages" .venv-protos/bin/python protos/generate.py --check
@@ -259,6 +263,28 @@ sanitize: $(DEV_PACKAGES)
 	@cd build/tree/sanitize && $(SANITIZED) $(PY) -m pytest --capture=sys -m 'not slow' $(SANITIZED_TESTS) $(PYTEST_ARGS)
 	@cd build/tree/sanitize && $(SANITIZED) $(PY) -m pytest --capture=sys $(SANITIZED_CLIENTS) $(PYTEST_ARGS)
 
+# libFuzzer over everything that reads bytes from outside: atheris brings it and the sanitizers' library, clang the
+# counters in the compiled modules. Corpora and findings stay in build/fuzz.
+define STEP_fuzz_system
+wanted=
+command -v clang || wanted="$$wanted clang"
+$(INSTALL_WANTED)
+endef
+$(FUZZ_SYSTEM): | $(SYSTEM)
+	$(call step,System packages of the fuzzer,fuzz_system)
+	@touch $@
+
+define STEP_fuzz
+$(PIP) install --group fuzz
+$(call tree,fuzz)
+MMCORE_FUZZ=1 $(PY) setup.py build_ext --inplace
+endef
+fuzz: $(DEV_PACKAGES) $(FUZZ_SYSTEM)
+	$(call step,Fuzzer build in build/tree/fuzz,fuzz)
+	@cd build/tree/fuzz && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	LD_PRELOAD=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("asan_with_fuzzer").origin)') \
+	$(PY) -m tests.fuzz --seconds $(SECONDS_EACH) --work $(CURDIR)/build/fuzz $(TARGETS)
+
 define STEP_coverage
 $(PIP) install --group coverage
 $(call tree,coverage)
@@ -276,4 +302,4 @@ clean:
 
 # The shell texts reach their shells through the environment: no quoting in between.
 export STEP_system STEP_venv STEP_packages_to_run STEP_packages_to_test STEP_extensions STEP_samples STEP_test_system STEP_bench_system
-export STEP_kube_apiserver STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_coverage
+export STEP_kube_apiserver STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_fuzz_system STEP_fuzz STEP_coverage

@@ -4,6 +4,7 @@ Switches, all environment variables:
 
 ``MMCORE_DEBUG=1``     bounds checks, line tracing and annotated C for every module, -O0
 ``MMCORE_SANITIZE=1``  AddressSanitizer and UndefinedBehaviorSanitizer (run with the sanitizer's library preloaded)
+``MMCORE_FUZZ=1``      the same and libFuzzer's counters, by clang, and ``tests/fuzz/native.pyx`` too (``make fuzz``)
 ``MMCORE_COVERAGE=1``  gcov counters and Cython line tracing (generated C beside its source, where the tracer looks)
 ``MMCORE_EXT=h2,lru``  build only these modules; ``none`` builds no module
 """
@@ -23,10 +24,17 @@ from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("MMCORE_DEBUG") == "1"
 SANITIZE = os.environ.get("MMCORE_SANITIZE") == "1"
+FUZZ = os.environ.get("MMCORE_FUZZ") == "1"
 COVERAGE = os.environ.get("MMCORE_COVERAGE") == "1"
 ONLY = {name for name in os.environ.get("MMCORE_EXT", "").split(",") if name}
 
+if FUZZ:
+    os.environ |= {"CC": "clang", "LDSHARED": "clang -shared"}
+
 NGHTTP2_MODULES = {"forward", "h2", "h2client", "h2memory", "h2server", "passing"}
+
+KINDS = {"debug": DEBUG, "sanitize": SANITIZE, "fuzz": FUZZ, "coverage": COVERAGE}
+NATIVE_TARGETS = Path("tests/fuzz/native.pyx")
 
 DIRECTIVES = {
     "binding": True,
@@ -71,12 +79,17 @@ def pkg_config(*args: str) -> list[str]:
 
 def extension(source: Path) -> Extension:
     """One compiled module; its name is the file's."""
+    name = "tests.fuzz.native" if source == NATIVE_TARGETS else f"mmcore._ext.{source.stem}"
     compile_args = ["-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-Wsign-compare", "-Wno-unused-function"]
     compile_args += ["-O0", "-g3", "-UNDEBUG"] if DEBUG else ["-O2", "-g1"]
     link_args: list[str] = []
     macros: list[tuple[str, str | None]] = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
-    if SANITIZE:
-        flags = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+    if SANITIZE or FUZZ:
+        flags = [
+            f"-fsanitize={'fuzzer-no-link,' * FUZZ}address,undefined",
+            "-fno-omit-frame-pointer",
+            "-fno-sanitize-recover=undefined",
+        ]
         compile_args += flags
         link_args += flags
     if COVERAGE:
@@ -88,7 +101,7 @@ def extension(source: Path) -> Extension:
         compile_args += pkg_config("--cflags")
         link_args += pkg_config("--libs")
     return Extension(
-        f"mmcore._ext.{source.stem}",
+        name,
         [str(source)],
         include_dirs=[numpy.get_include()],
         define_macros=macros,
@@ -103,9 +116,9 @@ def build_base() -> str:
     Neither Cython nor setuptools rebuilds when only a directive or a flag changed, so a folder shared by two
     kinds of build would hand one's modules to the other.
     """
-    tools = (DEBUG, SANITIZE, COVERAGE, sys.version, Cython.__version__, numpy.__version__)
+    tools = (DEBUG, SANITIZE, FUZZ, COVERAGE, sys.version, Cython.__version__, numpy.__version__)
     digest = hashlib.sha256(Path(__file__).read_bytes() + repr(tools).encode()).hexdigest()[:8]
-    kind = "-".join(name for name, on in (("debug", DEBUG), ("sanitize", SANITIZE), ("coverage", COVERAGE)) if on)
+    kind = "-".join(name for name, on in KINDS.items() if on)
     return f"build/{kind or 'release'}-{digest}"
 
 
@@ -118,13 +131,14 @@ def declarations_changed(c_folder: Path) -> bool:
     return False
 
 
+SOURCES = [path for path in sorted(Path("ext").glob("*.pyx")) if not ONLY or path.stem in ONLY]
 BUILD_BASE = build_base()
 BUILD_DIR = None if COVERAGE else f"{BUILD_BASE}/cython"
 setup(
     cmdclass={"build_ext": BuildExtensions},
     options={"build": {"build_base": BUILD_BASE}, "build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
-        [extension(path) for path in sorted(Path("ext").glob("*.pyx")) if not ONLY or path.stem in ONLY],
+        [extension(path) for path in [*SOURCES, *[NATIVE_TARGETS] * FUZZ]],
         include_path=["."],
         build_dir=BUILD_DIR,
         force=declarations_changed(Path(BUILD_DIR or ".", "ext")),

@@ -6,9 +6,11 @@ very many files, is refused before it has.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -23,6 +25,8 @@ MAX_FILES: Final = 100_000
 MAX_RATIO: Final = 100
 FREE_BYTES: Final = 64 * 2**20
 _CHUNK: Final = 2**20
+#: Errors of the system that an archive causes: a place before its beginning, names that no file can have.
+_ITS_OWN_FAULT: Final = (errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ)
 _TARS: Final = (".tar", ".tar.gz", ".tgz")
 _SUFFIXES: Final = (*_TARS, ".zip", ".gz")
 
@@ -51,8 +55,15 @@ def unpack(archive: Path, folder: Path, take: Callable[[int], None]) -> None:
         unpacked.link()
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise LoadFailed(f"{archive.name} is damaged: {error}") from None
+    except (ValueError, LookupError, OverflowError, struct.error) as error:
+        # What the two modules let through of headers that cannot be.
+        raise LoadFailed(f"{archive.name} is damaged: {error!r}") from None
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise LoadFailed(f"{archive.name} holds '{Path(error.filename).name}' twice, or as file and folder") from None
+    except OSError as error:
+        if error.errno not in _ITS_OWN_FAULT:
+            raise
+        raise LoadFailed(f"{archive.name} is damaged: {error}") from None
     except (RuntimeError, NotImplementedError) as error:
         # What zipfile says of passwords and of methods that it does not know.
         raise LoadFailed(f"{archive.name} cannot be unpacked: {error}") from None

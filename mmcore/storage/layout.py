@@ -125,7 +125,7 @@ def _source(base: Path, folder: Path, name: str, version: str, stated: Stated) -
         raise InvalidModel(
             f"{path.name} defines TritonPythonModel, the contract of Triton's Python backend, not mmcore's Python model"
         )
-    return ModelSource(name, version, found, path, stated.settings())
+    return ModelSource(name, version, found, path, stated.settings(), folder=base)
 
 
 def _stated_file(folder: Path, stated: Stated) -> tuple[str, Path]:

@@ -140,10 +140,21 @@ def _implemented(reader: Reader, implementation: str | None) -> str | None:
     return known
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few of them within each other stand for more than memory holds, or for themselves."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not taken")
+        return super().compose_node(parent, index)
+
+
 def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        values = yaml.load(text, _PlainLoader)  # noqa: S506  # a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # The last four come of values that are not what their tag says.
         raise InvalidModel(f"{MMCORE_YAML}: is not YAML: {' '.join(str(error).split())}") from error
     reader = Reader({} if values is None else values, MMCORE_YAML)
     reader.only(_YAML_FIELDS)

@@ -1,13 +1,8 @@
-"""A fuzz target for the transport: whatever bytes come, a session answers or ends, and nothing of it is left.
-
-``fuzz_one`` suits any coverage-guided fuzzer of Python extensions; run as a script with atheris installed, this is one:
-``python -m tests.fuzz.transport CORPUS_DIR`` (build with ``MMCORE_SANITIZE=1`` to see memory errors where they happen).
-"""
+"""Fuzz targets for the transport: whatever bytes come, a session answers or ends, and nothing of it is left."""
 
 from __future__ import annotations
 
 import struct
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -48,10 +43,16 @@ METHODS = methods({UNARY: unary}, {STREAM: Echo})
 
 
 def fuzz_one(data: bytes) -> None:
-    """Either side, with these bytes from the other, cut by their own first byte; an exception is a finding."""
+    """Either side with these bytes from the other, and gRPC's notation; an exception is a finding."""
+    if data:
+        notation(data)
+        session(data)
+
+
+def session(data: bytes) -> None:
+    """A session of HTTP/2: the first byte chooses the side and cuts the rest."""
     if not data:
         return
-    _notation(data)
     side, size, rest = data[0] & 1, (data[0] >> 1) or 1000, data[1:]
     chunks = [rest[start : start + size] for start in range(0, len(rest), size)]
     before = live_objects()
@@ -60,6 +61,37 @@ def fuzz_one(data: bytes) -> None:
     else:
         _client(chunks)
     assert live_objects() == before
+
+
+def unframing(data: bytes) -> None:
+    """gRPC's messages in DATA of a call in order; the first byte cuts the rest and chooses the method."""
+    if not data:
+        return
+    size = (data[0] >> 2) + 1
+    body = data[1:5001]
+    server = Server(BUFFERS[0], LIMITS, METHODS)
+    server.feed_bytes(PREFACE + b"\0\0\0\x04\0\0\0\0\0" + _REQUESTS[data[0] & 3])
+    for start in range(0, len(body), size):
+        chunk = body[start : start + size]
+        server.feed_bytes(len(chunk).to_bytes(3, "big") + b"\0\0\0\0\0\1" + chunk)
+    server.feed_bytes(b"\0\0\0\0\1\0\0\0\1")
+    server.shut("fuzzed")
+    assert server.errors == []
+    assert (server.open_streams, server.unsent) == (0, 0)
+
+
+def _headers(path: str, encoding: str) -> bytes:
+    """A HEADERS frame that opens a call on stream 1."""
+    fields = ((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "a"), ("te", "trailers"),
+              ("content-type", "application/grpc"), ("grpc-encoding", encoding))  # fmt: skip
+    # RFC 7541, 6.2.2: literal fields without indexing, new names, no Huffman codes.
+    block = b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in fields
+    )
+    return len(block).to_bytes(3, "big") + b"\1\4\0\0\0\1" + block
+
+
+_REQUESTS = tuple(_headers(path, encoding) for path in (UNARY, STREAM) for encoding in ("identity", "gzip"))
 
 
 def _server(chunks: list[bytes], *, greeted: bool) -> None:
@@ -95,7 +127,8 @@ def _client(chunks: list[bytes]) -> None:
     assert (client.open_streams, client.unsent) == (0, 0)
 
 
-def _notation(data: bytes) -> None:
+def notation(data: bytes) -> None:
+    """Timeouts, messages and compressed messages."""
     text = decode_message(data)
     assert decode_message(encode_message(text)) == text
     ns = parse_timeout(data)
@@ -110,10 +143,3 @@ def _notation(data: bytes) -> None:
             assert len(decompress(encoding, data, 1000)) <= 1000
         except (ValueError, MessageTooLong):
             continue
-
-
-if __name__ == "__main__":
-    import atheris  # type: ignore[import-not-found,unused-ignore]  # installed by who fuzzes
-
-    atheris.Setup(sys.argv, fuzz_one)
-    atheris.Fuzz()

@@ -165,3 +165,20 @@ def test_damaged_archives_say_so(tmp_path: Path, folder: Path, name: str) -> Non
         (tmp_path / name).write_bytes(good.read_bytes()[:5000])
     with pytest.raises(LoadFailed, match="is damaged"):
         unpack(tmp_path / name, folder, lambda count: None)
+
+
+def test_a_zip_whose_files_begin_before_it_is_damaged(tmp_path: Path, folder: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as made:
+        made.writestr("model.onnx", b"model")
+    data = bytearray((tmp_path / "m.zip").read_bytes())
+    # APPNOTE 4.3.16: the directory's place, 6 bytes before the end; zipfile takes the difference for bytes in front.
+    data[-6:-2] = (int.from_bytes(data[-6:-2], "little") + 1000).to_bytes(4, "little")
+    (tmp_path / "m.zip").write_bytes(data)
+    with pytest.raises(LoadFailed, match=r"m\.zip is damaged"):
+        unpack(tmp_path / "m.zip", folder, lambda count: None)
+
+
+def test_names_that_no_file_can_have_are_the_archives_fault(tmp_path: Path, folder: Path) -> None:
+    archive = tar(tmp_path / "m.tar", ("x" * 300, b"x", tarfile.REGTYPE))
+    with pytest.raises(LoadFailed, match=r"m\.tar is damaged"):
+        unpack(archive, folder, lambda count: None)

@@ -306,3 +306,13 @@ def test_what_makes_no_sense_of_how_a_model_is_kept_is_refused(tmp_path: Path, l
     (tmp_path / "mmcore.yaml").write_text(line + "\n")
     with pytest.raises(InvalidModel, match=text):
         read_settings(tmp_path)
+
+
+@pytest.mark.parametrize("text", [
+    "parameters: &a {x: *a}\n", "parameters:\n  a: &a [x, x]\n  b: [*a, *a]\n", "parameters: {when: 2001-99-99}\n",
+    "max_batch_size: !!int ''\n", "pinned: !!bool perhaps\n", "name: !!timestamp never\n", "? [a]\n: b\n",
+])  # fmt: skip
+def test_yaml_that_stands_for_more_or_other_than_it_says_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mmcore.yaml").write_text(text)
+    with pytest.raises(InvalidModel, match=r"mmcore\.yaml: is not YAML"):
+        read_settings(tmp_path)
