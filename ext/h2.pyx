@@ -1056,10 +1056,20 @@ cdef int on_frame(
     elif kind == NGHTTP2_PRIORITY:
         session.count_control()
     elif kind == NGHTTP2_GOAWAY:
+        session.count_control()
         session.going_away = True
         if session.client:
             session.refuse_waiting()
         session.on_going_away()
+    return 0
+
+
+cdef int on_invalid_frame(
+    nghttp2_session *h2, const nghttp2_frame *frame, int error, void *user_data
+) except NGHTTP2_ERR_CALLBACK_FAILURE:
+    """nghttp2 answers with a reset, which waits for a peer that does not read: such ones are few or a flood."""
+    if (<Session>user_data).handed_over:
+        (<Session>user_data).count_control()
     return 0
 
 
@@ -1133,6 +1143,8 @@ cdef nghttp2_session_callbacks *new_callbacks(nghttp2_on_header_callback on_head
     nghttp2_session_callbacks_set_on_data_chunk_recv_callback(
         callbacks, <nghttp2_on_data_chunk_recv_callback>on_data_chunk)
     nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, <nghttp2_on_frame_recv_callback>on_frame)
+    nghttp2_session_callbacks_set_on_invalid_frame_recv_callback(
+        callbacks, <nghttp2_on_invalid_frame_recv_callback>on_invalid_frame)
     nghttp2_session_callbacks_set_on_stream_close_callback(
         callbacks, <nghttp2_on_stream_close_callback>on_stream_close)
     nghttp2_session_callbacks_set_send_data_callback(callbacks, <nghttp2_send_data_callback>on_send_data)

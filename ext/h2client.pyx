@@ -285,6 +285,11 @@ cdef class ClientSession(Session):
             self.h2 != NULL and not self.broken and not self.going_away
             and nghttp2_session_check_request_allowed(self.h2) != 0)
 
+    def skip_to(self, int stream_id):
+        """Give the next call this id, which is odd and above those used (tests of the last ids)."""
+        if self.h2 == NULL or nghttp2_session_set_next_stream_id(self.h2, stream_id) != 0:
+            raise ValueError(f"no call can have the id {stream_id}")
+
     def open_limit(self):
         """How many calls the server lets us have open at once."""
         if self.h2 == NULL:

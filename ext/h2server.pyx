@@ -396,6 +396,12 @@ cdef class ServerCall(Stream):
         return True
 
     cdef int on_close(self, uint32_t code, str reason) except -1:
+        if code in (
+            NGHTTP2_PROTOCOL_ERROR, NGHTTP2_FLOW_CONTROL_ERROR, NGHTTP2_STREAM_CLOSED, NGHTTP2_FRAME_SIZE_ERROR
+        ):
+            # nghttp2 has reset it for what the peer did. A peer that provokes that ends calls as resets of its own
+            # would, and as cheaply ("MadeYouReset", CVE-2025-8671).
+            self.session.count_control()
         if not self.finished:
             self.count(CANCELLED)
             if self.dispatched:

@@ -328,6 +328,8 @@ class Channel:
         for connection in list(self._open):
             if connection.lost.done():
                 self._open.remove(connection)
+            elif not connection.request_allowed() and not connection.open_streams:
+                connection.abort()  # its streams' ids are used up, or the server wants it gone
             else:
                 connection.tick(now)
         silent = any(connection.owes_pong(now) for connection in self._open)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -25,113 +21,16 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from mmcore._ext.h2 import live_objects
-from mmcore.config import TransportSettings
 from mmcore.errors import Status
-from mmcore.transport import Channel, Server, ServerCall, StreamCall
-from mmcore.transport import connection as connection_module
+from mmcore.transport import StreamCall
 from tests.rawh2 import PREFACE, RawPeer, framed, headers
-from tests.sessions import SETTINGS
+from tests.served import Serve, Served, grown_since
 
 EVERY_LOOP = True
 NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR = 0, 1, 3, 5, 6
 REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, ENHANCE_YOUR_CALM = 7, 8, 9, 11
 INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_CONCURRENT_STREAMS = 4, 5, 3
 HELLO = framed(b"hello")
-
-
-def grown_since(before: int) -> int:
-    """Bytes of memory taken since; AddressSanitizer keeps what is freed, so there is no telling under it."""
-    return 0 if "libasan" in os.environ.get("LD_PRELOAD", "") else psutil.Process().memory_info().rss - before
-
-
-class Served:
-    """A server in the test's loop, and a well-behaved client of it."""
-
-    def __init__(self, settings: TransportSettings) -> None:
-        self.server = Server(settings=settings)
-        self.held: list[ServerCall] = []
-        self.cancelled = 0
-        self._peers: list[RawPeer] = []
-        self.server.add_unary("/test.Service/Unary", lambda call, body: body)
-        self.server.add_unary("/test.Service/Size", lambda call, body: bytes(int(body)))
-        self.server.add_unary("/test.Service/Hold", self.hold)
-        self.server.add_stream("/test.Service/Stream", self.stream)
-        self.server.add_stream("/test.Service/Idle", self.idle)
-
-    async def start(self) -> None:
-        self.target = await self.server.listen_tcp("127.0.0.1", 0)
-        self.good = Channel(self.target)
-        await self.good.connect()
-
-    def hold(self, call: ServerCall, body: bytes) -> None:
-        self.held.append(call)
-
-        def on_cancel() -> None:
-            self.cancelled += 1
-
-        call.on_cancel = on_cancel
-
-    async def stream(self, call: StreamCall) -> None:
-        async for message in call:
-            await call.send(message)
-
-    async def idle(self, call: StreamCall) -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            self.cancelled += 1
-
-    async def peer(self, **options: Any) -> RawPeer:
-        self._peers.append(await RawPeer.connect(self.target, **options))
-        return self._peers[-1]
-
-    async def close(self) -> None:
-        for peer in self._peers:
-            await peer.close()
-        await self.good.close()
-        await self.server.close()
-        self.held.clear()
-
-    async def others_are_served(self) -> None:
-        assert await self.good.unary("/test.Service/Unary", b"others", timeout_s=10) == b"others"
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not condition():
-                await asyncio.sleep(0.002)
-
-
-Serve = Callable[..., Awaitable[Served]]
-
-
-@pytest.fixture
-async def serve(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Serve]:
-    """Starts a server with changed settings. Its clock ticks faster; at the end nothing of it may be left."""
-    monkeypatch.setattr("mmcore.transport.server.TICK_S", 0.02)
-    monkeypatch.setattr("mmcore.transport.channel.TICK_S", 0.02)
-    assert connection_module.TICK_S == 1.0
-    before = live_objects()
-    running: list[Served] = []
-
-    async def begin(**changes: Any) -> Served:
-        served = Served(replace(SETTINGS, **changes))
-        await served.start()
-        running.append(served)
-        return served
-
-    yield begin
-    for served in running:
-        await served.others_are_served()
-        await served.close()
-        assert served.server.calls == 0
-    running.clear()
-    served = None  # type: ignore[assignment]  # else its last connection lives on
-    gc.collect()
-    async with asyncio.timeout(5):
-        while any(count > before[kind] for kind, count in live_objects().items()):
-            await asyncio.sleep(0.002)
-            gc.collect()
 
 
 # -- the connection's beginning
