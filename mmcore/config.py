@@ -197,6 +197,7 @@ class ServeSettings:
         preload: names of models to load before the instance is ready; ``("all",)`` means every one.
         response_cache_bytes: what answers may take that are kept for models whose settings ask for that.
         isolate: the models to be run in worker processes whatever they say: ``none``, ``untrusted`` formats or ``all``.
+        worker_network: whether models in worker processes may use the network.
         server_name: what ServerMetadata calls this server.
         log_level: name of a level of :mod:`logging`, in lower case.
         log_format: ``text`` or ``json``, one object a line.
@@ -242,6 +243,7 @@ class ServeSettings:
     preload: tuple[str, ...] = ()
     response_cache_bytes: int = 64 * 2**20
     isolate: str = "none"
+    worker_network: bool = False
     server_name: str = "mmcore"
     log_level: str = "info"
     log_format: str = "text"

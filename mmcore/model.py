@@ -162,4 +162,6 @@ class ModelSource:
     #: What it is registered as, and the schema that came with it, where its files are handed to a runtime unread.
     info: ModelInfo | None = None
     schema: Path | None = None
+    #: The model's own folder, where it has one: files beside ``path`` that it may read.
+    folder: Path | None = None
     lease: object = field(default=None, compare=False, repr=False)

@@ -231,6 +231,11 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     help="Models to run in worker processes whatever their settings say; untrusted are pickles and Python classes.",
 )
 @option(
+    "--worker-network/--no-worker-network",
+    default=False,
+    help="Whether models in worker processes may use the network.",
+)
+@option(
     "--eviction",
     type=click.Choice(EVICTIONS),
     default=EVICTIONS[0],
@@ -312,6 +317,7 @@ def command(
     model_cache_limit: int | None,
     pvc_mounts: Path,
     isolate: str,
+    worker_network: bool,
     eviction: str,
     min_residency: float,
     idle_timeout: float,
@@ -384,6 +390,7 @@ def command(
             preload=preload,
             response_cache_bytes=response_cache,
             isolate=isolate,
+            worker_network=worker_network,
             cache=CacheSettings(
                 eviction=eviction,
                 device_bytes=device_capacity or 0,

@@ -473,7 +473,7 @@ def _cache(settings: ServeSettings, external: External | None) -> Cache:
     return Cache(
         capacity_bytes=settings.capacity_bytes,
         device_bytes=settings.cache.device_bytes,
-        load=policy_loader(settings.isolate),
+        load=policy_loader(settings.isolate, network=settings.worker_network),
         loader_threads=settings.cache.loader_threads,
         eviction=settings.cache.eviction,
         min_residency_s=settings.cache.min_residency_s,

@@ -96,7 +96,9 @@ def refused(instance: Instance, number: float, timeout_s: float = WITHIN_S) -> t
 
 
 def workers(instance: Instance) -> list[psutil.Process]:
-    return [child for child in psutil.Process(instance.process.pid).children() if "isolation.worker" in cmdline(child)]
+    return [
+        child for child in psutil.Process(instance.process.pid).children() if "isolation/confined.py" in cmdline(child)
+    ]
 
 
 def cmdline(process: psutil.Process) -> str:

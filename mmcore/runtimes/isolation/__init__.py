@@ -2,7 +2,7 @@
 
 The serving process keeps an :class:`IsolatedModel`, which looks like any loaded model and hands each inference to its
 worker, a fresh interpreter that has loaded the files. The worker runs code of the model's owner and is not trusted:
-whatever it answers is checked. It is no sandbox for the file system or the network.
+whatever it answers is checked, and ``confined.py`` takes from it what a model does not need.
 """
 
 from mmcore.runtimes.isolation.group import Isolated, IsolatedGroup

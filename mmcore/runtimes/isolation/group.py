@@ -28,9 +28,9 @@ class IsolatedGroup:
         LoadFailed: one of the workers could not load it, or crashed meanwhile.
     """
 
-    def __init__(self, source: ModelSource, instances: int) -> None:
+    def __init__(self, source: ModelSource, instances: int, *, network: bool = False) -> None:
         with ThreadPoolExecutor(instances, "mmcore-load") as threads:
-            starting = [threads.submit(IsolatedModel, source) for _ in range(instances)]
+            starting = [threads.submit(IsolatedModel, source, network=network) for _ in range(instances)]
         self.members = [one.result() for one in starting if one.exception() is None]
         failure = next((error for one in starting if (error := one.exception()) is not None), None)
         if failure is not None:

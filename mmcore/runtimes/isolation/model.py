@@ -95,12 +95,15 @@ class IsolatedModel:
     ended it; those that wait are not harmed, a new worker is started for them. A model whose workers crash again and
     again is given up: from then on it answers LoadFailed with the reason, and says so to ``on_broken``.
 
+    ``network``: whether it may use more than Unix sockets.
+
     Raises:
         LoadFailed: the worker could not load it, or crashed meanwhile.
     """
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, *, network: bool = False) -> None:
         self.name = source.name
+        self._network = network
         self._source = source
         self._timeout_s = source.settings.timeout_s
         self._changed = threading.Condition()
@@ -309,7 +312,7 @@ class IsolatedModel:
     def _one_worker(self) -> None:
         """Start a worker, publish it when it has loaded, and see to what is left at its end."""
         try:
-            worker = WorkerProcess(self._source, self._source.settings.isolation_memory_bytes)
+            worker = WorkerProcess(self._source, self._source.settings.isolation_memory_bytes, network=self._network)
         except OSError as error:
             self._crashed(f"cannot be started: {error}")
             return

@@ -18,19 +18,21 @@ _UNTRUSTED: Final = frozenset({"python", "sklearn"})
 _DATA_SUFFIX: Final = ".skops"
 
 
-def policy_loader(policy: str) -> Callable[[ModelSource], LoadedModel]:
+def policy_loader(policy: str, *, network: bool = False) -> Callable[[ModelSource], LoadedModel]:
     """What takes the place of ``load_model`` in an instance with one of ``config.ISOLATION_POLICIES``.
 
-    A model's own settings can ask for more than the policy, never for less.
+    A model's own settings can ask for more than the policy, never for less. ``network``: whether workers may use it.
     """
-    return partial(_load, policy)
+    return partial(_load, policy, network)
 
 
-def _load(policy: str, source: ModelSource) -> LoadedModel:
+def _load(policy: str, network: bool, source: ModelSource) -> LoadedModel:
     if not is_isolated(source, policy):
         return load_model(source)
     instances = source.settings.instances
-    return IsolatedGroup(source, instances) if instances > 1 else IsolatedModel(source)
+    if instances > 1:
+        return IsolatedGroup(source, instances, network=network)
+    return IsolatedModel(source, network=network)
 
 
 def is_isolated(source: ModelSource, policy: str) -> bool:

@@ -6,19 +6,24 @@ Nothing that the worker writes to its connection, its shared memory or its outpu
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import logging
 import os
 import pickle
+import random
 import select
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mmcore.config import THREAD_POOLS
 from mmcore.errors import MmcoreError
@@ -29,11 +34,13 @@ from mmcore.runtimes.isolation.totals import totals
 
 log = logging.getLogger(__name__)
 
-_PROGRAM: Final = "mmcore.runtimes.isolation.worker"
+_PROGRAM: Final = Path(__file__).with_name("confined.py")
+#: Users that nobody has, which workers of a server that is root become (systemd's range for such).
+_USERS: Final = range(61184, 65520)
 #: What a worker sees of our environment: how to find programs, libraries and texts, and how many threads to use; no
 #: credentials, no addresses.
 _PASSED: Final = (
-    *("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "CUDA_VISIBLE_DEVICES"),
+    *("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "CUDA_VISIBLE_DEVICES"),
     *THREAD_POOLS,
 )
 #: An operation on the connection returns after so long to look whether somebody still waits for it.
@@ -70,7 +77,7 @@ class WorkerProcess:
         lost: whether it is not to be asked any more, although its end may not have been noticed yet.
     """
 
-    def __init__(self, source: ModelSource, memory_bytes: int | None) -> None:
+    def __init__(self, source: ModelSource, memory_bytes: int | None, *, network: bool = False) -> None:
         self.turn = threading.Lock()
         self.described: Described | None = None
         self.refused: MmcoreError | None = None
@@ -88,8 +95,16 @@ class WorkerProcess:
             undo.callback(self.outputs.close)
             self._sock, theirs = socket.socketpair()
             undo.enter_context(self._sock)
+            self._home = tempfile.mkdtemp(prefix="mmcore-worker-")
+            undo.callback(shutil.rmtree, self._home, ignore_errors=True)
+            self._user = next(_next_user) if os.geteuid() == 0 else None
+            if self._user is not None:
+                os.chown(self._home, self._user, self._user)
+            confinement = {
+                "user": self._user, "read": _readable(source), "home": self._home, "network": network,
+            }  # fmt: skip
             with theirs:
-                self._process = _start((theirs.fileno(), self.inputs.fd, self.outputs.fd))
+                self._process = _start((theirs.fileno(), self.inputs.fd, self.outputs.fd), confinement)
             undo.enter_context(self._process)
             undo.callback(self._process.kill)
             self.pid = self._process.pid
@@ -159,6 +174,8 @@ class WorkerProcess:
         # While it is not reaped its process group cannot be anybody else's. What the model started goes with it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+        if self._user is not None:
+            _end_all(self._user)
         stdout = self._process.stdout
         assert stdout is not None
         os.set_blocking(stdout.fileno(), False)
@@ -166,6 +183,7 @@ class WorkerProcess:
             pass
         self._output.finish()
         totals.ended(self)
+        shutil.rmtree(self._home, ignore_errors=True)
         with self._ending:
             self.reason = _how(self._process.wait())
             os.close(self._pidfd)
@@ -294,25 +312,65 @@ class _Output:
         log.info("model %s: %s", self._name, "".join(one if one.isprintable() else "?" for one in text))
 
 
-def _start(descriptors: tuple[int, int, int]) -> subprocess.Popen[bytes]:
-    arguments = [str(number) for number in (*descriptors, os.getpid())]
+def _readable(source: ModelSource) -> list[str]:
+    """Where a worker finds what it runs and what it loads."""
+    libraries = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    interpreter: list[str | Path] = [
+        sys.prefix,
+        sys.exec_prefix,
+        sys.base_prefix,
+        sys.base_exec_prefix,
+        *sys.path,
+        *libraries,
+    ]
+    places = [*interpreter, source.folder or source.path]
+    return list({os.path.realpath(path): None for path in places if path})
+
+
+def _end_all(user: int) -> None:
+    """End every process of a user that only a worker has: a model's own may have left its process group."""
+    for _ in range(100):
+        left = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and entry.stat().st_uid == user and _runs(entry):
+                    left.append(int(entry.name))
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _runs(entry: Path) -> bool:
+    """Whether a process of /proc is more than a zombie (proc(5): its state follows its name in brackets)."""
+    return (entry / "stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+#: Workers started one after another have different ones, so that they cannot look into each other.
+_next_user: Final = itertools.cycle(random.sample(_USERS, len(_USERS)))
+
+
+def _start(descriptors: tuple[int, int, int], confinement: dict[str, Any]) -> subprocess.Popen[bytes]:
+    arguments = [json.dumps(confinement), *(str(number) for number in (*descriptors, os.getpid()))]
     return subprocess.Popen(  # noqa: S603  # our own program
-        [sys.executable, "-P", "-s", "-u", "-X", "faulthandler", "-m", _PROGRAM, *arguments],
+        [sys.executable, "-P", "-s", "-u", "-X", "faulthandler", str(_PROGRAM), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         bufsize=0,
-        env=_environment(),
+        env=_environment(confinement["home"]),
         pass_fds=descriptors,
         start_new_session=True,
     )
 
 
-def _environment() -> dict[str, str]:
+def _environment(home: str) -> dict[str, str]:
     # As many threads as there are processors in each of very many workers would be too many.
     kept = dict.fromkeys(THREAD_POOLS, "1") | {name: os.environ[name] for name in _PASSED if name in os.environ}
     # Where this process finds its modules; the worker is to find the same ones.
-    return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join(path for path in sys.path if path)
+    return kept | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HOME": home, "TMPDIR": home, "USER": "mmcore"}
 
 
 def _how(code: int) -> str:

@@ -1,12 +1,11 @@
 """The worker's own program: loads one model and answers the serving process until that closes the connection.
 
-Started as ``python -m mmcore.runtimes.isolation.worker SOCKET INPUTS OUTPUTS PARENT`` with three open descriptors and
-the parent's process id; nobody else calls it. Requests come and are answered one at a time.
+Called by ``confined.py`` with the arguments ``SOCKET INPUTS OUTPUTS PARENT``: three open descriptors and the parent's
+process id. Requests come and are answered one at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -16,7 +15,6 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 from mmcore.errors import InferenceFailed, LoadFailed, MmcoreError, Overloaded
@@ -39,7 +37,6 @@ from mmcore.runtimes.isolation.segment import Segment
 from mmcore.runtimes.loading import load_model
 
 _PR_SET_PDEATHSIG: Final = 1
-_OOM_SCORE: Final = 500
 
 
 class Worker:
@@ -126,9 +123,6 @@ def main(arguments: Sequence[str]) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return 1
-    # When memory is short, the system is to take it from here and not from the serving process.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(message)s", level=logging.INFO)
     with socket.socket(fileno=sock_fd) as sock:
         Worker(sock, Segment(inputs_fd), Segment(outputs_fd)).run()
@@ -136,12 +130,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _limit(memory_bytes: int | None) -> None:
-    """Let this process have no more memory than that, for good, and leave no core dumps of it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """Let this process have no more memory than that, for good."""
     if memory_bytes is not None:
         # Private writable memory; of the address space frameworks reserve much more than they use.
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,7 @@ pytestmark = pytest.mark.slow
 
 #: Answers its process id, once as many as the input says are at work; a negative input ends the process.
 MEETING = """
-import os, time
-from pathlib import Path
-
-HERE = Path(__file__).parent
+import os, socket
 
 class Model:
     inputs = [("X", "FP32", [1])]
@@ -33,18 +31,35 @@ class Model:
         expected = int(inputs["X"][0])
         if expected < 0:
             os._exit(1)
-        (HERE / f"{os.getpid()}.here").touch()
-        while len(list(HERE.glob("*.here"))) < expected:
-            time.sleep(0.002)
+        with socket.create_connection(("127.0.0.1", PORT)) as meeting:
+            meeting.sendall(bytes([expected]))
+            meeting.recv(1)
         return {"PID": [os.getpid()]}
 """
 
 
+def meet(listener: socket.socket) -> None:
+    """Let those that connect go on once as many are there as they say."""
+    there: list[socket.socket] = []
+    while True:
+        try:
+            there.append(listener.accept()[0])
+        except OSError:
+            return
+        if len(there) >= there[-1].recv(1)[0]:
+            for one in there:
+                one.close()
+            there.clear()
+
+
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[IsolatedGroup]:
-    (tmp_path / "model.py").write_text(MEETING)
-    made = IsolatedGroup(ModelSource("m", "1", "python", tmp_path / "model.py"), 3)
-    yield made
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=meet, args=(listener,), daemon=True).start()
+        (tmp_path / "model.py").write_text(MEETING.replace("PORT", str(listener.getsockname()[1])))
+        made = IsolatedGroup(ModelSource("m", "1", "python", tmp_path / "model.py"), 3, network=True)
+        yield made
+        listener.shutdown(socket.SHUT_RDWR)
     pids = [member.pid for member in made.members]
     made.close()
     assert not any(pid is not None and psutil.pid_exists(pid) for pid in pids)
