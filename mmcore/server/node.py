@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -37,7 +37,7 @@ from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
 from mmcore.server.access import Access
 from mmcore.server.allocator import keep_freed_memory
-from mmcore.server.calls import Answer, Waiting
+from mmcore.server.calls import Answer, Body, Waiting
 from mmcore.server.dashboard.events import Events
 from mmcore.server.dashboard.recent import Recent
 from mmcore.server.dataplane import parse_dataplane_config
@@ -153,7 +153,8 @@ class Node:
             tell_what_goes(self._router.cache, self._external)
             self._external.on_down = self._runtime_lost
             self._external.on_up = self._runtime_back
-        add_peer_methods(self._server, self._router, self._registered)
+        tell = self._tell_worker if settings.dashboard and settings.peer_uds is not None else None
+        add_peer_methods(self._server, self._router, self._registered, tell)
         self._management_server = Server(
             settings=settings.transport, guard=management_access if tokens is not None else None
         )
@@ -403,19 +404,30 @@ class Node:
         """Take over for REST when there is a client of it: what it imports is not in an instance's idle memory."""
         from mmcore.server.rest.routes import Routes
 
-        dashboard = self._dashboard().handle if self._settings.dashboard else None
+        dashboard = self._dashboard.handle if self._settings.dashboard else None
         limit = self._settings.transport.max_message_bytes
         routes = Routes(self._server.unary, limit, self._rest_counted, dashboard)
         self._rest.handle = routes.handle
         routes.handle(request)
 
-    def _dashboard(self) -> Dashboard:
-        from mmcore.server.dashboard.dashboard import Dashboard, Shown
+    async def _tell_worker(self, question: bytes) -> Body:
+        """What the dashboard of another worker asks."""
+        return await self._dashboard.heard(question)
 
+    @cached_property
+    def _dashboard(self) -> Dashboard:
+        """Made, as REST is, when somebody asks for it."""
+        from mmcore.server.dashboard.dashboard import Dashboard, Shown
+        from mmcore.server.dashboard.siblings import Siblings
+
+        siblings = None
+        if self._settings.peer_uds is not None and self._mesh is not None:
+            forwarding = self._mesh.forwarding
+            siblings = Siblings(lambda: forwarding.peers, f"unix:{self._settings.peer_uds.parent}/")
         return Dashboard(
             Shown(
                 self._registry, self._router, self._registered, self._events, self._recent, self.record,
-                lambda: self._service.ready,
+                lambda: self._service.ready, siblings,
             ),
             self._guard,
         )  # fmt: skip

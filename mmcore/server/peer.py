@@ -9,8 +9,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from typing import Any, Final
 
 from mmcore.config import ServeSettings
 from mmcore.errors import Unavailable, Unimplemented
@@ -20,6 +21,9 @@ from mmcore.routing.mesh import UNLOAD_PATH
 from mmcore.server.calls import Body, Waiting
 from mmcore.transport import Server, ServerCall
 from mmcore.transport.tls import server_context
+
+#: The workers of one command ask each other by it for what their dashboards show.
+DASHBOARD_PATH: Final = "/mmcore.Peer/Dashboard"
 
 
 async def listen_for_peers(server: Server, settings: ServeSettings) -> str | None:
@@ -87,8 +91,16 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
-def add_peer_methods(server: Server, router: Router, registered: Registered) -> None:
-    """Serve what instances ask of each other beside requests: to load a model, and to give up a copy."""
+def add_peer_methods(
+    server: Server,
+    router: Router,
+    registered: Registered,
+    dashboard: Callable[[bytes], Coroutine[Any, Any, Body]] | None,
+) -> None:
+    """Serve what instances ask of each other beside requests: to load a model, and to give up a copy.
+
+    ``dashboard`` answers what other workers of the same command ask for theirs; None: there are none.
+    """
 
     def own(call: ServerCall, body: bytes) -> str:
         if not call.internal:
@@ -108,6 +120,10 @@ def add_peer_methods(server: Server, router: Router, registered: Registered) -> 
         router.unload_copies(own(call, body))
         return b""
 
+    if dashboard is not None:
+        server.add_unary(
+            DASHBOARD_PATH, lambda call, body: waiting.start(call, dashboard(own(call, body).encode()), "Dashboard")
+        )
     for haste in Haste:
         server.add_unary(haste.value, loader(haste))
     server.add_unary(UNLOAD_PATH, unload)

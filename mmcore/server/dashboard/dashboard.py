@@ -7,6 +7,7 @@ anything; the page's test requests go to ``/v2`` like everybody's.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from functools import cache
 from pathlib import Path
@@ -22,8 +23,10 @@ from mmcore.routing import Registered, Router
 from mmcore.server.access import Access
 from mmcore.server.calls import Waiting
 from mmcore.server.dashboard.events import Event, Events
-from mmcore.server.dashboard.listing import Asked, Listing
+from mmcore.server.dashboard.listing import STATES, Asked, InUse, Listing
+from mmcore.server.dashboard.merging import events_of, row_of, shown, summary_of
 from mmcore.server.dashboard.recent import LOOK_S, Recent
+from mmcore.server.dashboard.siblings import ALONE, Heard, Siblings
 from mmcore.server.rest.answers import HttpAnswer, metadata_of
 from mmcore.server.rest.request import JSON, Request
 
@@ -59,7 +62,10 @@ Query = dict[str, str]
 
 
 class Shown(NamedTuple):
-    """What is looked at; ``record`` tells what this instance is itself, ``ready`` whether it takes requests."""
+    """What is looked at; ``record`` tells what this instance is itself, ``ready`` whether it takes requests.
+
+    ``siblings`` are the other workers of the same command; None: there are none.
+    """
 
     registry: Registry
     router: Router
@@ -68,6 +74,7 @@ class Shown(NamedTuple):
     recent: Recent
     record: Callable[[], InstanceRecord]
     ready: Callable[[], bool]
+    siblings: Siblings | None = None
 
 
 class Dashboard:
@@ -110,7 +117,7 @@ class Dashboard:
             case ["summary"]:
                 return self._summary()
             case ["models"]:
-                return self._listing.page(Asked.of(query))
+                return self._models(query)
             case ["models", name]:
                 return self._model(unquote(name))
             case ["instances"]:
@@ -119,8 +126,61 @@ class Dashboard:
                 return self._events()
         raise NotFound(f"no such path: {ROOT}/api/{path}")
 
+    async def heard(self, question: bytes) -> bytes:
+        """What this worker tells another one that asks by :class:`Siblings`.
+
+        Raises:
+            NotFound: it is asked for what nobody tells.
+        """
+        self._parts.recent.watch()
+        asked = orjson.loads(question)
+        told: Any
+        match asked["what"]:
+            case "summary":
+                told = self._own_summary()
+            case "in use":
+                # orjson takes no subclass of tuple.
+                told = [tuple(one) for one in await self._listing.in_use(Asked.of(asked["query"]))]
+            case "rows":
+                told = [self._listing.row(name) for name in asked["names"]]
+            case "model":
+                told = self._own_model(asked["name"])
+            case "events":
+                told = self._own_events()
+            case other:
+                raise NotFound(f"{other!r} is told by nobody")
+        return orjson.dumps(told)
+
+    async def _ask(self, what: str, **more: Any) -> Heard:
+        siblings = self._parts.siblings
+        return ALONE if siblings is None else await siblings.ask(what, **more)
+
     async def _summary(self) -> dict[str, Any]:
-        """The instance as a whole, and its last quarter of an hour."""
+        """The instance as a whole, all of its workers, and its last quarter of an hour."""
+        heard = await self._ask("summary")
+        own = self._own_summary()
+        told = summary_of(own, heard.answers) if heard.answers else {**own, "loaded": len(own["loaded_names"])}
+        del told["loaded_names"]
+        return {**told, "workers": sorted([own["instance"], *heard.answers]), "missing": heard.missing}
+
+    async def _models(self, query: Query) -> dict[str, Any]:
+        """A page of the table."""
+        asked = Asked.of(query)
+        heard = await self._ask("in use", query=query)
+        elsewhere = defaultdict[str, list[InUse]](list)
+        for answer in heard.answers.values():
+            for one in answer:
+                elsewhere[one[0]].append(InUse(*one))
+        page = await self._listing.page(asked, elsewhere)
+        names = page["models"]
+        rows = [[self._listing.row(name)] for name in names]
+        if heard.answers and names:
+            for others in (await self._ask("rows", names=names)).answers.values():
+                for row, other in zip(rows, others, strict=True):
+                    row.append(other)
+        return {**page, "models": [shown(row_of(row, STATES) if len(row) > 1 else row[0]) for row in rows]}
+
+    def _own_summary(self) -> dict[str, Any]:
         parts = self._parts
         cache, registry = parts.router.cache, parts.registry
         looks = list(parts.recent.looks)
@@ -132,7 +192,7 @@ class Dashboard:
             "registry_connected": registry.connected,
             "instances": len({registry.instance, *registry.instances}),
             "models": len(parts.router.table) + len(registry.models) - parts.registered.held_models,
-            "loaded": len(cache.lru),
+            "loaded_names": sorted({copy.name for copy in parts.router.copies()}),
             "loading": cache.loading,
             "failed": len(cache.failures),
             "capacity_bytes": cache.capacity_bytes,
@@ -151,16 +211,34 @@ class Dashboard:
         }
 
     async def _model(self, name: str) -> dict[str, Any]:
-        """One model, and its life as far as this instance remembers it."""
-        told = self._listing.whole(name)
-        events = [_plain(event) for event in self._parts.events.latest(_MOST_EVENTS, name)]
-        if told is None and not events:
+        """One model, and its life as far as this instance and its workers remember it."""
+        own = self._parts.registry.instance
+        heard = await self._ask("model", name=name)
+        parts = {own: self._own_model(name), **heard.answers}
+        events = events_of({instance: part["events"] for instance, part in parts.items()}, _MOST_EVENTS)
+        models = {instance: part["model"] for instance, part in parts.items() if part["model"] is not None}
+        if not models and not events:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
-        return {"instance": self._parts.registry.instance, "model": told, "events": events}
+        told = None
+        if models:
+            told = shown(row_of(list(models.values()), STATES) if len(models) > 1 else next(iter(models.values())))
+            told["versions"] = [
+                {"instance": instance, **version} for instance, model in models.items() for version in model["versions"]
+            ]
+        return {"instance": own, "model": told, "events": events}
+
+    def _own_model(self, name: str) -> dict[str, Any]:
+        events = [_plain(event) for event in self._parts.events.latest(_MOST_EVENTS, name)]
+        return {"model": self._listing.whole(name), "events": events}
 
     async def _events(self) -> dict[str, Any]:
         """The last events of all models."""
-        return {"events": [_plain(event) for event in self._parts.events.latest(_MOST_EVENTS)]}
+        heard = await self._ask("events")
+        own = {self._parts.registry.instance: self._own_events()}
+        return {"events": events_of({**own, **heard.answers}, _MOST_EVENTS)}
+
+    def _own_events(self) -> list[dict[str, Any]]:
+        return [_plain(event) for event in self._parts.events.latest(_MOST_EVENTS)]
 
     async def _instances(self) -> dict[str, Any]:
         """The instances that work together, this one first, as this one knows them."""

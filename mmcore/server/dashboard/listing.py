@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from mmcore.cache import Copy, CopyState
 from mmcore.errors import InvalidRequest
 from mmcore.registry import Registry
 from mmcore.routing import IndexRow, ModelState, Registered, Router
 from mmcore.routing.registered import FIRST_VERSION
+from mmcore.server.dashboard.merging import best_state, figure_of, rounded
 from mmcore.server.dashboard.recent import Recent
 
 STATES: Final = ("loaded", "loading", "unloading", "failed", "not loaded", "withdrawn")
@@ -74,6 +76,17 @@ def _number(query: dict[str, str], name: str, default: int, least: int, most: in
     return int(text)
 
 
+class InUse(NamedTuple):
+    """A model that a worker has loaded, or tried to; ``figure`` is what the page is sorted by."""
+
+    name: str
+    state: str
+    figure: float | None
+
+
+Elsewhere = Mapping[str, Sequence[InUse]]
+
+
 class Listing:
     """The models that ``router`` knows, of the folder and of the registry."""
 
@@ -83,8 +96,12 @@ class Listing:
         self._registered = registered
         self._recent = recent
 
-    async def page(self, asked: Asked) -> dict[str, Any]:
-        """One page: ``models``, how many there are (``total``) and match (``matched``), and these by state."""
+    async def page(self, asked: Asked, elsewhere: Elsewhere | None = None) -> dict[str, Any]:
+        """One page: ``models`` by name, how many there are (``total``) and match (``matched``), and these by state.
+
+        ``elsewhere`` is what other workers have of them: states and figures by name.
+        """
+        elsewhere = elsewhere or {}
         names = self._router.names()
         kept: list[tuple[Any, str]] = []
         states: Counter[str] = Counter()
@@ -93,10 +110,12 @@ class Listing:
             for name in names[start : start + _AT_ONCE]:
                 if asked.search and asked.search not in name.casefold():
                     continue
-                state = self.state(name)
+                state, figures = self.state(name), elsewhere.get(name, ())
+                if figures:
+                    state = best_state((state, *(one.state for one in figures)), STATES)
                 states[state] += 1
                 if not asked.state or state == asked.state:
-                    kept.append((self._key(name, state, asked), name))
+                    kept.append((self._key(name, state, asked, figures), name))
             kept.sort(key=lambda one: one[0], reverse=asked.descending and asked.sort in ("name", "state"))
             del kept[most:]
             await asyncio.sleep(0)
@@ -105,13 +124,29 @@ class Listing:
             "matched": states[asked.state] if asked.state else states.total(),
             "states": {state: states[state] for state in STATES},
             "offset": asked.offset,
-            "models": [self.row(name) for _, name in kept[asked.offset :]],
+            "models": [name for _, name in kept[asked.offset :]],
         }
+
+    async def in_use(self, asked: Asked) -> list[InUse]:
+        """What another worker wants to know of a page's models: of those that are not merely not loaded."""
+        found = []
+        names = self._router.names()
+        for start in range(0, len(names), _AT_ONCE):
+            for name in names[start : start + _AT_ONCE]:
+                if asked.search and asked.search not in name.casefold():
+                    continue
+                state = self.state(name)
+                if state != "not loaded":
+                    # Copies of registered models are known to each worker.
+                    known = asked.sort in ("name", "state") or (asked.sort == "copies" and self._everywhere(name))
+                    found.append(InUse(name, state, None if known else self._figure(name, asked.sort)))
+            await asyncio.sleep(0)
+        return found
 
     def state(self, name: str) -> str:
         """One of :data:`STATES`: that of the model's best copy, wherever it is."""
         if name in self._router.table or self._router.in_folder(name):
-            own = _best([self._own_state(row) for row in self._router.rows(name)])
+            own = best_state((self._own_state(row) for row in self._router.rows(name)), STATES)
             if own in ("loaded", "loading", "withdrawn") or self._router.in_folder(name):
                 return own
         else:
@@ -136,7 +171,7 @@ class Listing:
         failed = self._router.cache.failures.last(row.name, row.version)
         return "failed" if failed or (registration is not None and registration.problems) else "not loaded"
 
-    def _key(self, name: str, state: str, asked: Asked) -> tuple[Any, ...]:
+    def _key(self, name: str, state: str, asked: Asked, elsewhere: Sequence[InUse]) -> tuple[Any, ...]:
         """Smaller comes first; what has no figure comes last either way."""
         if asked.sort == "name":
             return (name,)
@@ -144,7 +179,8 @@ class Listing:
             return (STATES.index(state), name)
         figure: float | None = None
         if state != "not loaded":
-            figure = self._figure(name, asked.sort)
+            own = self._figure(name, asked.sort)
+            figure = figure_of(asked.sort, (own, *(one.figure for one in elsewhere))) if elsewhere else own
         if figure is None:
             return (math.inf, name)
         return (-figure if asked.descending else figure, name)
@@ -173,12 +209,20 @@ class Listing:
 
     def _copies(self, name: str) -> int:
         """Loaded copies of the model, of every instance."""
-        if name in self._registered and not self._router.in_folder(name):
+        if self._everywhere(name):
             return self._registered.loaded_copies(name, self._registry.models.get(name))
         return int(self._copy(name) is not None)
 
+    def _everywhere(self, name: str) -> bool:
+        """Whether its copies are known wherever they are."""
+        return name in self._registered and not self._router.in_folder(name)
+
     def row(self, name: str) -> dict[str, Any]:
-        """What the table shows of a model; figures are this instance's, None where it has no copy."""
+        """What the table shows of a model; figures are this instance's, None where it has no copy.
+
+        ``everywhere`` and ``late`` are for other workers: whether its copies are those of all instances, and its times
+        counted by bound.
+        """
         state = self.state(name)
         copy = self._copy(name)
         told: dict[str, Any] = {
@@ -187,6 +231,8 @@ class Listing:
             "reason": self.reason(name) if state in ("failed", "withdrawn") else "",
             "copies": self._copies(name),
             "here": copy is not None,
+            "everywhere": self._everywhere(name),
+            "late": self._recent.late(copy) if copy is not None else [],
         }
         if copy is None:
             record = self._registry.models.get(name) if name in self._registered else None
@@ -198,9 +244,9 @@ class Listing:
         return told | {
             "version": copy.version,
             "bytes": copy.weight,
-            "rate": _rounded(self._recent.rate(copy)),
-            "p50_ms": _rounded(p50_ms),
-            "p99_ms": _rounded(p99_ms),
+            "rate": rounded(self._recent.rate(copy)),
+            "p50_ms": rounded(p50_ms),
+            "p99_ms": rounded(p99_ms),
             "requests": counted.success.count + counted.fail.count,
             "failed": counted.fail.count,
             "last_used_ms": counted.last_inference_ms or None,
@@ -250,11 +296,3 @@ class Listing:
         if state in (CopyState.QUEUED, CopyState.PULLING, CopyState.LOADING):
             return state.value.lower()
         return self._own_state(row)
-
-
-def _best(states: list[str]) -> str:
-    return min(states, key=STATES.index, default="not loaded")
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")

@@ -116,11 +116,13 @@ class Recent:
 
     def times_ms(self, copy: Copy) -> tuple[float | None, float | None]:
         """The median and the 99th percentile of a copy's times, those of late weighing more."""
-        seen = self._seen.get((copy.name, copy.version))
-        counts: Sequence[float] = (
-            seen.late if seen is not None and seen.copy is copy else copy.statistics.times_by_bound()
-        )
+        counts = self.late(copy)
         return quantile_ms(counts, 0.5), quantile_ms(counts, 0.99)
+
+    def late(self, copy: Copy) -> Sequence[float]:
+        """A copy's times counted by ``TIME_BOUNDS_NS``, those of late weighing more."""
+        seen = self._seen.get((copy.name, copy.version))
+        return seen.late if seen is not None and seen.copy is copy else copy.statistics.times_by_bound()
 
 
 def _looked(copy: Copy, before: _Seen | None, elapsed_s: float | None) -> _Seen:

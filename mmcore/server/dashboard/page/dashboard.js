@@ -42,7 +42,8 @@ async function refresh() {
     const [summary, news] = await Promise.all([ask("summary"), current.ask()]);
     if (mine !== turn || current !== page) return;
     told = Date.now();
-    problem(summary.registry_connected ? "" : "The registry does not answer: models cannot be registered now; inference goes on.");
+    problem(!summary.registry_connected ? "The registry does not answer: models cannot be registered now; inference goes on."
+      : summary.missing.length ? `${summary.missing.join(", ")} did not answer; what is shown is without ${summary.missing.length > 1 ? "them" : "it"}.` : "");
     showSummary(summary);
     current.show(news, summary);
   } catch (error) {
@@ -83,9 +84,10 @@ function problem(text) {
 function showSummary(all) {
   const { history } = all;
   const last = (field) => history[field].at(-1);
-  document.title = `${all.instance} · mmcore`;
+  const several = all.workers.length > 1;
+  document.title = `${several ? `${all.workers.length} workers` : all.instance} · mmcore`;
   $("identity").replaceChildren(
-    el("span", { class: "mono" }, all.instance),
+    several ? el("span", { title: all.workers.join(", ") }, `${all.workers.length} workers`) : el("span", { class: "mono" }, all.instance),
     el("span", { class: `state ${all.ready ? "good" : "warn"}` }, all.ready ? "ready" : "draining"),
     ...(all.leader ? [el("span", { class: "state extra" }, "leader")] : []),
     el("span", { class: "extra" }, `v${all.version}`),
@@ -266,8 +268,8 @@ function modelPage(name) {
       ...(model.reason ? [el("div", { class: "wide" }, el("dt", {}, "Reason"), el("dd", { class: "reason" }, model.reason))] : []));
     picture.replaceChildren(...(rates.length > 1 && rates.some((value) => value > 0) ? [sparkline(rates)] : []));
     const rows = [
-      ...model.versions.map((one) => [`this instance, version ${one.version || "?"}`, stateOf(one.state), [one.format, one.bytes === null ? "" : bytes(one.bytes), one.in_flight ? `${one.in_flight} in flight` : "", one.state === "not loaded" ? "the first request loads it" : one.reason].filter(Boolean).join(" · ")]),
-      ...model.copies_at.filter((one) => one.instance !== news.instance).map((one) => [one.instance, stateOf(one.state), `since ${ago(one.since_ms)}`]),
+      ...model.versions.map((one) => [`${one.instance === news.instance ? "this instance" : one.instance}, version ${one.version || "?"}`, stateOf(one.state), [one.format, one.bytes === null ? "" : bytes(one.bytes), one.in_flight ? `${one.in_flight} in flight` : "", one.state === "not loaded" ? "the first request loads it" : one.reason].filter(Boolean).join(" · ")]),
+      ...model.copies_at.filter((one) => !model.versions.some((other) => other.instance === one.instance)).map((one) => [one.instance, stateOf(one.state), `since ${ago(one.since_ms)}`]),
     ];
     copies.replaceChildren(el("table", {}, el("thead", {}, el("tr", {}, ...["Where", "State", ""].map((text) => el("th", { scope: "col" }, text)))),
       el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((one) => el("td", {}, one)))))));
