@@ -57,6 +57,7 @@ class ModelRecord(Record):
         auto_delete: whether it goes with its last reference.
         last_used_ms: written rarely; instances know better for the copies they hold.
         min_copies, max_copies: bounds on its copies; 0 for none.
+        everywhere: whether there is to be a copy at each instance that may host it.
         pinned: whether its copies are kept in memory whatever the traffic.
     """
 
@@ -71,6 +72,7 @@ class ModelRecord(Record):
     last_used_ms: int = 0
     min_copies: int = 0
     max_copies: int = 0
+    everywhere: bool = False
     pinned: bool = False
 
 

@@ -109,17 +109,20 @@ class Filling:
             log.info("%d models that were used lately and held nowhere were loaded ahead", begun)
 
     async def waiting(self) -> list[str]:
-        """The models that were used lately and that no instance has or loads, those used last first."""
+        """The models that no instance has or loads: those that shall have copies in any case, then those used last."""
         since_ms = self._clock_ms() - USED_WITHIN_MS
         table = self._registry.models
-        found: list[tuple[int, str]] = []
+        found: list[tuple[bool, int, str]] = []
         for number, name in enumerate(list(table)):
             if number % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
             record = table.get(name)
-            if record is not None and record.last_used_ms > since_ms and self._is_nowhere(record):
-                found.append((record.last_used_ms, name))
-        return [name for _, name in heapq.nlargest(MOST_MODELS, found)]
+            if record is None or not self._is_nowhere(record):
+                continue
+            asked_for = record.everywhere or record.min_copies > 0
+            if asked_for or record.last_used_ms > since_ms:
+                found.append((asked_for, record.last_used_ms, name))
+        return [name for _, _, name in heapq.nlargest(MOST_MODELS, found)]
 
     async def filled(self, timeout_s: float) -> bool:
         """Wait until this instance has what is loaded ahead into it, for so many seconds at most; whether it has.

@@ -1,8 +1,8 @@
 """What instances tell each other beside a request: how it may be answered, how far it has come and who was asked.
 
 What an instance works at goes back with its answers (``mmcore-working``, ``ext/h2server.pyx``) whenever it has changed.
-Requests carry the rest as metadata named ``mmcore-…``, which the transport drops where a request does not come from another
-instance (``ServerSession.internal``), and which never leaves with an answer to a client.
+Requests carry the rest as metadata named ``mmcore-…``, which the transport drops where a request does not come from
+another instance (``ServerSession.internal``), and which never leaves with an answer to a client.
 """
 
 from __future__ import annotations

@@ -171,6 +171,7 @@ def model_of(name: str, record: ModelRecord, now_ms: int, demand: placement.Dema
         min_copies=record.min_copies,
         max_copies=record.max_copies,
         pinned=record.pinned,
+        everywhere=record.everywhere,
     )
 
 

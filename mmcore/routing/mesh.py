@@ -38,6 +38,8 @@ UNLOAD_PATH: Final = "/mmcore.Peer/Unload"
 LOAD_WAIT_S: Final = 600.0
 #: How long a load on its way elsewhere is waited for before its record is looked at again.
 LOOK_AGAIN_S: Final = 1.0
+#: A request is answered elsewhere, though its copy is here, where so many fewer are under way.
+HOP_COUNTS: Final = 2
 #: Latencies below count as this: they say nothing of the load.
 LEAST_LATENCY_S: Final = 0.0005
 
@@ -153,6 +155,23 @@ class Mesh(Loads):
         # One that was sent here without a copy anywhere is to be answered here: the sender has decided so.
         return arrival is None and self._place(asked, ())
 
+    def share(
+        self, call: Any, body: bytes, model: str, here: Callable[[], object], *, path: str, resolved: bool = False
+    ) -> bool:
+        """Have another holder answer a request whose copy is here, where there is less to do; False: it stays.
+
+        Arguments as of :meth:`pass_on`; what came from another instance stays.
+        """
+        working = self.forwarding.working
+        holders = tuple(peer for peer in self._router.table.holders(model) if peer.usable)
+        if working is None or not holders or arrival_of(call) is not None:
+            return False
+        peer = holders[0] if len(holders) == 1 else self._choose(holders)
+        if working.count - HOP_COUNTS <= self._work(peer):
+            return False
+        self._ask(_Asked(call, body, model, here, path, resolved), (peer,), Mode.HIT)
+        return True
+
     def _choose(self, peers: Sequence[Peer]) -> Peer:
         """The cheaper of two holders drawn at random: latency seen, times the requests there.
 
@@ -164,11 +183,14 @@ class Mesh(Loads):
         return one if self._cost(one) <= self._cost(other) else other
 
     def _cost(self, peer: Peer) -> float:
-        count = peer.in_flight + peer.others
-        if peer.others < 0:
-            member = self.members.cluster.get(peer.instance)
-            count = max(peer.in_flight, member.instance.in_flight if member is not None else 0)
-        return max(peer.latency_s, LEAST_LATENCY_S) * (1 + count)
+        return max(peer.latency_s, LEAST_LATENCY_S) * (1 + self._work(peer))
+
+    def _work(self, peer: Peer) -> int:
+        """The requests that a peer works at, by its last answer or else by its record."""
+        if peer.others >= 0:
+            return peer.in_flight + peer.others
+        member = self.members.cluster.get(peer.instance)
+        return max(peer.in_flight, member.instance.in_flight if member is not None else 0)
 
     def _not_there(self, model: str, instance: str) -> None:
         """A holder has no copy any more: ask it no further until the model's record says otherwise."""
@@ -227,13 +249,11 @@ class Mesh(Loads):
         )
 
     def _holders(self, model: str, record: ModelRecord) -> tuple[Peer, ...] | None:
-        """The others that have it; None where this instance has, or is the one to wait with."""
+        """The others that have it, noted in the table; None where this instance has, or is the one to wait with."""
         serving = placement.serving(self.members.cluster, model_of(model, record, self._clock_ms()))
-        if self._registry.instance in serving:
-            return None
         holders = self._forwarding.holders(serving)
         self._router.table.hold(model, holders)
-        return holders
+        return None if self._registry.instance in serving else holders
 
     def _place(self, asked: _Asked, tried: tuple[str, ...], ran: int = 0) -> bool:
         """Have a model loaded where it fits best, and the request answered there; False: that is here.
@@ -385,13 +405,11 @@ class Mesh(Loads):
     def _model_changed(self, name: str) -> None:
         record = self._registry.models.get(name)
         table = self._router.table
-        if table.holders(name):
-            if record is None:
-                table.hold(name, ())
-            else:
-                self._holders(name, record)
         if record is None:
+            table.hold(name, ())
             return
+        if table.holders(name) or self._registry.instance in record.copies:
+            self._holders(name, record)
         cluster, now_ms = self.members.cluster, self._clock_ms()
         cluster.ended(name, record.copies)
         for instance, copy in record.copies.items():

@@ -20,11 +20,12 @@ from mmcore.log import event
 from mmcore.model import ModelInfo
 from mmcore.registry import ModelRecord, Registry
 from mmcore.routing.actions import Haste
+from mmcore.routing.copies_wanted import copies_wanted, same_model
 from mmcore.routing.replica import catch_up
 from mmcore.routing.reports import Reports
 from mmcore.routing.router import Catalog, Router
 from mmcore.routing.status import ABSENT, ModelState, ModelStatus, loaded_copies, status_of
-from mmcore.routing.vmodel_changes import AGE_WHEN_LOADED_NOW_MS, AGE_WHEN_REGISTERED_MS, info_of
+from mmcore.routing.vmodel_changes import AGE_WHEN_LOADED_NOW_MS, AGE_WHEN_REGISTERED_MS, info_of, new_record
 from mmcore.storage import Origin
 
 log = logging.getLogger(__name__)
@@ -117,13 +118,13 @@ class Registered(Catalog):
     async def register(
         self, name: str, info: ModelInfo, *, load_now: bool = False, sync: bool = False, last_used_ms: int = 0
     ) -> ModelStatus:
-        """Register a model; the same again changes nothing but, after an hour, its last use.
+        """Register a model; the same again changes nothing but the copies asked for and, after an hour, its last use.
 
         ``last_used_ms`` orders it among others before it is used; 0: a while ago, longer if it is not to be loaded.
         ``sync`` waits for its load. The status tells of a failed load; that is no error.
 
         Raises:
-            InvalidRequest: the name or the type is empty.
+            InvalidRequest: the name or the type is empty, or the key asks for copies in a way that cannot be.
             AlreadyExists: it is registered as something else, or a folder has a model of that name.
             Unavailable: the registry is away.
         """
@@ -140,15 +141,22 @@ class Registered(Catalog):
         else:
             used_ms = now_ms - (AGE_WHEN_LOADED_NOW_MS if load_now else AGE_WHEN_REGISTERED_MS)
 
-        new = False
+        new, wanted = False, copies_wanted(info.key)
 
         def change(record: ModelRecord | None) -> ModelRecord:
             nonlocal new
             new = record is None
             if record is None:
-                return ModelRecord(type=info.type, path=info.path, key=info.key, last_used_ms=used_ms)
-            if info_of(record) != info:
+                return replace(new_record(info), last_used_ms=used_ms)
+            if not same_model(info_of(record), info):
                 raise AlreadyExists(f"Model already exists with different attribute values: {name}")
+            record = replace(
+                record,
+                key=info.key,
+                min_copies=wanted.min_copies,
+                max_copies=wanted.max_copies,
+                everywhere=wanted.everywhere,
+            )
             if used_ms > record.last_used_ms + LAST_USED_STALE_MS:
                 return replace(record, last_used_ms=used_ms)
             return record
@@ -161,6 +169,8 @@ class Registered(Catalog):
             )  # fmt: skip
         if load_now:
             return await self.ensure_loaded(name, sync=sync)
+        if wanted.at_once:
+            self.in_background(self.loads.ensure(name, wanted.at_once), f"ensure copies of {name}")
         return self.status(name)
 
     async def unregister(self, name: str) -> None:
@@ -325,7 +335,7 @@ class Registered(Catalog):
         else:
             self._reports.check(name, record)
         held = self._held.get(name)
-        if held is not None and (record is None or info_of(record) != held):
+        if held is not None and (record is None or not same_model(info_of(record), held)):
             what = "unregistered" if record is None else "registered as something else"
             log.info("model %s is %s", name, what, extra=event(what.replace(" ", "_"), model=name))
             self._router.remove(name)

@@ -69,6 +69,10 @@ class Upkeep:
         #: Since when (ms) instances are missing whose copies may still stand in records.
         self._missing: dict[str, int] = {}
         self._present: set[str] = set()
+        #: Models whose records have changed since the last look; and whether all are due, as an instance came or went.
+        self._changed: set[str] = set()
+        self._all_due = False
+        registry.models.listen(self._changed.add)
         registry.instances.listen(self._instance_changed)
 
     def start(self) -> None:
@@ -98,9 +102,12 @@ class Upkeep:
         used = set(await self.usage.look(copies))
         cluster = self._cluster
         cluster.expire(self._clock_ms())
+        due = used | self._changed
+        all_due, self._all_due = self._all_due, False
+        self._changed.clear()
         busy: list[placement.Model] = []
         for number, copy in enumerate(copies):
-            if copy.name not in used and number % IDLE_LOOKS != self._look % IDLE_LOOKS:
+            if not all_due and copy.name not in due and number % IDLE_LOOKS != self._look % IDLE_LOOKS:
                 continue
             if number % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
@@ -164,7 +171,9 @@ class Upkeep:
     # Instances that are gone.
 
     def _instance_changed(self, name: str) -> None:
-        if name in self._registry.instances:
+        here = name in self._registry.instances
+        self._all_due |= here != (name in self._present)
+        if here:
             self._present.add(name)
             self._missing.pop(name, None)
         elif name in self._present:

@@ -14,6 +14,7 @@ from typing import Final
 from mmcore.errors import AlreadyExists, Conflict, NotFound
 from mmcore.model import ModelInfo
 from mmcore.registry import ModelRecord, VModelRecord
+from mmcore.routing.copies_wanted import copies_wanted, same_model
 
 #: How long ago a model that nobody has used yet counts as used: one to be loaded now, and one registered for later.
 AGE_WHEN_LOADED_NOW_MS: Final = 3_600_000
@@ -60,6 +61,23 @@ def info_of(record: ModelRecord) -> ModelInfo:
     return ModelInfo(record.type, record.path, record.key)
 
 
+def new_record(info: ModelInfo) -> ModelRecord:
+    """The record of a model that is registered as that.
+
+    Raises:
+        InvalidRequest: its key asks for copies in a way that cannot be.
+    """
+    wanted = copies_wanted(info.key)
+    return ModelRecord(
+        type=info.type,
+        path=info.path,
+        key=info.key,
+        min_copies=wanted.min_copies,
+        max_copies=wanted.max_copies,
+        everywhere=wanted.everywhere,
+    )
+
+
 def in_transition(record: VModelRecord) -> bool:
     """Whether the target is not the active model yet."""
     return record.active != record.target
@@ -91,7 +109,7 @@ def set_vmodel(
     target = models[wanted.target]
     if target is None:
         target = _new_model(wanted, models.get(before.active) if before is not None else None, now_ms)
-    elif wanted.info is not None and info_of(target) != wanted.info:
+    elif wanted.info is not None and not same_model(info_of(target), wanted.info):
         raise AlreadyExists(f"Target model {wanted.target} already exists with different attribute values")
     if before is None:
         after = VModelRecord(owner=wanted.owner or default_owner, active=wanted.target, target=wanted.target)
@@ -132,13 +150,8 @@ def _new_model(wanted: Wanted, active: ModelRecord | None, now_ms: int) -> Model
     if wanted.info is None:
         raise NotFound(f"target model not found: {wanted.target}")
     age_ms = AGE_WHEN_LOADED_NOW_MS if wanted.load_now else AGE_WHEN_REGISTERED_MS
-    return ModelRecord(
-        type=wanted.info.type,
-        path=wanted.info.path,
-        key=wanted.info.key,
-        auto_delete=wanted.auto_delete,
-        last_used_ms=active.last_used_ms if active is not None else now_ms - age_ms,
-    )
+    last_used_ms = active.last_used_ms if active is not None else now_ms - age_ms
+    return replace(new_record(wanted.info), auto_delete=wanted.auto_delete, last_used_ms=last_used_ms)
 
 
 def _referred(before: VModelRecord | None, after: VModelRecord | None, models: Models, stored: Models) -> Models:

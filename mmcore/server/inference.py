@@ -26,7 +26,7 @@ from mmcore.routing.hops import arrival_of
 from mmcore.runtimes import OutputTensor
 from mmcore.server.calls import Answer, Body, Waiting, refuse
 from mmcore.server.dataplane import DataplaneConfig
-from mmcore.server.headers import Asked, asked
+from mmcore.server.headers import Asked, asked, balanced
 from mmcore.server.several import ask_several
 from mmcore.server.shared_memory import SharedMemory
 from mmcore.server.tensors import answer_with_parameters, bind_tensors, schedule_of
@@ -36,6 +36,8 @@ from mmcore.tracing import RequestTrace
 
 #: Where the v2 protocol has the model's name.
 _NAME_PATH: Final = (1,)
+#: With so many requests at a copy another one is looked for, where the client does not spread its requests itself.
+SHARED_FROM: Final = 4
 #: What other instances are asked by, whatever a request came through.
 MODEL_INFER: Final = "/inference.GRPCInferenceService/ModelInfer"
 
@@ -188,10 +190,10 @@ class Inference:
             _trace_load(trace, copy, asked_ns)
         waited_ns = now_ns() - started
         self._router.cache.counted.miss_seconds.observe(waited_ns * 1e-9)
-        return self._bind_and_run(call, request, copy, started, waited_ns)
+        return self._bind_and_run(call, request, copy, started, waited_ns, stays=True)
 
     def _bind_and_run(
-        self, call: Answer, request: InferRequest, copy: Copy, started: int, queue_ns: int
+        self, call: Answer, request: InferRequest, copy: Copy, started: int, queue_ns: int, *, stays: bool = False
     ) -> Body | None:
         if copy.prepared is None:
             lane = self._router.execution.lane(copy)
@@ -209,7 +211,7 @@ class Inference:
         except Exception:
             copy.statistics.fail(now_ns() - started)
             raise
-        return self._run(call, request, copy, inputs, started, now_ns(), queue_ns)
+        return self._run(call, request, copy, inputs, started, now_ns(), queue_ns, stays=stays)
 
     def _run(
         self,
@@ -220,11 +222,16 @@ class Inference:
         started: int,
         bound: int,
         queue_ns: int = 0,
+        *,
+        stays: bool = False,
     ) -> Body | None:
         """Run a bound request where its model's speed says, and learn from it.
 
-        It came at ``started`` and has waited ``queue_ns`` of the time until ``bound`` for its copy.
+        It came at ``started`` and has waited ``queue_ns`` of the time until ``bound`` for its copy. Where others wait
+        for that copy, and unless it ``stays``, another instance may answer it.
         """
+        if copy.in_flight >= SHARED_FROM and not stays and self._shared(call, request, copy, started):
+            return None
         under_way = UnderWay(self, call, request, copy, inputs, started, bound, queue_ns)
         rows = rows_of(inputs)
         try:
@@ -246,6 +253,18 @@ class Inference:
         except Exception:
             copy.statistics.fail(now_ns() - started)
             raise
+
+    def _shared(self, call: Answer, request: InferRequest, copy: Copy, started: int) -> bool:
+        """Whether another instance, which has less to do, has been asked to answer."""
+        model = copy.name
+        if self._mesh is None or self._router.in_folder(model) or balanced(call.metadata):
+            return False
+
+        def here() -> None:
+            self._waiting.start(call, self._load_and_infer(call, request, model, started), "ModelInfer")
+
+        resolved = model != request.model_name
+        return self._mesh.share(call, request.body, model, here, path=MODEL_INFER, resolved=resolved)
 
     def _slow(self, copy: Copy, rows: int, elapsed_ns: int) -> None:
         """An inference in the compiled path took longer than one should there."""
