@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ STAMP: Final = ".made-of"
 INSTALL_S: Final = 900.0
 MLSERVER: Final = ("mlserver==1.7.1", "mlserver-sklearn==1.7.1", "mlserver-xgboost==1.7.1", "mlserver-lightgbm==1.7.1")
 TRITON: Final = ("nvidia-pytriton==0.7.0",)
+TORCHSERVE: Final = ("torchserve==0.12.0", "torch-model-archiver==0.12.0", "packaging", "psutil", "PyYAML")
 #: What the server may load the same files with. One release everywhere: a pickle belongs to the one that wrote it.
 MLSERVER_FRAMEWORKS: Final = ("scikit-learn", "joblib", "xgboost-cpu", "lightgbm")
 TRITON_FRAMEWORKS: Final = (*MLSERVER_FRAMEWORKS, "onnxruntime", "openvino", "torch")
@@ -54,6 +56,22 @@ def triton(console: Console) -> Path:
             shutil.copy2(bundled / "python_backend_stubs" / release / stub.name, stub)
         except OSError as error:
             raise NotMeasured(f"nvidia-pytriton holds no server for this Python: {error}") from error
+    return folder
+
+
+def torchserve(console: Console) -> Path:
+    """The environment of TorchServe, which takes torch from here. It needs Java, 11 at least.
+
+    Raises:
+        NotMeasured: it cannot be installed here, or there is no Java or torch; holds what pip said.
+    """
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        raise NotMeasured("TorchServe needs torch")
+    if shutil.which("java") is None:
+        raise NotMeasured("TorchServe needs Java: apt-get install openjdk-17-jre-headless")
+    folder = _environment("torchserve", TORCHSERVE, console)
+    (site_packages(folder) / "torch-from.pth").write_text(str(Path(torch.origin).parents[1]), encoding="utf-8")
     return folder
 
 

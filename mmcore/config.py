@@ -323,18 +323,23 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * factor
 
 
-def memory_limit(root: Path = Path("/")) -> int:
-    """Bytes this process may use: the smallest of the machine's memory and its control groups' limits.
+def memory_limit(root: Path = Path("/"), *, membership: Path | None = None) -> int:
+    """Bytes a process may use, this one where nothing is said: the smallest of the machine's memory and its control
+    groups' limits.
 
     Both versions of the control-group hierarchy are read, from the process's own group up to the top, since a limit
-    anywhere above holds as well. ``root`` is where ``proc`` and ``sys`` are looked for.
+    anywhere above holds as well. ``root`` is where ``proc`` and ``sys`` are looked for, and ``membership`` the file
+    that names another process's groups.
+
+    Raises:
+        OSError: what another process sees cannot be read.
     """
     limits = [_machine_memory(root)]
     try:
-        membership = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = (membership or root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        membership = []
-    for line in membership:
+        groups = []
+    for line in groups:
         _, controllers, group = line.split(":", 2)
         if controllers == "":
             base, name = root / "sys/fs/cgroup", "memory.max"

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
 from mmcore.adapters import mlserver, triton
-from mmcore.adapters.repository import Layout, RepositoryRuntime
+from mmcore.adapters.ovms import OvmsRuntime
+from mmcore.adapters.repository import RepositoryRuntime
 from mmcore.adapters.runtime import Runtime
 from mmcore.adapters.spi import SpiRuntime
+from mmcore.adapters.torchserve import TorchServeRuntime
 
-#: Servers with an adapter: the layout of their repository, and how many models they load at once.
-_REPOSITORIES: Final[dict[str, tuple[Layout, int]]] = {"triton": (triton.lay_out, 2), "mlserver": (mlserver.lay_out, 1)}
+#: The file that OVMS reads, in its repository where no other is said.
+_CONFIG: Final = "model_config_list.json"
+_OVMS_REST: Final = "8888"
+_TORCHSERVE_MANAGEMENT: Final = "7071"
 
 
 def open_runtime(address: str) -> Runtime:
     """A runtime at ``unix:PATH`` or ``host:port``, which speaks the SPI itself, or at ``triton://host:port?repo=DIR``.
 
     The former may answer requests elsewhere, ``?data=`` an address of either form.
+    Instead of ``triton`` there can be ``mlserver``, ``ovms`` (with ``rest=PORT`` and ``config=FILE``) and
+    ``torchserve`` (with ``management=PORT`` and ``workers=N``).
 
     Raises:
         ValueError: the text is no such address.
     """
     scheme, mark, _ = address.partition("://")
-    if mark and scheme in _REPOSITORIES:
-        return _repository(address)
+    if mark and scheme in _SERVERS:
+        return _server(address)
     managed, mark, text = address.partition("?")
     query = dict(parse_qsl(text))
     data = query.pop("data", "" if mark else managed)
@@ -37,21 +44,64 @@ def open_runtime(address: str) -> Runtime:
     return SpiRuntime(managed, data)
 
 
-def _repository(address: str) -> RepositoryRuntime:
+def _server(address: str) -> Runtime:
     parts = urlsplit(address)
-    query = dict(parse_qsl(parts.query))
+    options, open_server = _SERVERS[parts.scheme]
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
     repository = query.pop("repo", "")
-    if not repository or query:
-        raise ValueError(f"{address!r} must have repo=DIR, the server's repository, and nothing else behind the '?'")
+    if not repository or query.keys() - options or not all(query.values()):
+        known = "".join(f", {name}=…" for name in options)
+        raise ValueError(f"{address!r} must have repo=DIR, the server's folder{known}, and nothing else behind the '?'")
     _check(parts.netloc, address)
-    layout, loads_at_once = _REPOSITORIES[parts.scheme]
-    return RepositoryRuntime(parts.netloc, Path(repository).absolute(), layout, loads_at_once=loads_at_once)
+    return open_server(parts.netloc, Path(repository).absolute(), query)
+
+
+def _triton(target: str, repository: Path, query: dict[str, str]) -> Runtime:
+    return RepositoryRuntime(target, repository, triton.lay_out, loads_at_once=2)
+
+
+def _mlserver(target: str, repository: Path, query: dict[str, str]) -> Runtime:
+    return RepositoryRuntime(target, repository, mlserver.lay_out)
+
+
+def _ovms(target: str, repository: Path, query: dict[str, str]) -> Runtime:
+    config = Path(query["config"]).absolute() if "config" in query else repository / _CONFIG
+    return OvmsRuntime(target, _beside(target, query.get("rest", _OVMS_REST)), repository, config)
+
+
+def _torchserve(target: str, repository: Path, query: dict[str, str]) -> Runtime:
+    workers = query.get("workers", "1")
+    if not workers.isdecimal() or int(workers) < 1:
+        raise ValueError(f"workers={workers}: expected a number of processes for each model")
+    management = _beside(target, query.get("management", _TORCHSERVE_MANAGEMENT))
+    return TorchServeRuntime(target, management, repository, workers=int(workers))
+
+
+_Open = Callable[[str, Path, dict[str, str]], Runtime]
+#: Servers with an adapter: the options in their addresses beside the repository, and what makes it.
+_SERVERS: Final[dict[str, tuple[tuple[str, ...], _Open]]] = {
+    "triton": ((), _triton),
+    "mlserver": ((), _mlserver),
+    "ovms": (("rest", "config"), _ovms),
+    "torchserve": (("management", "workers"), _torchserve),
+}
+
+
+def _beside(target: str, port: str) -> str:
+    """Another port of the same host.
+
+    Raises:
+        ValueError: it is no port.
+    """
+    beside = f"{target.rpartition(':')[0]}:{port}"
+    _check(beside, beside)
+    return beside
 
 
 def _check(target: str, address: str) -> None:
     host, _, port = target.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
-        servers = " or ".join(f"{name}://HOST:PORT?repo=DIR" for name in _REPOSITORIES)
+        servers = " or ".join(f"{name}://HOST:PORT?repo=DIR" for name in _SERVERS)
         raise ValueError(
             f"{address!r} is not the address of a runtime; write unix:PATH or HOST:PORT, with ?data= and another such"
             f" address where requests go elsewhere, or {servers}"

@@ -49,5 +49,7 @@ def has_forgotten(status: int, details: str) -> bool:
         return details.startswith("Request for unknown model") and details.endswith(
             (" is not found", " has no available versions")
         )
+    if status == Status.INTERNAL:  # TorchServe
+        return details.startswith("Model not found: ") and details.endswith("ModelNotFoundException")
     # MLServer before 1.4
     return status == Status.INVALID_ARGUMENT and details.startswith("Model ") and details.endswith(" not found")

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from google.protobuf import text_format
 
+from mmcore.adapters.model_folders import newest_version
 from mmcore.adapters.schema import read_tensors
 from mmcore.errors import InvalidModel
 from mmcore.pb import model_config_pb2
@@ -38,7 +39,7 @@ def lay_out(folder: Path, name: str, kind: str, path: Path, schema: Path | None)
         (folder / _CONFIG).write_text(_own_config((path / _CONFIG).read_text(encoding="utf-8"), tensors))
         return
     file_name, folder_name, backend = _FORMATS.get(kind, ("", "", ""))
-    version, content = _newest_version(path)
+    version, content = newest_version(path)
     if content.is_dir() and kind in _FORMATS:
         content = _unwrapped(content, file_name, folder_name)
     if content.is_file():
@@ -53,16 +54,6 @@ def lay_out(folder: Path, name: str, kind: str, path: Path, schema: Path | None)
         config = model_config_pb2.ModelConfig(backend=backend)
         _describe(config, tensors)
         (folder / _CONFIG).write_text(text_format.MessageToString(config))
-
-
-def _newest_version(path: Path) -> tuple[str, Path]:
-    """The largest of the numbers that name the folders in ``path``, if all of them are named so; else version 1."""
-    folders = [entry for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []
-    if folders and all(entry.name.isdecimal() for entry in folders):
-        newest = max(folders, key=lambda entry: int(entry.name))
-        if int(newest.name) > 0:
-            return str(int(newest.name)), newest
-    return "1", path
 
 
 def _unwrapped(content: Path, file_name: str, folder_name: str) -> Path:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mmcore.adapters import mlserver, triton
+from mmcore.adapters import mlserver, ovms, triton
 from mmcore.adapters.opening import open_runtime
 from mmcore.adapters.repository import RepositoryRuntime
-from mmcore.errors import InvalidModel
+from mmcore.adapters.torchserve import TorchServeRuntime
+from mmcore.errors import InvalidModel, RpcError, Status
+from mmcore.pb import model_runtime_pb2 as pb
 
 SCHEMA = {
     "inputs": [{"name": "X", "datatype": "FP32", "shape": [-1, 4]}],
@@ -134,6 +136,31 @@ def test_settings_that_cannot_be_or_lead_outside_are_refused(tmp_path: Path, mad
         mlserver.lay_out(made, "id", "sklearn", root, None)
 
 
+@pytest.mark.parametrize(("kind", "files", "asked", "expected"), [
+    ("onnx", ["m/net.onnx"], "m/net.onnx", {"1/model.onnx": "m/net.onnx"}),
+    ("onnx", ["m/net.onnx"], "m", {"1": "in/m"}),
+    ("openvino_ir", ["m/2/net.xml", "m/14/net.xml"], "m", {"14": "m/14"}),
+    ("openvino_ir", ["m/net.xml", "m/net.bin"], "m/net.xml", {"1/net.xml": "m/net.xml", "1/net.bin": "m/net.bin"}),
+    ("openvino_ir", ["m/1/a.xml", "m/NAN/b.xml"], "m", {"1": "in/m"}),
+])  # fmt: skip
+def test_ovms_gets_one_version(
+    tmp_path: Path, made: Path, kind: str, files: list[str], asked: str, expected: dict[str, str]
+) -> None:
+    root = tree(tmp_path / "in", *files)
+    ovms.lay_out(made, "id", kind, root / asked, None)
+    assert links(made) == expected
+
+
+@pytest.mark.parametrize(("files", "asked"), [(["m/a.mar", "m/b.mar"], "m"), (["m/readme"], "m"), ([], "m")])
+async def test_torchserve_takes_one_archive(tmp_path: Path, files: list[str], asked: str) -> None:
+    root = tree(tmp_path, *files)
+    runtime = TorchServeRuntime("localhost:7070", "localhost:7071", tmp_path / "store")
+    with pytest.raises(RpcError, match=r"\.mar") as error:
+        await runtime.load(pb.LoadModelRequest(modelId="m", modelPath=str(root / asked)), 1)
+    assert error.value.status is Status.INVALID_ARGUMENT
+    await runtime.close()
+
+
 def test_an_adapter_is_asked_for_by_the_servers_name(tmp_path: Path) -> None:
     runtime = open_runtime(f"triton://localhost:8001?repo={tmp_path}")
     assert isinstance(runtime, RepositoryRuntime)
@@ -141,7 +168,16 @@ def test_an_adapter_is_asked_for_by_the_servers_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["triton://localhost:8001", "mlserver://localhost?repo=x", "triton://h:1?repo=x&y=1"]
+    "address",
+    [
+        *(
+            "triton://localhost:8001",
+            "mlserver://localhost?repo=x",
+            "triton://h:1?repo=x&y=1",
+            "ovms://h:1?repo=x&rest=0",
+        ),
+        *("ovms://h:1?repo=x&config=", "torchserve://h:1?repo=x&management=a"),
+    ],
 )
 def test_an_adapters_address_needs_a_port_and_a_repository(address: str) -> None:
     with pytest.raises(ValueError, match="repo"):
