@@ -133,7 +133,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     metavar="ADDRESS",
     show_default="this process",
     help="Load models into this runtime and pass requests to it: unix:PATH or HOST:PORT speaking mmesh.ModelRuntime, "
-    "triton://HOST:PORT?repo=DIR or mlserver://HOST:PORT?repo=DIR.",
+    "or SERVER://HOST:PORT?repo=DIR with triton, mlserver, ovms or torchserve.",
 )
 @option("--workers", type=click.IntRange(1), default=1, help="Serving processes that share the ports and the memory.")
 @option(

@@ -34,10 +34,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROWS = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]] * 10, dtype=np.float32)
 LABELS = np.array([0, 1, 1, 0] * 10)
 
+#: A process of its own, with some 77 MiB: two of them fit into 200 MiB.
 TRITON_MODEL = """
 import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
+    def initialize(self, args):
+        self.weights = b"x" * (60 << 20)
+
     def execute(self, requests):
         inputs = [pb_utils.get_input_tensor_by_name(one, "X").as_numpy() for one in requests]
         return [pb_utils.InferenceResponse([pb_utils.Tensor("Y", one * 2)]) for one in inputs]
@@ -163,7 +167,7 @@ def test_an_adapter_in_a_process_of_its_own_holds_models_in_triton_for_a_mesh(
 ) -> None:
     server, repository = triton_repository
     held = HeldProcess(
-        tmp_path / "held.log", "--grpc-port", "0", "--uds", tmp_path / "held.sock", "--capacity", "2500000",
+        tmp_path / "held.log", "--grpc-port", "0", "--uds", tmp_path / "held.sock", "--capacity", "200MiB",
         "--adapter", f"triton://{server.address}?repo={repository}",
     )  # fmt: skip
     held.start(wait=False)
@@ -240,7 +244,7 @@ def test_triton_answers_is_evicted_from_and_comes_back(
         write_triton_model(tmp_path / "models" / name)
     runtime = f"triton://{server.address}?repo={repository}"
     front = Front(
-        serve(None, "--runtime", runtime, "--capacity", "2500000", "--min-residency", "0", "--eviction", "lru")
+        serve(None, "--runtime", runtime, "--capacity", "200MiB", "--min-residency", "0", "--eviction", "lru")
     )
     try:
         for name in ("a", "b", "c"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mmcore.controller.runtime_address import runtime_address
 from mmcore.controller.runtimes import Runtime, problems
 from mmcore.controller.serving_config import ServingConfig
 from tests.unit.controller.objects import own_runtime, runtime
@@ -45,10 +46,6 @@ def test_what_is_right() -> None:
         ({"builtInAdapter": {"serverType": "mmcore"}}, "needs no other container"),
         ({"builtInAdapter": None}, "grpcEndpoint is missing"),
         ({"builtInAdapter": None, "grpcEndpoint": "8085"}, "must be port:NUMBER or unix:PATH"),
-        (
-            {"builtInAdapter": {"serverType": "torchserve"}, "containers": [{"name": "torchserve"}]},
-            "no adapter for builtInAdapter.serverType 'torchserve'",
-        ),
         ({"containers": [CONTAINER, CONTAINER]}, "two containers are named 'triton'"),
         ({"volumes": [{"name": "tc-config"}]}, "volume name 'tc-config'"),
         ({"containers": [{**CONTAINER, "ports": [{"containerPort": 8033}]}]}, "port 8033 is the instance's own"),
@@ -58,6 +55,35 @@ def test_what_is_right() -> None:
 )
 def test_what_is_wrong_with_a_spec(spec: dict[str, Any], told: str) -> None:
     assert told in found(runtime(**spec))
+
+
+def test_a_server_that_is_allowed_and_has_no_adapter() -> None:
+    config = ServingConfig(server_types=("tfserving",))
+    item = runtime(builtInAdapter={"serverType": "tfserving"}, containers=[{"name": "tfserving"}])
+    assert "instances have no adapter for builtInAdapter.serverType 'tfserving'" in problems(item, config)
+
+
+@pytest.mark.parametrize(
+    ("server", "spec", "address"),
+    [
+        ("ovms", {}, "ovms://127.0.0.1:8001?repo=/models/_ovms_models&rest=8888&config=/models/model_config_list.json"),
+        (
+            "ovms",
+            {"grpcDataEndpoint": "port:9001", "builtInAdapter": {"serverType": "ovms", "runtimeManagementPort": 9888}},
+            "ovms://127.0.0.1:9001?repo=/models/_ovms_models&rest=9888&config=/models/model_config_list.json",
+        ),
+        (
+            "torchserve",
+            {"grpcDataEndpoint": "port:7070"},
+            "torchserve://127.0.0.1:7070?repo=/models/_torchserve_models&management=7071",
+        ),
+    ],
+)
+def test_servers_that_are_managed_elsewhere(server: str, spec: dict[str, Any], address: str) -> None:
+    stated = {"builtInAdapter": {"serverType": server}, "containers": [{"name": server, "image": "s"}], **spec}
+    item = runtime(**stated)
+    assert runtime_address(item) == address
+    assert found(item) == ""
 
 
 @pytest.mark.parametrize(
