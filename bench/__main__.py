@@ -25,6 +25,7 @@ from bench import (
     loading,
     many,
     micro,
+    overload,
     passthrough,
     pull,
     registry,
@@ -62,6 +63,7 @@ SUITES: Final[dict[str, Callable[[Console, Plan], list[Row] | Mapping[str, objec
     "cold-loads": cold_loads.run,
     "density": density.run,
     "controller": controller.run,
+    "overload": overload.run,
 }
 THOROUGH: Final = Plan(rounds=5, warmup_s=0.2, duration_s=1.2)
 QUICK: Final = Plan(rounds=3, warmup_s=0.1, duration_s=0.2)
