@@ -95,7 +95,7 @@ def add_peer_methods(
     server: Server,
     router: Router,
     registered: Registered,
-    dashboard: Callable[[bytes], Coroutine[Any, Any, Body]] | None,
+    dashboard: Callable[[bytes], Coroutine[Any, Any, Body]] | None = None,
 ) -> None:
     """Serve what instances ask of each other beside requests: to load a model, and to give up a copy.
 
