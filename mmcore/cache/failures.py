@@ -43,6 +43,13 @@ class Failures:
             return None
         return type(failure.error)(str(failure.error))
 
+    def forgive(self, name: str) -> None:
+        """Let the model's versions be loaded anew, unless they failed within the last :data:`FIRST_EXPIRY_S`."""
+        now = self._clock()
+        for key, failure in list(self._failures.items()):
+            if key[0] == name and now - (failure.expires_at - failure.expiry_s) >= FIRST_EXPIRY_S:
+                failure.expires_at = min(failure.expires_at, now)
+
     def last(self, name: str, version: str) -> str:
         """The text of the version's last failure, expired or not; empty where the last load succeeded."""
         failure = self._failures.get((name, version))

@@ -11,6 +11,8 @@ class Haste(Enum):
 
     #: Somebody waits for it.
     NOW = "/mmcore.Peer/Load"
+    #: Somebody asks for it expressly, though it has failed: what is remembered of that, but for a moment, is no answer.
+    ANEW = "/mmcore.Peer/LoadAnew"
     #: The model is used, elsewhere or before long: after the loads that somebody waits for.
     AHEAD = "/mmcore.Peer/LoadAhead"
     #: It may be used again: as ``AHEAD``, into free room alone, so that nothing is evicted for it.

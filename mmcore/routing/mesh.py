@@ -12,6 +12,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -331,7 +332,7 @@ class Mesh(Loads):
 
     # Loads.
 
-    async def ensure(self, model: str, copies: int = 1) -> None:
+    async def ensure(self, model: str, copies: int = 1, *, anew: bool = False) -> None:
         """Have so many copies loaded, or as many as there can be; see :class:`mmcore.routing.registered.Loads`."""
         failure: MmcoreError | None = None
         failed: set[str] = set()
@@ -349,13 +350,14 @@ class Mesh(Loads):
                 await self._wait_for(model)
                 continue
             try:
-                target = self._target(model, record, failed)
+                known = replace(record, failures={}) if anew else record
+                target = self._target(model, known, failed)
             except (LoadFailed, Overloaded) as error:
                 if loaded:
                     return
                 raise failure or error from None
             try:
-                await self.load_at(target, model)
+                await self.load_at(target, model, Haste.ANEW if anew else Haste.NOW)
             except (LoadFailed, Overloaded, Unavailable) as error:
                 failed.add(target)
                 failure = error

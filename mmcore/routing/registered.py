@@ -48,8 +48,10 @@ def wall_ms() -> int:
 class Loads(Protocol):
     """Has models loaded: in this instance, or wherever the mesh finds best."""
 
-    async def ensure(self, model: str, copies: int = 1) -> None:
+    async def ensure(self, model: str, copies: int = 1, *, anew: bool = False) -> None:
         """Have so many copies of a registered model loaded, or as many as there can be; return when they are.
+
+        ``anew``: whatever has failed before, but for the last moments.
 
         Raises:
             LoadFailed, Overloaded: it could not be loaded.
@@ -64,8 +66,10 @@ class LocalLoads:
     def __init__(self, router: Router) -> None:
         self._router = router
 
-    async def ensure(self, model: str, copies: int = 1) -> None:
+    async def ensure(self, model: str, copies: int = 1, *, anew: bool = False) -> None:
         """One copy here, whatever number is asked for; see :class:`Loads`."""
+        if anew:
+            self._router.cache.failures.forgive(model)
         await self._router.load(model)
 
 
@@ -203,7 +207,8 @@ class Registered(Catalog):
         self._router.touch(name)
         if status.state is ModelState.LOADED:
             return status
-        load = self.in_background(self.loads.ensure(name), f"ensure that {name} is loaded")
+        anew = status.state is ModelState.LOADING_FAILED
+        load = self.in_background(self.loads.ensure(name, anew=anew), f"ensure that {name} is loaded")
         if not sync:
             await asyncio.sleep(0)
             status = self.status(name)
@@ -227,7 +232,9 @@ class Registered(Catalog):
             NotFound, LoadFailed, Overloaded, Unavailable: as for :meth:`mmcore.routing.Router.load`.
             Cancelled: it was to be loaded into free room, of which there is not enough.
         """
-        priority = Priority.REQUEST if haste is Haste.NOW else Priority.PRELOAD
+        priority = Priority.REQUEST if haste in (Haste.NOW, Haste.ANEW) else Priority.PRELOAD
+        if haste is Haste.ANEW:
+            self._router.cache.failures.forgive(name)
         idle_s = None
         if haste is Haste.IF_ROOM and (record := self._registry.models.get(name)) is not None:
             idle_s = max(0, self._clock_ms() - record.last_used_ms) / 1000

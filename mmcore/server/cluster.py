@@ -7,15 +7,21 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final, Protocol
 
+from mmcore.errors import RpcError
 from mmcore.pb import cluster_pb2 as pb
 from mmcore.pb import model_mesh_pb2
 from mmcore.registry import InstanceRecord, Registry
-from mmcore.routing import IndexRow, ModelState, Registered, Router, VModels
+from mmcore.routing import Forwarding, IndexRow, ModelState, Registered, Router, VModels
 from mmcore.server.calls import Waiting, immediate
 from mmcore.server.management import model_status, vmodel_status
 from mmcore.transport import Server
 
 SERVICE: Final = "mmcore.Cluster"
+
+_LIST_INSTANCES: Final = f"/{SERVICE}/ListInstances"
+#: How long another instance may take to tell of itself, and how many are asked at once.
+_TELL_WAIT_S: Final = 1.0
+_MOST_ASKED: Final = 64
 
 #: Models listed between two looks at the loop's other work.
 _AT_ONCE: Final = 500
@@ -28,7 +34,11 @@ class _Names(Protocol):
 
 
 class Cluster:
-    """Lists what this instance knows of all instances; ``own_record`` tells what it is itself at this moment."""
+    """Lists what this instance knows of all instances; ``own_record`` tells what it is itself at this moment.
+
+    Other instances, those of ``forwarding``, are asked what they are at this moment; of one that does not answer its
+    record is told.
+    """
 
     def __init__(
         self,
@@ -37,7 +47,9 @@ class Cluster:
         registered: Registered,
         vmodels: VModels,
         own_record: Callable[[], InstanceRecord],
+        forwarding: Forwarding | None = None,
     ) -> None:
+        self._forwarding = forwarding
         self._own_record = own_record
         self._registry = registry
         self._router = router
@@ -48,7 +60,7 @@ class Cluster:
         """Add every method to ``server``."""
         server.add_unary(f"/{SERVICE}/ListModels", Waiting().handler(pb.ListRequest, self._list_models))
         server.add_unary(f"/{SERVICE}/ListVModels", immediate(pb.ListRequest, self._list_vmodels))
-        server.add_unary(f"/{SERVICE}/ListInstances", immediate(pb.ListRequest, self._list_instances))
+        server.add_unary(_LIST_INSTANCES, Waiting().handler(pb.ListRequest, self._list_instances))
 
     async def _list_models(self, request: pb.ListRequest) -> pb.ListModelsResponse:
         names, total = _chosen(self._router.names(), request)
@@ -93,11 +105,17 @@ class Cluster:
                 response.vmodels.add(name=name, status=vmodel_status(status))
         return response
 
-    def _list_instances(self, request: pb.ListRequest) -> pb.ListInstancesResponse:
+    async def _list_instances(self, request: pb.ListRequest) -> pb.ListInstancesResponse:
         own = self._registry.instance
         names, total = _chosen(list(dict.fromkeys((own, *self._registry.instances))), request)
         response = pb.ListInstancesResponse(total=total)
+        turns = asyncio.Semaphore(_MOST_ASKED)
+        asked = await asyncio.gather(*(self._told_by(name, turns) for name in names if name != own))
+        fresh = {told.id: told for told in asked if told is not None}
         for name in names:
+            if name in fresh:
+                response.instances.append(fresh[name])
+                continue
             record = self._own_record() if name == own else self._registry.instances.get(name)
             if record is None:
                 continue
@@ -120,6 +138,23 @@ class Cluster:
                 leader=name == own and self._registry.leader,
             )
         return response
+
+    async def _told_by(self, instance: str, turns: asyncio.Semaphore) -> pb.ListInstancesResponse.Instance | None:
+        """What another instance tells of itself; None where it does not."""
+        peer = self._forwarding.peers.get(instance) if self._forwarding is not None else None
+        if peer is None or not peer.usable:
+            return None
+        request = pb.ListRequest(prefix=instance, limit=1).SerializeToString()
+        async with turns:
+            try:
+                body = await peer.unary(_LIST_INSTANCES, request, timeout_s=_TELL_WAIT_S)
+            except RpcError:
+                return None
+        for told in pb.ListInstancesResponse.FromString(body).instances:
+            if told.id == instance and told.asked:
+                told.asked = False
+                return told
+        return None
 
 
 def _chosen(names: _Names, request: pb.ListRequest) -> tuple[list[str], int]:

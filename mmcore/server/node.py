@@ -160,7 +160,10 @@ class Node:
         )
         for server in (self._server, self._management_server):
             management.Management(self._registered, self._vmodels).register(server)
-            cluster.Cluster(self._registry, self._router, self._registered, self._vmodels, self.record).register(server)
+            cluster.Cluster(
+                self._registry, self._router, self._registered, self._vmodels, self.record,
+                self._mesh.forwarding if self._mesh is not None else None,
+            ).register(server)  # fmt: skip
         add_reflection(self._server, pb.descriptor_protos(), list(_SERVICES))
         add_reflection(self._management_server, pb.descriptor_protos(), [management.SERVICE, cluster.SERVICE])
         self._rest_counted = defaultdict[str, CallCounters](CallCounters)

@@ -2,7 +2,8 @@
 
 The file is ModelMesh's: a list of ``{"modelId": …, "modelInfo": {"type": …, "path": …, "key": …}, "vModelId": …,
 "retainAfterTransition": …, "ensureLoaded": …}``. They are registered before the instance takes requests, and whenever
-the file changes. What is no longer in the file stays registered: other instances may have it in theirs.
+the file changes. What a change takes out of the file is unregistered, unless vmodels refer to it: all instances of a
+mesh should have the same file. What is taken out while no instance runs stays.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from mmcore.errors import LoadFailed, MmcoreError
@@ -94,6 +96,7 @@ class StaticModels:
         self._registered = registered
         self._vmodels = vmodels
         self._applying: asyncio.Task[None] | None = None
+        self._known: tuple[StaticModel, ...] = ()
 
     async def apply(self, models: Sequence[StaticModel]) -> None:
         """Register them, and wait for those that must be loaded.
@@ -101,11 +104,16 @@ class StaticModels:
         Raises:
             MmcoreError: one could not be registered, or loaded in time; the text names it.
         """
+        self._known = tuple(models)
         for model in models:
-            try:
-                await self._apply(model)
-            except MmcoreError as error:
-                raise type(error)(f"static model {model.name}: {error}") from error
+            await self._named(model, self._apply)
+
+    async def _named(self, model: StaticModel, work: Callable[[StaticModel], Awaitable[None]]) -> None:
+        """Do something about an entry, with its name in the error."""
+        try:
+            await work(model)
+        except MmcoreError as error:
+            raise type(error)(f"static model {model.name}: {error}") from error
 
     async def _apply(self, model: StaticModel) -> None:
         if model.vmodel:
@@ -124,7 +132,7 @@ class StaticModels:
             raise LoadFailed("; ".join(status.errors) or f"is {status.state.name}")
 
     def changed(self, models: Sequence[StaticModel]) -> None:
-        """The file has changed: register what is new in it, one change after the other."""
+        """The file has changed: register what is new in it and let go of what is not, one change after the other."""
         before = self._applying
         self._applying = asyncio.get_running_loop().create_task(
             self._apply_changed(models, before), name="register the static models"
@@ -133,11 +141,28 @@ class StaticModels:
     async def _apply_changed(self, models: Sequence[StaticModel], before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
+        known, self._known = self._known, tuple(models)
         for model in models:
             try:
-                await self.apply([model])
+                await self._named(model, self._apply)
             except MmcoreError as error:
                 log.error("%s", error)
+        names, vmodels = {model.name for model in models}, {model.vmodel for model in models}
+        for model in known:
+            try:
+                await self._named(model, partial(self._remove, names=names, vmodels=vmodels))
+            except MmcoreError as error:
+                log.error("%s", error)
+
+    async def _remove(self, model: StaticModel, names: set[str], vmodels: set[str]) -> None:
+        """Let go of what of an entry is in none of the others, if it still stands for what the entry says."""
+        if model.vmodel and model.vmodel not in vmodels:
+            status = self._vmodels.status(model.vmodel)
+            if status is not None and status.record.target == model.name:
+                await self._vmodels.delete(model.vmodel)
+        if model.name not in names:
+            await self._registered.unregister(model.name)
+            log.info("model %s is in the file of static models no more", model.name)
 
     async def close(self) -> None:
         """Leave what has not been registered yet."""

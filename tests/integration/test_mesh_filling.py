@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from mmcore.transport import Channel
 from tests.integration.test_mesh import ask, locations, name_of, register, until
-from tests.serving import IDENTITY, Instance, Serve, write_model
+from tests.serving import IDENTITY, Instance, Serve, command, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +53,17 @@ async def test_a_new_instance_is_filled_before_it_is_ready_and_nothing_used_goes
     assert await held(other, second) == set(range(MODELS)) - kept
     assert await held(other, first) == kept
     assert time.monotonic() - began < 25
+    # Whichever is asked tells what each is now, and which one leads.
+    for target in (first, second):
+        listed = subprocess.run(
+            command("status", "--target", target.grpc, "--json"), capture_output=True, text=True, timeout=30, check=True
+        )
+        told = {one["id"]: one for one in json.loads(listed.stdout)}
+        assert {one: told[one]["models"] for one in told} == {
+            first.ready["instance"]: FIT, second.ready["instance"]: MODELS - FIT
+        }  # fmt: skip
+        assert sum(one["leader"] for one in told.values()) == 1
+        assert [one["id"] for one in told.values() if one["asked"]] == [target.ready["instance"]]
     # The room of a third one is for what is used and nowhere held: there is nothing of that.
     third = await asyncio.to_thread(serve, None, *flags, "--capacity", "1GiB")
     assert await held(other, third) == set()

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from mmcore.errors import LoadFailed
+from mmcore.routing import ModelState
 from tests.unit.routing.instances_in_memory import until
 from tests.unit.routing.mesh_in_memory import Meshes, MeshMember
 
@@ -34,3 +36,21 @@ async def test_fifty_instances_that_decide_at_once_load_as_many_copies_as_are_wa
     before = loads(*members)["m"]
     await asyncio.gather(*(member.mesh.ensure("m", 4) for member in members))
     assert before <= 4 <= loads(*members)["m"] <= 5
+
+
+async def test_who_asks_expressly_has_a_model_tried_again_wherever_it_failed(join: Meshes) -> None:
+    members = [await join(f"i{number}") for number in range(2)]
+    for member in members:
+        member.loader.errors["m"] = LoadFailed("corrupt")
+    await members[0].add("m")
+    status = await members[0].registered.ensure_loaded("m", sync=True)
+    assert status.state is ModelState.LOADING_FAILED
+    await until(lambda: len(members[0].registered.status("m").errors) == 2)
+    for member in members:
+        del member.loader.errors["m"]
+        member.clock.now += 11
+    # Placement keeps away from where it failed for a minute.
+    with pytest.raises(LoadFailed, match="corrupt"):
+        await members[0].mesh.ensure("m")
+    assert (await members[0].registered.ensure_loaded("m", sync=True)).state is ModelState.LOADED
+    assert loads(*members)["m"] == 3

@@ -84,13 +84,32 @@ async def test_states_of_a_load_are_told_as_they_are(member: Member) -> None:
 
 async def test_a_load_whose_place_is_being_decided_is_a_load(member: Member) -> None:
     class Deciding:
-        async def ensure(self, model: str, copies: int = 1) -> None:
+        async def ensure(self, model: str, copies: int = 1, *, anew: bool = False) -> None:
             await decided.wait()
 
     decided = asyncio.Event()
     member.registered.loads = Deciding()
     assert (await member.registered.register("m", INFO, load_now=True)).state is ModelState.LOADING
     decided.set()
+
+
+async def test_who_asks_expressly_has_a_failed_load_tried_again(member: Member) -> None:
+    member.loader.errors["m"] = LoadFailed("model.onnx is corrupt")
+    await member.registered.register("m", INFO, load_now=True, sync=True)
+    for _ in range(3):
+        member.clock.now += 1000
+        with pytest.raises(LoadFailed):
+            await member.router.load("m")
+    del member.loader.errors["m"]
+    tried = len(member.loader.loads)
+    # Not at once, for whoever asks all the time; but long before a request would try.
+    member.clock.now += 9
+    assert (await member.registered.ensure_loaded("m", sync=True)).state is ModelState.LOADING_FAILED
+    member.clock.now += 2
+    with pytest.raises(LoadFailed):
+        await member.router.load("m")
+    assert len(member.loader.loads) == tried
+    assert (await member.registered.register("m", INFO, load_now=True, sync=True)).state is ModelState.LOADED
 
 
 async def test_a_failed_load_is_a_status_that_ends_with_a_later_load(member: Member) -> None:

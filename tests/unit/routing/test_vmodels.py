@@ -131,7 +131,7 @@ async def test_a_target_is_loaded_in_as_many_copies_as_the_active_model_has(stor
     asked: list[tuple[str, int]] = []
 
     class Counting:
-        async def ensure(self, model: str, copies: int = 1) -> None:
+        async def ensure(self, model: str, copies: int = 1, *, anew: bool = False) -> None:
             asked.append((model, copies))
 
     member = await Member("one", store, loads=Counting()).start()

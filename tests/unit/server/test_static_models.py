@@ -11,7 +11,7 @@ import pytest
 from mmcore.errors import AlreadyExists, LoadFailed
 from mmcore.model import ModelInfo
 from mmcore.registry import MemoryStore
-from mmcore.routing import ModelState
+from mmcore.routing import ModelState, Wanted
 from mmcore.server.static_models import StaticModel, StaticModels, parse_static_models
 from tests.unit.routing.instances_in_memory import Member, until
 
@@ -92,4 +92,29 @@ async def test_changes_of_the_file_are_registered_one_after_the_other(
     await until(lambda: "v" in member.registry.vmodels and member.names.model("v") == "b")
     assert "static model v: Must provide non-empty model type string" in caplog.text
     assert "a" not in member.registry.models
+    await static.close()
+
+
+async def test_what_a_change_takes_out_of_the_file_goes_unless_it_is_referred_to(
+    member: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    static = StaticModels(member.registered, member.vmodels)
+    kept = StaticModel("kept", ModelInfo("fake", "/kept"))
+    alone = StaticModel("alone", ModelInfo("fake", "/alone"))
+    aliased = StaticModel("aliased", ModelInfo("fake", "/aliased"), "v", retained=True)
+    used = StaticModel("used", ModelInfo("fake", "/used"))
+    await static.apply([kept, alone, aliased, used])
+    await member.registered.register("by hand", ModelInfo("fake", "/by-hand"))
+    await member.vmodels.assign("w", Wanted("used"))
+    static.changed([kept])
+    await until(lambda: "static model used: Model used has referents" in caplog.text)
+    assert sorted(member.registry.models) == ["by hand", "kept", "used"]
+    assert list(member.registry.vmodels) == ["w"]
+    # Nothing is let go of again.
+    await member.registered.register("alone", ModelInfo("fake", "/alone"))
+    static.changed([kept, StaticModel("new", ModelInfo("fake", "/new"))])
+    await until(lambda: "new" in member.registry.models)
+    static.changed([])
+    await until(lambda: "kept" not in member.registry.models and "new" not in member.registry.models)
+    assert "alone" in member.registry.models
     await static.close()
