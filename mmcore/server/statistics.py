@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from mmcore._ext.rates import Duration
@@ -21,8 +22,14 @@ _PARTS: Final = (
 )
 
 
-def statistics_of(router: Router, name: str, version: str) -> inference_pb2.ModelStatisticsResponse:
+#: Copies told of between two turns of the loop.
+_AT_ONCE: Final = 200
+
+
+async def statistics_of(router: Router, name: str, version: str) -> inference_pb2.ModelStatisticsResponse:
     """The counters of every loaded version of ``name``, or of the one asked for; of all models without a name.
+
+    Others have their turns while it tells of many.
 
     A registered version that is not loaded has zeros: what it counted went with its copy.
 
@@ -31,8 +38,10 @@ def statistics_of(router: Router, name: str, version: str) -> inference_pb2.Mode
     """
     response = inference_pb2.ModelStatisticsResponse()
     if not name:
-        for copy in router.copies():
+        for number, copy in enumerate(router.copies(), 1):
             response.model_stats.append(_of_copy(copy))
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
         return response
     known = router.versions(name)
     if not known or (version and version not in known):

@@ -189,7 +189,7 @@ class V2Service:
     async def _model_statistics(
         self, request: inference_pb2.ModelStatisticsRequest
     ) -> inference_pb2.ModelStatisticsResponse:
-        return statistics_of(self._router, request.name, request.version)
+        return await statistics_of(self._router, request.name, request.version)
 
     def _region_status(
         self, request: inference_pb2.SystemSharedMemoryStatusRequest

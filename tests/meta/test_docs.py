@@ -17,6 +17,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -25,6 +26,7 @@ import pytest
 import yaml
 from google.protobuf import descriptor_pb2
 
+from bench.__main__ import SUITES
 from docs import reference
 from mmcore import pb
 from mmcore.cli.main import group
@@ -36,6 +38,8 @@ from tests.serving import Instance, Serve
 
 ROOT = Path(__file__).parents[2]
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+#: What lies beside the code, for who works on it.
+BESIDE = {name: (ROOT / name).read_text() for name in ("bench/README.md", "deploy/samples/README.md", "ext/README.md")}
 MAKEFILE = (ROOT / "Makefile").read_text()
 #: The addresses of the examples, where the fixture's server has other ports.
 ADDRESS = "127.0.0.1:8033"
@@ -81,7 +85,7 @@ class Block:
 
 BLOCKS = [
     Block(page, match["language"], match["text"], match["mark"] or "")
-    for page, text in PAGES.items()
+    for page, text in (PAGES | BESIDE).items()
     for match in re.finditer(
         r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", text, re.DOTALL | re.MULTILINE
     )
@@ -276,7 +280,26 @@ def check_helm(words: list[str]) -> None:
     assert charted(helm_python.parse_set_string_values(",".join(stated))), words
 
 
+def check_make(words: list[str]) -> None:
+    """It is a verb."""
+    assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE), words
+
+
+def check_python(words: list[str]) -> None:
+    """The module or the file is there; of ``-m bench`` the suites too."""
+    rest = words[1:]
+    if rest[0] != "-m":
+        shown = any(f"`{rest[0]}`" in text for text in PAGES.values())
+        assert (ROOT / rest[0]).is_file() or shown, words
+        return
+    assert find_spec(rest[1]) is not None, words
+    if rest[1] == "bench":
+        assert set(itertools.takewhile(lambda word: word[0] != "-", rest[2:])) <= set(SUITES), words
+
+
 CHECKS = {
+    "make": check_make,
+    "python": check_python,
     "docker": check_docker,
     "helm": check_helm,
     "mmcore": check_mmcore,
@@ -291,8 +314,8 @@ CHECKS = {
 def test_commands_that_are_not_run_are_such(block: Block) -> None:
     assert re.fullmatch(rf"{CHECKED}[:,] .+", block.mark), "say why it is not run"
     for words in block.commands:
-        if words[0] != "python":
-            CHECKS[words[0]](words)
+        words = [*itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)]
+        CHECKS[Path(words[0]).name](words)
 
 
 @pytest.mark.parametrize(
@@ -320,8 +343,6 @@ def test_each_verb_shown_is_in_the_makefile(verb: str) -> None:
 
 @pytest.mark.parametrize("suite", sorted(set(re.findall(r"SUITE=([a-z0-9-]+)", "".join(PAGES.values())))))
 def test_each_suite_shown_is_there(suite: str) -> None:
-    from bench.__main__ import SUITES
-
     assert suite in SUITES
 
 
