@@ -141,6 +141,10 @@ class External:
         """
         self._loop = asyncio.get_running_loop()
         try:
+            await asyncio.to_thread(self.runtime.prepare)
+        except OSError as error:
+            raise Unavailable(f"the runtime at {self.runtime.address} lacks what it starts with: {error}") from error
+        try:
             async with asyncio.timeout(self._ready_within_s):
                 await self._connected()
                 await self._handshake(starting=True)

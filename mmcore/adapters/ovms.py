@@ -75,6 +75,11 @@ class OvmsRuntime:
         self._reading = asyncio.Lock()
         self._next: asyncio.Task[dict[str, Any]] | None = None
 
+    def prepare(self) -> None:
+        """See :class:`mmcore.adapters.runtime.Runtime`: the file that it reads, with no model in it."""
+        if not self._config.exists():
+            _replace(self._config, json.dumps({"model_config_list": []}))
+
     async def status(self, timeout_s: float) -> pb.RuntimeStatusResponse:
         """See :class:`mmcore.adapters.runtime.Runtime`: ready once the server answers and lists no model."""
         try:

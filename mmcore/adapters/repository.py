@@ -48,6 +48,10 @@ class RepositoryRuntime:
         self._loads_at_once = loads_at_once
         self._channel = Channel(address, settings=TransportSettings(max_message_bytes=2**28))
 
+    def prepare(self) -> None:
+        """See :class:`mmcore.adapters.runtime.Runtime`: its repository."""
+        self._folders.root.mkdir(parents=True, exist_ok=True)
+
     async def status(self, timeout_s: float) -> pb.RuntimeStatusResponse:
         """See :class:`mmcore.adapters.runtime.Runtime`: ready once the server is live and its models are unloaded."""
         live = await self._call("ServerLive", v2.ServerLiveRequest(), v2.ServerLiveResponse, timeout_s)

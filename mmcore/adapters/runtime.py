@@ -22,6 +22,9 @@ class Runtime(Protocol):
 
     address: str
 
+    def prepare(self) -> None:
+        """Make what the server does not start without, where that is missing. Blocking; OSError."""
+
     async def status(self, timeout_s: float) -> pb.RuntimeStatusResponse:
         """Whether it is ready; by when it holds no models any more."""
 

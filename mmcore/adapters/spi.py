@@ -28,6 +28,9 @@ class SpiRuntime:
         self._channel = Channel(managed)
         self._service = SERVICE
 
+    def prepare(self) -> None:
+        """See :class:`mmcore.adapters.runtime.Runtime`: nothing is known of it."""
+
     async def status(self, timeout_s: float) -> pb.RuntimeStatusResponse:
         """See :class:`mmcore.adapters.runtime.Runtime`; asked by the old name where it has the new one not."""
         request = pb.RuntimeStatusRequest()

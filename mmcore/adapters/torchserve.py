@@ -32,6 +32,9 @@ _METHODS: Final = (
     f"{_V2}/ModelMetadata",
     f"{_V2}/ModelReady",
 )
+#: In its store, what ModelMesh Serving's adapter wrote for it; and what it is to say for models to be managed.
+_SETTINGS: Final = "mmconfig.properties"
+_SETTINGS_LINES: Final = ("enable_model_api=true", "disable_token_authorization=true", "enable_envvars_config=true")
 LOAD_S: Final = 120.0
 _PAGE: Final = 500
 _LOOK_S: Final = 0.1
@@ -52,11 +55,24 @@ class TorchServeRuntime:
 
     def __init__(self, address: str, management: str, store: Path, *, workers: int = 1) -> None:
         self.address: str = address
+        self._managed = management
         self._store = store
         self._workers = workers
         self._memory = ServerMemory(address)
         self._channel = Channel(address)
         self._management = Channel(management, settings=TransportSettings(max_message_bytes=2**28))
+
+    def prepare(self) -> None:
+        """See :class:`mmcore.adapters.runtime.Runtime`: the file that ModelMesh Serving's runtime waits for."""
+        file = self._store / _SETTINGS
+        if file.exists():
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        inference, management = (address.rpartition(":")[2] for address in (self.address, self._managed))
+        lines = (f"grpc_inference_port={inference}", f"grpc_management_port={management}", *_SETTINGS_LINES)
+        made = file.with_name(f".{file.name}")
+        made.write_text("\n".join((*lines, f"model_store={self._store}", "")), encoding="utf-8")
+        made.replace(file)
 
     async def status(self, timeout_s: float) -> pb.RuntimeStatusResponse:
         """See :class:`mmcore.adapters.runtime.Runtime`: ready once it is healthy and its models are unregistered."""

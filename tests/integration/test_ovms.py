@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 
 import grpc
@@ -96,6 +98,25 @@ def test_a_model_is_answered_for_when_the_server_says_that_it_is_there(front: St
     ]  # fmt: skip
     mesh.client.set_vmodel("alias", "m")
     assert mesh.infer("alias").model_name == "m"
+
+
+def test_a_server_that_does_not_start_without_its_file_is_given_one(serve: Serve, tmp_path: Path) -> None:
+    ovms = Ovms(tmp_path)
+    with futures.ThreadPoolExecutor() as threads:
+        instance = threads.submit(serve, None, "--runtime", ovms.address)
+        try:
+            ends_at = time.monotonic() + 20
+            while not ovms.config.exists():
+                assert time.monotonic() < ends_at and not instance.done()
+                time.sleep(0.01)
+            assert ovms.names == []
+            ovms.start()
+            mesh = Front(instance.result(30), tmp_path)
+            mesh.register("m", "net.onnx", load=True)
+            assert mesh.infer("m").model_name == "m"
+            mesh.close()
+        finally:
+            ovms.kill()
 
 
 def test_loads_that_come_together_are_read_together_and_one_that_fails_harms_no_other(front: Start, ovms: Ovms) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ import yaml
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 
-from bench.environments import mlserver, site_packages, triton
+from bench.environments import mlserver, site_packages, torchserve, triton
 from bench.peers.served import free_ports
 from mmcore.controller.deployment import Place, deployment
 from mmcore.controller.objects import CLUSTER_SERVING_RUNTIME, Object
@@ -76,8 +79,11 @@ def pod(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Pod]:
     """Of the runtime in the file that the test's parameter names."""
     file = ROOT / f"deploy/runtimes/cluster/{request.param}.yaml"
     text = file.read_text()
-    for port, free in zip(("8000", "8001", "8002", "8003"), free_ports(4), strict=True):
+    ports = sorted(set(re.findall(r"\b(?:8[08][08]\d|707\d)\b", text)))
+    for port, free in zip(ports, free_ports(len(ports)), strict=True):
         text = text.replace(port, str(free))
+    # A container has a /tmp of its own.
+    text = text.replace("/tmp/", f"{tmp_path}/")
     item = yaml.safe_load(text)
     item["metadata"]["uid"] = "1"
     runtime = Runtime.of(item, CLUSTER_SERVING_RUNTIME)
@@ -141,3 +147,47 @@ def test_triton_beside_an_instance(pod: Pod, serve: Serve, tmp_path: Path) -> No
         manager.register("m", pb.ModelInfo(type="mt:python", path=str(tmp_path / "model")))
         answer = infer(instance.grpc, "m")
     assert np.frombuffer(answer.raw_output_contents[0], np.float32).tolist() == (ROWS * 2).ravel().tolist()
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="TorchServe is a Java program")
+@pytest.mark.parametrize("pod", ["torchserve"], indirect=True)
+def test_torchserve_beside_an_instance(pod: Pod, serve: Serve, tmp_path: Path) -> None:
+    environment = torchserve(Console())
+    (tmp_path / "handler.py").write_text("def handle(data, context):\n    return data and ['7'] * len(data)\n")
+    archived = ["--model-name", "seven", "--version", "1.0", "--handler", str(tmp_path / "handler.py"), "--force"]
+    subprocess.run(
+        [str(environment / "bin/torch-model-archiver"), *archived, "--export-path", str(tmp_path)],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    path = f"{environment / 'bin'}:{os.environ['PATH']}"
+    # Workers have sockets in a folder of the machine, told apart by this.
+    env = {"TS_INITIAL_WORKER_PORT": str(free_ports(1)[0]), "LOG_LOCATION": str(tmp_path), "PATH": path}
+    pod.start_server("torchserve", [], tmp_path / "log", **env, METRICS_LOCATION=str(tmp_path), OMP_NUM_THREADS="1")
+    instance = serve(None, "--runtime", pod.instance_address(), "--capacity", "4GiB")
+    with Manager(instance.grpc) as manager:
+        manager.register("seven", pb.ModelInfo(type="mt:pytorch-mar", path=str(tmp_path / "seven.mar")))
+        # model_name 1, input 3: a map of text to bytes; the prediction is 1 of the answer.
+        body = b"\n\x05seven\x1a\x09\n\x04data\x12\x01x"
+        with grpc.insecure_channel(instance.grpc) as channel:
+            call = channel.unary_unary("/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions")
+            assert call(body, timeout=120) == b"\n\x017"
+
+
+@pytest.mark.parametrize("pod", ["ovms"], indirect=True)
+def test_what_stands_for_ovms_beside_an_instance(pod: Pod, serve: Serve, tmp_path: Path) -> None:
+    # No such server can be had here: tests/ovms_server.py stands for its program.
+    line, _ = beside(pod.manifest, "ovms", pod.folders)
+    text = line[-1].replace("exec /ovms/bin/ovms", f"exec {tmp_path}/ovms")
+    program = tmp_path / "ovms"
+    options = dict(re.findall(r"--(\w+)=(\S+)", text))
+    assert options["file_system_poll_wait_seconds"] == "0" and options["grpc_bind_address"] == "127.0.0.1"
+    targets = [f"127.0.0.1:{options[name]}" for name in ("port", "rest_port")]
+    words = [sys.executable, "-m", "tests.ovms_server", *targets, options["config_path"]]
+    program.write_text(f"#!/bin/sh\ntest -s {options['config_path']} || exit 1\nexec {shlex.join(words)}\n")
+    program.chmod(0o755)
+    pod.started.append(subprocess.Popen(["/bin/sh", "-c", text], cwd=ROOT, start_new_session=True))
+    instance = serve(None, "--runtime", pod.instance_address(), "--capacity", "1GiB")
+    (tmp_path / "net.onnx").write_bytes(b"weights")
+    with Manager(instance.grpc) as manager:
+        manager.register("m", pb.ModelInfo(type="mt:onnx:1", path=str(tmp_path / "net.onnx")))
+        assert infer(instance.grpc, "m").raw_output_contents[0] == ROWS.tobytes()

@@ -119,7 +119,7 @@ def test_torchserve_answers_is_evicted_from_and_comes_back(server: TorchServe, s
             assert predict(instance, name, b"hello") == b"HELLO", server.log_text()
         # What a model takes is what its worker takes, so the second one has sent the first one away.
         assert [manager.state(name) for name in ("a", "b")] == ["NOT_LOADED", "LOADED"], instance.log_text()
-        assert [entry.name for entry in server.store.iterdir()] == ["b.mar"]
+        assert [entry.name for entry in server.store.glob("*.mar")] == ["b.mar"]
         manager.register("none", pb.ModelInfo(type="mt:pytorch-mar", path=str(tmp_path / "handler.py")))
         with pytest.raises(grpc.RpcError) as error:
             predict(instance, "none", b"hello")

@@ -116,12 +116,15 @@ def archived(*more: str) -> dict[str, list[tuple[str, str]]]:
 
 def test_an_installation_of_the_archived_release_is_told_what_becomes_of_it() -> None:
     found = archived()
-    for name in ("triton-2.x", "mlserver-1.x"):
+    for name in ("triton-2.x", "mlserver-1.x", "ovms-1.x", "torchserve-0.x"):
         assert ("ok", f"its pods run '{name[:-4]}' and one instance beside it") in found[
             f"ClusterServingRuntime {name}"
         ]
     assert ("ok", "it goes to the runtime 'triton-2.x'") in found["Predictor tf-mnist"]
     assert ("ok", "it goes to the runtime 'triton-2.x'") in found["Predictor xgboost-fil"]
+    assert ("ok", "it goes to the runtime 'ovms-1.x'") in found["Predictor face-openvino"]
+    assert ("ok", "it goes to the runtime 'torchserve-0.x'") in found["Predictor image-mar"]
+    assert "error" not in [level for one in found.values() for level, _ in one]
     assert ("ok", "it goes to the runtime 'mlserver-1.x'") in found["InferenceService sklearn-digits"]
     assert found["Secret storage-config"] == [("ok", "1 entries are read as before")]
     assert [text for level, text in found["Secret model-serving-etcd"] if "registered anew" in text]
