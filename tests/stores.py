@@ -172,6 +172,7 @@ class Proxy:
 
     Attributes:
         requests: the first lines of all requests so far.
+        heads: the whole heads of these.
     """
 
     def __init__(self, target: str, matches: Callable[[str], bool] = lambda line: line.startswith("GET")) -> None:
@@ -181,6 +182,7 @@ class Proxy:
         self.faults: list[Callable[[socket.socket, bytes], None]] = []
         self.always: Callable[[socket.socket, bytes], None] | None = None
         self.requests: list[str] = []
+        self.heads: list[str] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: set[socket.socket] = set()
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -217,6 +219,7 @@ class Proxy:
                 return
             line = request.split(b"\r\n", 1)[0].decode()
             self.requests.append(line)
+            self.heads.append(request.decode())
             with socket.create_connection(self._target) as upstream:
                 upstream.sendall(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
                 fault = self.always
@@ -257,17 +260,18 @@ class Stall:
     """Send the head and so many bytes of the body, and then nothing until the client leaves.
 
     Attributes:
+        count: so many bytes.
         begun, left: whether a client waits, or waited, for the rest, and whether it has gone.
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self.begun = threading.Event()
         self.left = threading.Event()
 
     def __call__(self, client: socket.socket, answer: bytes) -> None:
         head, _, body = answer.partition(b"\r\n\r\n")
-        client.sendall(head + b"\r\n\r\n" + body[: self._count])
+        client.sendall(head + b"\r\n\r\n" + body[: self.count])
         self.begun.set()
         client.settimeout(60)
         with contextlib.suppress(ConnectionError):

@@ -120,6 +120,7 @@ class Connections:
         self._timeout = urllib3.Timeout(connect=connect_s, read=silence_s)
         self._context = _context(ca, certificate, private_key)
         self._direct = urllib3.PoolManager(maxsize=_KEPT, ssl_context=self._context)
+        self._proxies = getproxies()
         self._proxied: dict[str, urllib3.ProxyManager] = {}
 
     @contextmanager
@@ -190,8 +191,10 @@ class Connections:
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         """The pool for a URL: through a proxy where the system's settings say so."""
+        if not self._proxies:
+            return self._direct
         parts = urlsplit(url)
-        proxy = getproxies().get(parts.scheme)
+        proxy = self._proxies.get(parts.scheme)
         if not proxy or not parts.hostname or proxy_bypass(parts.hostname):
             return self._direct
         if proxy not in self._proxied:

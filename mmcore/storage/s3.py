@@ -1,7 +1,7 @@
 """S3 and what speaks its protocol, through boto3: it finds credentials and endpoints, lists, and signs.
 
 Without keys in the entry the whole default chain is asked: environment, profiles, web identity, container and instance
-roles. Objects are fetched by signed URLs, made anew for every request, so that keys that are rotated do no harm.
+roles. Requests for objects are signed anew each time, so that keys that are rotated do no harm.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from mmcore.storage.remote import (
     objects_at,
     refusal,
 )
+from mmcore.storage.s3_signing import Signing
 from mmcore.storage.transfer import PullLimits
 
-_URL_LIFE_S: Final = 900
 _WORTH_ASKING: Final = 8 * 2**20
 #: An entity tag that is a digest of the bytes, or of the digests of the parts of an upload.
 _MD5: Final = re.compile(r"[0-9a-f]{32}(-[1-9]\d{0,4})?")
@@ -87,6 +87,9 @@ class S3Remote:
             session = boto3.session.Session(
                 aws_access_key_id=key, aws_secret_access_key=secret, aws_session_token=place.text("session_token")
             )
+            self._credentials = session.get_credentials()
+            #: Made with the first request: by then the client has learned where the bucket is.
+            self._signing: Signing | None = None
             self._client = session.client(
                 "s3",
                 endpoint_url=endpoint,
@@ -109,12 +112,12 @@ class S3Remote:
                     yield _blob(one)
 
     def request(self, blob: Blob) -> Request:
-        """A signed URL, see :class:`mmcore.storage.remote.Remote`."""
+        """The object as listed, see :class:`mmcore.storage.remote.Remote`."""
         with self._translated(f"{self.where}/{blob.key}"):
-            url = self._client.generate_presigned_url(
-                "get_object", Params={"Bucket": self._bucket, "Key": blob.key}, ExpiresIn=_URL_LIFE_S
-            )
-        return Request(url, {"if-match": f'"{blob.version}"'} if blob.version else {})
+            if self._signing is None:
+                self._signing = Signing(self._client, self._bucket, self._credentials)
+            url, headers = self._signing.sign(blob.key)
+        return Request(url, {**headers, "if-match": f'"{blob.version}"'} if blob.version else headers)
 
     def digest(self, blob: Blob) -> Digest | None:
         """The cheapest that the store has, see :class:`mmcore.storage.remote.Remote`.

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmcore.model import ModelInfo
 from mmcore.storage import Cancellation, DiskCache, Pulled, PulledOrigin, Puller, StorageConfig
 from mmcore.storage.digests import begin
 from mmcore.storage.places import Place
+from mmcore.storage.progress import LogProgress
 from mmcore.storage.remote import Blob
 from mmcore.storage.s3 import S3Remote
 from mmcore.storage.transfer import PullLimits
@@ -54,6 +56,16 @@ def proxy(server: str) -> Iterator[Proxy]:
     made.close()
 
 
+class Counting(LogProgress):
+    """Counts what has come for the pull begun last."""
+
+    count = 0
+
+    def received(self, count: int) -> None:
+        super().received(count)
+        self.count += count
+
+
 class Pulling:
     """A puller of one entry named ``store``, and its folders."""
 
@@ -64,7 +76,12 @@ class Pulling:
         self.config.mkdir(parents=True, exist_ok=True)
         self.write(entry)
         self.cache = DiskCache(folder / "cache", limit_bytes)
-        self.puller = Puller(StorageConfig(self.config), self.cache, limits=limits)
+        self.progress = Counting()
+        self.puller = Puller(StorageConfig(self.config), self.cache, limits=limits, progress=self.begin)
+
+    def begin(self) -> Counting:
+        self.progress = Counting()
+        return self.progress
 
     def write(self, entry: dict[str, Any]) -> None:
         (self.config / "store").write_text(json.dumps(entry))
@@ -91,6 +108,15 @@ def pulling(tmp_path: Path, bucket: Bucket) -> Iterator[Pulling]:
 def spoiled(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Iterator[Pulling]:
     """As ``pulling``, through the proxy."""
     made = Pulling(tmp_path, {**bucket.entry, "endpoint_url": proxy.address})
+    yield made
+    made.puller.close()
+
+
+@pytest.fixture
+def patient(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Iterator[Pulling]:
+    """As ``spoiled``, in whose store an answer may stop for longer than a test may take."""
+    entry = {**bucket.entry, "endpoint_url": proxy.address}
+    made = Pulling(tmp_path / "patient", entry, limits=replace(LIMITS, silence_s=60))
     yield made
     made.puller.close()
 
@@ -297,11 +323,11 @@ def test_what_no_second_try_can_heal_fails_at_once_and_nothing_is_kept(
     spoiled("m")
 
 
-def test_wrong_part_of_a_large_upload_is_noticed(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+def test_wrong_part_of_a_large_upload_is_noticed(bucket: Bucket, proxy: Proxy, patient: Pulling) -> None:
     bucket.put_in_parts("m/model.onnx", [os.urandom(5 * MIB), b"rest"])
     proxy.faults = [flip]
     with pytest.raises(LoadFailed, match=r"has the checksum \w+-2, the store says \w+-2"):
-        spoiled("m")
+        patient("m")
 
 
 PARTS = [*(os.urandom(5 * MIB) for _ in range(4)), b"rest"]
@@ -312,22 +338,22 @@ PARTS = [*(os.urandom(5 * MIB) for _ in range(4)), b"rest"]
     [("CRC32", "COMPOSITE", 8), ("CRC32", "FULL_OBJECT", 8), ("SHA256", "COMPOSITE", 64), ("SHA1", "COMPOSITE", 40)],
 )
 def test_uploads_in_parts_are_checked_by_the_checksum_beside_their_tag(
-    bucket: Bucket, proxy: Proxy, spoiled: Pulling, algorithm: str, kind: str, digits: int
+    bucket: Bucket, proxy: Proxy, patient: Pulling, algorithm: str, kind: str, digits: int
 ) -> None:
     bucket.put_in_parts("m/model.onnx", PARTS, ChecksumAlgorithm=algorithm, ChecksumType=kind)
     proxy.faults = [flip]
     pieces = "-5" if kind == "COMPOSITE" else ""
     text = f"what came has the checksum [0-9a-f]{{{digits}}}{pieces}, the store says [0-9a-f]{{{digits}}}{pieces}$"
     with pytest.raises(LoadFailed, match=text):
-        spoiled("m")
-    assert tree(spoiled("m").path) == {"model.onnx": b"".join(PARTS)}
+        patient("m")
+    assert tree(patient("m").path) == {"model.onnx": b"".join(PARTS)}
 
 
 @pytest.mark.parametrize(
     ("algorithm", "digits"), [("CRC32", 8), ("CRC32C", 8), ("CRC64NVME", 16), ("SHA256", 64), ("SHA1", 40)]
 )
 def test_large_objects_are_checked_by_the_checksum_beside_their_tag(
-    bucket: Bucket, proxy: Proxy, spoiled: Pulling, algorithm: str, digits: int
+    bucket: Bucket, proxy: Proxy, patient: Pulling, algorithm: str, digits: int
 ) -> None:
     body = b"".join(PARTS)
     whole = begin(algorithm.lower())
@@ -336,24 +362,24 @@ def test_large_objects_are_checked_by_the_checksum_beside_their_tag(
     bucket.client.put_object(Bucket=BUCKET, Key="m/model.onnx", Body=body, **told)
     proxy.faults = [flip]
     with pytest.raises(LoadFailed, match=rf"has the checksum [0-9a-f]{{{digits}}}, the store says \w{{{digits}}}$"):
-        spoiled("m")
-    assert tree(spoiled("m").path) == {"model.onnx": body}
+        patient("m")
+    assert tree(patient("m").path) == {"model.onnx": body}
     assert len([line for line in proxy.requests if line.startswith("HEAD")]) == 2
     # A small one is sooner summed up than asked for.
     bucket.put("small/model.onnx", b"x" * 1000)
-    spoiled("small")
+    patient("small")
     assert len([line for line in proxy.requests if line.startswith("HEAD")]) == 2
 
 
-def test_parts_of_different_sizes_are_asked_for_one_by_one(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+def test_parts_of_different_sizes_are_asked_for_one_by_one(bucket: Bucket, proxy: Proxy, patient: Pulling) -> None:
     # As many as there would be if all were as large as the first.
     parts = [os.urandom(5 * MIB), os.urandom(6 * MIB), os.urandom(8 * MIB), b"rest"]
     bucket.put_in_parts("m/model.onnx", parts)
-    assert tree(spoiled("m").path) == {"model.onnx": b"".join(parts)}
+    assert tree(patient("m").path) == {"model.onnx": b"".join(parts)}
     bucket.put_in_parts("n/model.onnx", parts[::-1][1:])
     proxy.faults = [flip]
     with pytest.raises(LoadFailed, match=r"has the checksum \w+-3, the store says \w+-3"):
-        spoiled("n")
+        patient("n")
 
 
 def test_server_that_tells_nothing_of_parts_is_no_reason_to_fail(bucket: Bucket, server: str, tmp_path: Path) -> None:
@@ -402,7 +428,7 @@ def test_credentials_rotated_while_it_runs_are_taken_up(bucket: Bucket, proxy: P
 
     proxy.faults = [rotate]
     assert tree(spoiled("m").path) == {"model.onnx": b"x"}
-    assert "AKIANEW" in proxy.requests[-1]
+    assert "Credential=AKIANEW/" in proxy.heads[-1]
 
 
 def test_cancelled_and_closed_pulls_end_between_chunks(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
@@ -422,15 +448,6 @@ def test_cancelled_and_closed_pulls_end_between_chunks(bucket: Bucket, proxy: Pr
         spoiled("m")
 
 
-@pytest.fixture
-def patient(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Iterator[Pulling]:
-    """As ``spoiled``, in whose store an answer may stop for longer than a test may take."""
-    entry = {**bucket.entry, "endpoint_url": proxy.address}
-    made = Pulling(tmp_path / "patient", entry, limits=replace(LIMITS, silence_s=60))
-    yield made
-    made.puller.close()
-
-
 def give_up(pulling: Pulling, path: str, stall: Stall) -> None:
     """Pull, and cancel that when the store has fallen silent; fails unless both ends notice soon."""
     cancelled = Cancellation()
@@ -445,6 +462,10 @@ def give_up(pulling: Pulling, path: str, stall: Stall) -> None:
     thread = threading.Thread(target=pull)
     thread.start()
     assert stall.begun.wait(10)
+    deadline = time.monotonic() + 10
+    while pulling.progress.count < stall.count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     cancelled.set()
     thread.join(10)
     assert len(errors) == 1
@@ -542,7 +563,7 @@ def test_web_identity_is_a_part_of_the_default_chain(
     spoiled.write({**entry, "endpoint_url": proxy.address})
     assert tree(spoiled("m").path) == {"model.onnx": b"x"}
     # The role's own keys signed the request, with their session.
-    assert "X-Amz-Security-Token=" in proxy.requests[-1]
+    assert "X-Amz-Security-Token:" in proxy.heads[-1]
 
 
 def test_public_bucket_is_asked_without_a_signature(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
@@ -550,22 +571,23 @@ def test_public_bucket_is_asked_without_a_signature(bucket: Bucket, proxy: Proxy
     entry = {name: value for name, value in bucket.entry.items() if "access_key" not in name}
     spoiled.write({**entry, "endpoint_url": proxy.address, "anonymous": True})
     assert tree(spoiled("m").path) == {"model.onnx": b"x"}
-    assert "X-Amz" not in proxy.requests[-1]
+    assert "X-Amz" not in proxy.heads[-1]
+    assert "Authorization" not in proxy.heads[-1]
 
 
 @pytest.mark.parametrize(
     ("told", "url"),
     [
-        ({"endpoint_url": "https://store.example"}, "https://store.example/models/m/a%20b?"),
+        ({"endpoint_url": "https://store.example"}, "https://store.example/models/m/a%20b"),
         (
             {"endpoint_url": "https://store.example", "addressing_style": "virtual"},
-            "https://models.store.example/m/a%20b?",
+            "https://models.store.example/m/a%20b",
         ),
-        ({"region": "eu-west-1"}, "https://models.s3.eu-west-1.amazonaws.com/m/a%20b?"),
-        ({"region": "eu-west-1", "addressing_style": "path"}, "https://s3.eu-west-1.amazonaws.com/models/m/a%20b?"),
+        ({"region": "eu-west-1"}, "https://models.s3.eu-west-1.amazonaws.com/m/a%20b"),
+        ({"region": "eu-west-1", "addressing_style": "path"}, "https://s3.eu-west-1.amazonaws.com/models/m/a%20b"),
     ],
 )
 def test_addressing_styles(told: dict[str, str], url: str) -> None:
     keys = {"bucket": BUCKET, "access_key_id": "AKIA", "secret_access_key": SECRET}
     remote = S3Remote(Place("s3", "m", None, {**keys, **told}), LIMITS)
-    assert remote.request(Blob("m/a b", "a b", 1, "tag")).url.startswith(url)
+    assert remote.request(Blob("m/a b", "a b", 1, "tag")).url == url

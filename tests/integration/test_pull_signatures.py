@@ -33,7 +33,7 @@ BODY = os.urandom(17 * 2**20)
 @contextlib.contextmanager
 def rclone(folder: Path, *options: object) -> Iterator[int]:
     """The port of a server of the folder's buckets."""
-    (folder / BUCKET / "m").mkdir(parents=True)
+    (folder / BUCKET / "m").mkdir(parents=True, exist_ok=True)
     (folder / BUCKET / "m" / "model.onnx").write_bytes(BODY)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = ("127.0.0.1", free.getsockname()[1])
@@ -76,6 +76,19 @@ def test_ranges_come_although_they_are_answered_200(endpoint: str, puller: Pulle
     pulled = puller.pull(info(endpoint, access_key_id=KEY, secret_access_key=SECRET))
     assert (pulled.path / "model.onnx").read_bytes() == BODY
     assert puller.received_bytes == len(BODY)
+
+
+def test_signatures_hold_for_names_of_any_kind(puller: Puller, tmp_path: Path) -> None:
+    names = ["a b+c=d&e.onnx", "größe~%41!'()*.onnx", "[x]{y}|^`.onnx", "$:@,;?#.onnx", "model.onnx"]
+    folder = tmp_path / "served" / BUCKET / "m"
+    folder.mkdir(parents=True)
+    for name in names[:-1]:
+        (folder / name).write_bytes(name.encode())
+    with rclone(tmp_path / "served") as port:
+        stated = info(f"http://127.0.0.1:{port}", access_key_id=KEY, secret_access_key=SECRET)
+        pulled = puller.pull(stated)
+    assert {path.name for path in pulled.path.iterdir()} == set(names)
+    assert all((pulled.path / name).read_bytes() == name.encode() for name in names[:-1])
 
 
 def test_keys_come_from_the_default_chain(endpoint: str, puller: Puller, monkeypatch: pytest.MonkeyPatch) -> None:
