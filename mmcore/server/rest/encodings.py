@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from mmcore.errors import InvalidRequest
+from mmcore.server.rest.large import LARGE_BODY_BYTES
 from mmcore.server.rest.request import Part, Request
 
 #: Window sizes as zlib reads them: gzip's frame, zlib's, none.
@@ -52,6 +53,8 @@ async def decoded(request: Request, limit: int) -> bytes | bytearray:
         InvalidRequest: the coding is not known, or the body is not in it.
         TooLong: it would have more than ``limit`` bytes.
     """
+    if request.length > LARGE_BODY_BYTES:
+        await asyncio.to_thread(request.gather)
     coding = request.headers.get(b"content-encoding", b"identity").strip().lower()
     if coding in (b"identity", b""):
         return request.body

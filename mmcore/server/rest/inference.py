@@ -132,7 +132,6 @@ class RestInference:
 
     async def _serve_later(self, call: InferAnswer, request: Request, name: str, version: str) -> Body | None:
         """The way of what is compressed, large, or says nothing but its bytes."""
-        await asyncio.to_thread(request.gather)
         try:
             request.body = await decoded(request, self._max_bytes)
         except TooLong as error:
