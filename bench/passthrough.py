@@ -1,43 +1,82 @@
 """SUITE=passthrough: requests passed through by `mmcore serve --runtime`, through a grpc.aio proxy, and sent directly.
 
 The runtime is an echo of ours, which shares a core with the generator; `mmcore serve` and the proxy have the other.
-With `direct` the echo itself is measured, on the generator's core.
+With `direct` the echo itself is measured, on the generator's core. In the cases `mlserver` and `triton` the runtime is
+that server with its identity, loaded by `mmcore serve`, which shares a core with the generator; the server has the
+other.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+import grpc
+import numpy as np
 from rich.console import Console
 
+from bench import environments
+from bench.builds import NotMeasured
 from bench.comparison import OURS, Case, Exchange, Plan, measure, rows
 from bench.machine import cores
-from bench.messages import large_request, small_request
-from bench.processes import Generator, python_server
+from bench.messages import infer_request, large_request, small_request
+from bench.peers import mlserver, triton
+from bench.peers.paths import MODEL_INFER
+from bench.peers.served import ServedModel
+from bench.processes import Generator, PeerFailed, Process, python_server
 from bench.rows import Row
 
 PROXY: Final = "grpc-aio-proxy"
 DIRECT: Final = "direct"
 
 
+_PORTS: Final = ("--grpc-port", "0", "--rest-port", "0", "--metrics-port", "0")
+_IDENTITY: Final = ServedModel("identity", "identity", "none", "INPUT0", "FP32", (4,), (("OUTPUT0", "FP32"),))
+#: A server with its frameworks, and the load of the model.
+READY_S: Final = 110.0
+
+
+def _mlserver_model(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model-settings.json").write_text(json.dumps(mlserver.model_settings(_IDENTITY) | {"parameters": {}}))
+
+
+_SERVERS: Final[dict[str, tuple[Callable[[Console], Path], Callable[[Path], None]]]] = {
+    "mlserver": (environments.mlserver, _mlserver_model),
+    "triton": (environments.triton, lambda folder: triton.write_model(folder, _IDENTITY)),
+}
+
+
 def run(console: Console, plan: Plan) -> list[Row]:
-    """Start the runtime and what stands before it, measure the cases, end them."""
-    server_core, load_core = cores()
+    """Start the runtimes and what stands before them, measure the cases, end them."""
+    _, load_core = cores()
     with ExitStack() as running:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="mmcore-bench-passthrough-")))
+        generator = running.enter_context(Generator(load_core))
+        found = _before_echo(console, plan, generator, folder) if any(map(plan.wants_case, ("small", "large"))) else []
+        for name in filter(plan.wants_case, _SERVERS):
+            try:
+                found += _before_server(name, console, plan, generator, folder)
+            except NotMeasured as missing:
+                console.print(f"{name}: not measured: {missing}", markup=False)
+        return found
+
+
+def _before_echo(console: Console, plan: Plan, generator: Generator, folder: Path) -> list[Row]:
+    server_core, load_core = cores()
+    with ExitStack() as running:
         (folder / "weights").write_bytes(b"weights")
-        model = {"modelId": "identity", "modelInfo": {"type": "any", "path": str(folder / "weights")}}
-        (folder / "models.json").write_text(json.dumps([{**model, "ensureLoaded": True}]))
+        _register(folder / "echo.json", "any", folder / "weights")
         runtime = running.enter_context(python_server(DIRECT, "bench.peers.runtime_echo", core=load_core))
-        options = ("--runtime", runtime.target, "--static-models", str(folder / "models.json"))
-        ports = ("--grpc-port", "0", "--rest-port", "0", "--metrics-port", "0")
+        options = ("--runtime", runtime.target, "--static-models", str(folder / "echo.json"))
         servers = {
             OURS: running.enter_context(
-                python_server(OURS, "mmcore.cli.main", "serve", *options, *ports, core=server_core)
+                python_server(OURS, "mmcore.cli.main", "serve", *options, *_PORTS, core=server_core)
             )
         }
         if plan.wants_peer(PROXY):
@@ -46,9 +85,51 @@ def run(console: Console, plan: Plan) -> list[Row]:
             )
         if plan.wants_peer(DIRECT):
             servers[DIRECT] = runtime
-        generator = running.enter_context(Generator(load_core))
         cases = [case for case in _cases(tuple(servers)) if plan.wants_case(case.name)]
         return rows(cases, (PROXY, DIRECT), measure(cases, servers, generator, plan, console))
+
+
+def _before_server(name: str, console: Console, plan: Plan, generator: Generator, folder: Path) -> list[Row]:
+    """An identity of 64 callers through an instance before a server, and sent to the server itself."""
+    server_core, load_core = cores()
+    environment, write_model = _SERVERS[name]
+    place, repository = environment(console), folder / f"{name}-repository"
+    repository.mkdir()
+    write_model(folder / f"{name}-model")
+    _register(folder / f"{name}.json", name, folder / f"{name}-model")
+    with ExitStack() as running:
+        launcher = [sys.executable, "-m", f"bench.peers.{name}", str(place), "--repository", str(repository)]
+        server = running.enter_context(Process(DIRECT, launcher, core=server_core))
+        options = ("--runtime", f"{name}://{server.target}?repo={repository}", "--capacity", "1GiB")
+        argv = [sys.executable, "-m", "mmcore.cli.main", "serve", *options, *_PORTS]
+        static = ("--static-models", str(folder / f"{name}.json"))
+        ours = running.enter_context(Process(OURS, [*argv, *static], core=load_core, ready_s=READY_S))
+        servers = {OURS: ours, DIRECT: server}
+        values = np.arange(4, dtype=np.float32).reshape(1, 4)
+        body = infer_request("identity", "INPUT0", "FP32", values, request_id="0123456789ab")
+        exchanges = {one: Exchange(body, _answer(one, process.target, body)) for one, process in servers.items()}
+        case = Case(name, exchanges, 4, 16, ("throughput", "p50", "p99"))
+        return rows([case], (DIRECT,), measure([case], servers, generator, plan, console))
+
+
+def _register(file: Path, kind: str, path: Path) -> None:
+    key = json.dumps({"storage_params": {"type": "local"}})
+    info = {"type": kind, "path": str(path), "key": key}
+    file.write_text(json.dumps([{"modelId": "identity", "modelInfo": info, "ensureLoaded": True}]))
+
+
+def _answer(what: str, target: str, body: bytes) -> bytes:
+    """What a server answers, always."""
+    with grpc.insecure_channel(target) as channel:
+        infer = channel.unary_unary(MODEL_INFER)
+        try:
+            answer, again = infer(body, timeout=60), infer(body, timeout=60)
+        except grpc.RpcError as failure:
+            raise PeerFailed(f"{what}: {failure.code().name}: {failure.details()}") from failure
+    assert isinstance(answer, bytes)
+    if answer != again:
+        raise PeerFailed(f"{what}: answered {answer!r}, then {again!r}")
+    return answer
 
 
 def _cases(servers: tuple[str, ...]) -> list[Case]:

@@ -1,8 +1,10 @@
 """Starts MLServer as its documentation says, models in its own process, adaptive batching on.
 
     python -m bench.peers.mlserver ENVIRONMENT MODEL …
+    python -m bench.peers.mlserver ENVIRONMENT --repository DIR
 
-ENVIRONMENT is the folder of its virtual environment, each MODEL the JSON of a ``ServedModel``.
+ENVIRONMENT is the folder of its virtual environment, each MODEL the JSON of a ``ServedModel``. With a repository it
+loads what it is told to load from there.
 """
 
 from __future__ import annotations
@@ -55,12 +57,14 @@ def model_settings(model: ServedModel) -> dict[str, object]:
     }
 
 
-def main(environment: str, models: Sequence[ServedModel]) -> None:
-    """Write the folder of models and serve it until ended."""
+def main(environment: str, models: Sequence[ServedModel], repository: str | None = None) -> None:
+    """Write the folder of models, or take ``repository`` for one, and serve it until ended."""
     http_port, grpc_port, metrics_port = free_ports(3)
-    with tempfile.TemporaryDirectory(prefix="mmcore-bench-mlserver-") as name:
+    settings = {**server_settings(http_port, grpc_port, metrics_port), "load_models_at_startup": repository is None}
+    with tempfile.TemporaryDirectory(prefix="mmcore-bench-mlserver-") as made:
+        name = repository or made
         folder = Path(name)
-        (folder / "settings.json").write_text(json.dumps(server_settings(http_port, grpc_port, metrics_port)))
+        (folder / "settings.json").write_text(json.dumps(settings))
         for model in models:
             (folder / model.name).mkdir()
             (folder / model.name / "model-settings.json").write_text(json.dumps(model_settings(model)))
@@ -74,4 +78,7 @@ def main(environment: str, models: Sequence[ServedModel]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [ServedModel.from_json(text) for text in sys.argv[2:]])
+    if sys.argv[2:3] == ["--repository"]:
+        main(sys.argv[1], (), sys.argv[3])
+    else:
+        main(sys.argv[1], [ServedModel.from_json(text) for text in sys.argv[2:]])

@@ -1,9 +1,11 @@
 """Starts the tritonserver of nvidia-pytriton: Python backend models with dynamic batching.
 
     python -m bench.peers.triton ENVIRONMENT MODEL …
+    python -m bench.peers.triton ENVIRONMENT --repository DIR
 
 ENVIRONMENT is the folder of its virtual environment with ``backends`` beside ``lib``, each MODEL the JSON of a
-``ServedModel``. No other backend comes with that package, Triton's C identity neither.
+``ServedModel``. With a repository it loads what it is told to load from there. No other backend comes with that
+package, Triton's C identity neither.
 """
 
 from __future__ import annotations
@@ -54,24 +56,30 @@ def remove_regions(prefix: str) -> None:
         region.unlink(missing_ok=True)
 
 
-def main(environment: Path, models: Sequence[ServedModel]) -> None:
-    """Write the repository of models and serve it until ended."""
+def write_model(folder: Path, model: ServedModel) -> None:
+    """Make a model's folder."""
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(config_pbtxt(model))
+    shutil.copyfile(MODEL_CODE, folder / "1" / "model.py")
+
+
+def main(environment: Path, models: Sequence[ServedModel], repository: str | None = None) -> None:
+    """Write the repository of models, or take ``repository`` for one, and serve it until ended."""
     port, http_port = free_ports(2)
     packages = site_packages(environment)
     bundled = packages / "pytriton" / "tritonserver"
     prefix = f"mmcore_bench_triton_{os.getpid()}_"
-    with tempfile.TemporaryDirectory(prefix="mmcore-bench-triton-") as name:
+    control = ["--model-control-mode=explicit", "--strict-readiness=false"] if repository is not None else []
+    with tempfile.TemporaryDirectory(prefix="mmcore-bench-triton-") as made:
+        name = repository or made
         for model in models:
-            folder = Path(name) / model.name
-            (folder / "1").mkdir(parents=True)
-            (folder / "config.pbtxt").write_text(config_pbtxt(model))
-            shutil.copyfile(MODEL_CODE, folder / "1" / "model.py")
+            write_model(Path(name) / model.name, model)
         argv = [
             str(bundled / "bin" / "tritonserver"), f"--model-repository={name}",
             f"--backend-directory={environment / 'backends'}", f"--cache-directory={bundled / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={prefix}", "--disable-auto-complete-config",
             "--grpc-address=127.0.0.1", f"--grpc-port={port}", "--http-address=127.0.0.1",
-            f"--http-port={http_port}", "--allow-metrics=false", "--exit-timeout-secs=2",
+            f"--http-port={http_port}", "--allow-metrics=false", "--exit-timeout-secs=2", *control,
         ]  # fmt: skip
         # The stub dies, and loading hangs, unless it finds the wheel's libraries and the interpreter's. Its interpreter
         # is isolated: it reads no PYTHONPATH, but takes the environment of the first python3 on PATH, and the current
@@ -95,4 +103,7 @@ def main(environment: Path, models: Sequence[ServedModel]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [ServedModel.from_json(text) for text in sys.argv[2:]])
+    if sys.argv[2:3] == ["--repository"]:
+        main(Path(sys.argv[1]), (), sys.argv[3])
+    else:
+        main(Path(sys.argv[1]), [ServedModel.from_json(text) for text in sys.argv[2:]])

@@ -74,6 +74,21 @@ def test_the_passthrough_suite_writes_rows_beside_a_proxy_and_the_runtime_itself
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # its environment may have to be installed
+def test_the_passthrough_suite_asks_a_real_server_through_an_instance_and_directly(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "bench", "passthrough", "--quick", "--rounds", "1", "--case", "mlserver"]
+    done = subprocess.run(
+        [*argv, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "passthrough.json").read_text())
+    assert {(row["case"], row["peer"], row["metric"]) for row in rows} == {
+        ("mlserver", "direct", metric) for metric in ("throughput", "p50", "p99")
+    }
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_an_instance_without_models_is_measured_against_its_budget(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "bench", "idle", "--quick", "--rounds", "1", "--out", str(tmp_path)]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
