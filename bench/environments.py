@@ -117,5 +117,5 @@ def _run(name: str, *argv: str) -> None:
 
 if __name__ == "__main__":
     # What the tests call, made beforehand: an installation of minutes is no part of a test.
-    for make in (mlserver, triton):
+    for make in (mlserver, triton, *((torchserve,) if shutil.which("java") else ())):
         make(Console())
