@@ -12,7 +12,8 @@ import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import orjson
 
@@ -63,12 +64,15 @@ class Api:
         """``kubeconfig`` None takes the pod's own account, or where there is none the usual files."""
         self._kubeconfig = kubeconfig
         self._client: Any = None
+        self._session: Any = None
+        self._proxy: str | None = None
         self._served: dict[str, bool] = {}
         #: Requests made, by method; watches are not counted.
         self.requests: dict[str, int] = {}
 
     async def connect(self) -> None:
         """Read where the server is and who we are."""
+        import aiohttp
         from kubernetes.aio import client, config
 
         configuration = client.Configuration()
@@ -83,11 +87,16 @@ class Api:
             raise ApiError(0, f"no API server is configured: {error}") from None
         await self.close()
         self._client = client.ApiClient(configuration)
+        rest = self._client.rest_client
+        # The client's own session looks for proxies and passwords in the environment before each request, by a thread.
+        self._session = aiohttp.ClientSession(connector=rest.pool_manager.connector, connector_owner=False)
+        self._proxy = rest.proxy or _proxy_of_environment(configuration.host)
 
     async def close(self) -> None:
         """Close all connections."""
         client, self._client = self._client, None
         if client is not None:
+            await self._session.close()
             await client.close()
 
     async def get(self, kind: Kind, where: Ref) -> Object:
@@ -228,17 +237,22 @@ class Api:
         timeout = aiohttp.ClientTimeout(total=None if silent_s else _REQUEST_S, sock_read=silent_s, sock_connect=10)
         extra = {"server_hostname": rest.server_hostname} if rest.server_hostname else {}
         try:
-            return await rest.pool_manager.request(
+            return await self._session.request(
                 method,
                 url,
                 data=orjson.dumps(body) if body is not None else None,
                 headers=headers,
                 timeout=timeout,
-                proxy=rest.proxy,
+                proxy=self._proxy,
                 **extra,
             )
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ApiError(0, f"the API server does not answer: {error or type(error).__name__}") from error
+
+
+def _proxy_of_environment(host: str) -> str | None:
+    parts = urlsplit(host)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 async def _lines(content: Any) -> AsyncIterator[bytes]:

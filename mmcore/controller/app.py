@@ -214,18 +214,19 @@ class Controller:
         CONFIG_MAP.name: lambda self, *change: self._config_changed(*change),
     }
 
-    def _moved(self, namespace: str, names: Collection[str]) -> None:
-        """Instances told of changed vmodels, or can be asked since now."""
+    def _moved(self, namespace: str, names: Collection[str] | None) -> None:
+        """Instances told of changed vmodels, or for the first time of all: None."""
+        if names is None:
+            self._look_at_models(namespace)
+            self.queue.add((Mesh.__name__, Ref("", namespace)))
+            return
         for name in names:
             where = Ref(namespace, name)
-            for informer in (self._known.predictors, self._known.inference_services):
-                if where in informer.items:
-                    self.queue.add((informer.kind.name, where))
-        for informer in (self._known.predictors, self._known.inference_services):
-            for item in informer.of(namespace):
-                if item["metadata"]["name"] not in self._mesh(namespace).vmodels:
-                    self.queue.add((informer.kind.name, ref(item)))
-        self.queue.add((Mesh.__name__, Ref("", namespace)))
+            informers = [one for one in (self._known.predictors, self._known.inference_services) if where in one.items]
+            for informer in informers:
+                self.queue.add((informer.kind.name, where))
+            if not informers:
+                self.queue.add((Mesh.__name__, Ref("", namespace)))
 
     def _look_at_all(self) -> None:
         for kind, informer in (

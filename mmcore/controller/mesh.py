@@ -54,7 +54,7 @@ class Mesh:
     """
 
     def __init__(
-        self, namespace: str, changed: Callable[[Collection[str]], None], credentials: Credentials | None = None
+        self, namespace: str, changed: Callable[[Collection[str] | None], None], credentials: Credentials | None = None
     ) -> None:
         self.vmodels: dict[str, pb.VModelStatusInfo] = {}
         self.listed = False
@@ -184,10 +184,8 @@ class Mesh:
         self._in_motion = {name for name, status in found.items() if in_motion(status)}
         first, self.listed = not self.listed, True
         self._list_s = asyncio.get_running_loop().time() - started
-        if first:
-            changed |= found.keys()
         if changed or first:
-            self._changed(changed)
+            self._changed(None if first else changed)
 
     async def _look(self, name: str) -> None:
         request = pb.GetVModelStatusRequest(vModelId=name)
