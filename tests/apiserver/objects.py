@@ -126,6 +126,15 @@ class Objects:
             item["status"] = {**(item.get("status") or {}), "phase": "Terminating"}
         return self._keep(resource, key, item, found.owners)
 
+    def finalize(self, resource: Resource, key: Key, item: Object) -> Stored:
+        """Take over who still has something to do in a namespace that ends; nobody: it is gone."""
+        self._check_body(resource, key, item)
+        found = self.read(resource, key)
+        after = {**found.item, "spec": item.get("spec") or {}}
+        if after["metadata"].get("deletionTimestamp") and not after["spec"].get("finalizers"):
+            return self._drop(resource, key, Stored.of(after, found.owners))
+        return self._keep(resource, key, after, found.owners)
+
     # What all changes have in common.
 
     def _made(self, resource: Resource, key: Key, item: Object) -> Object:

@@ -121,10 +121,14 @@ class ApiServer:
     def _target(self, found: re.Match[str]) -> _Target:
         group, version = found["group"] or "", found["version"]
         api_version = f"{group}/{version}" if group else version
-        resource = self.resources.get(api_version, found["plural"])
+        plural, namespace, name, sub = (found[one] or "" for one in ("plural", "namespace", "name", "sub"))
+        if not group and plural in ("status", "finalize"):
+            # Of a namespace itself: /api/v1/namespaces/NAME/status.
+            plural, namespace, name, sub = "namespaces", "", namespace, plural
+        resource = self.resources.get(api_version, plural)
         if resource is None:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
-        return _Target(resource, found["namespace"] or "", found["name"] or "", found["sub"] or "")
+        return _Target(resource, namespace, name, sub)
 
     def _discovery(self, path: str) -> web.Response:
         root, _, api_version = path.lstrip("/").partition("/")
@@ -249,6 +253,9 @@ class ApiServer:
             if resource.kind == "CustomResourceDefinition":
                 self.resources.define(stored.item)
             return _stored(stored, 201)
+        if request.method == "PUT" and resource.kind == "Namespace" and target.subresource == "finalize":
+            self._allow(user, "update", target)
+            return _stored(self._objects.finalize(resource, key, body))
         if not target.name or target.subresource not in ("", "status"):
             raise Refused(405, "MethodNotAllowed", "the server does not allow this method on the requested resource")
         if target.subresource and not resource.has_status:

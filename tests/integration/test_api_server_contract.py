@@ -406,6 +406,11 @@ def test_a_namespace_that_ends_takes_nothing_new(client: Client) -> None:
     assert found["metadata"]["deletionTimestamp"] and found["status"]["phase"] == "Terminating"
     code, refused = client.ask("POST", client.things(), thing("a"))
     assert (code, refused["reason"]) == (403, "Forbidden")
+    # It is gone when nobody has anything to do in it any more.
+    path = f"/api/v1/namespaces/{client.namespace}"
+    item = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": client.namespace}, "spec": {}}
+    assert client.ask("PUT", f"{path}/finalize", item)[0] == 200
+    assert client.ask("GET", path)[0] == 404
 
 
 # Server-side apply.

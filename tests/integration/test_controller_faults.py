@@ -17,17 +17,21 @@ from mmcore.controller.known import Installation
 from mmcore.controller.objects import (
     CLUSTER_SERVING_RUNTIME,
     DEPLOYMENT,
+    DISRUPTION_BUDGETS,
     INFERENCE_SERVICE,
+    NAMESPACE,
     NETWORK_POLICY,
     POD,
     PREDICTOR,
     SERVICE,
+    SERVING_RUNTIME,
     Object,
     Ref,
     at,
 )
-from tests.api_servers import ApiServer, OwnApiServer
+from tests.api_servers import ApiServer, OwnApiServer, secret
 from tests.clusters import WITHIN_S, Cluster, failed, infer, inference_service, predictor, running, runtime, state
+from tests.garbage_collector import collecting
 from tests.management import SCALE
 from tests.serving import write_model
 
@@ -176,6 +180,51 @@ async def test_what_happens_while_no_controller_works_is_made_up_for(cluster: Cl
     assert await infer(cluster, "n", 2) == 6
     with pytest.raises(Exception, match="m"):
         await infer(cluster, "m", 2)
+
+
+async def test_a_runtime_that_goes_while_no_controller_works_takes_its_pods_along(cluster: Cluster) -> None:
+    await cluster.apply(runtime())
+    await cluster.apply(predictor("m", "scale-2"))
+    await cluster.until(PREDICTOR, "m", state("Loaded"))
+    await cluster.stop_controller()
+    budgets = await cluster.api.served(DISRUPTION_BUDGETS)
+    assert budgets is not None and await cluster.get(budgets, OWN) is not None
+    async with collecting(cluster.server, cluster.namespace):
+        await cluster.delete(SERVING_RUNTIME, "own")
+        await cluster.until_gone(DEPLOYMENT, OWN)
+        await cluster.until_gone(budgets, OWN)
+        await until(lambda: _no_pods(cluster))
+        # Its model says so, and goes too.
+        await cluster.start_controller()
+        gone = lambda one: failed("NoSupportingRuntime")(one) and not one["status"]["available"]  # noqa: E731
+        await cluster.until(PREDICTOR, "m", gone)
+        await cluster.delete(PREDICTOR, "m")
+        await cluster.until_gone(PREDICTOR, "m")
+
+
+async def _no_pods(cluster: Cluster) -> bool:
+    return not (await cluster.api.list(POD, cluster.namespace))[0]
+
+
+async def test_a_namespace_that_is_deleted_takes_its_models_along(kubernetes: ApiServer, tmp_path: Path) -> None:
+    async with running(kubernetes, tmp_path, cluster_scope=True) as cluster:
+        write_model(cluster.models, "scale-2", SCALE.replace("FACTOR", "2"))
+        team = f"{cluster.namespace}-team"
+        labels = {"modelmesh-enabled": "true"}
+        await cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": team, "labels": labels}})
+        stores = secret(team, "storage-config", models={"type": "pvc", "name": "models"})
+        await cluster.apply(stores)
+        for item in (runtime(), predictor("m", "scale-2"), predictor("waits", "scale-2", runtime={"name": "none"})):
+            item["metadata"]["namespace"] = team
+            await cluster.apply(item)
+        await cluster.until(PREDICTOR, "m", state("Loaded"), team)
+        async with collecting(kubernetes, cluster.namespace):
+            await cluster.delete(NAMESPACE, team)
+            await cluster.until_gone(NAMESPACE, team)
+        # The controller goes on with others.
+        await cluster.apply(runtime())
+        await cluster.apply(predictor("m", "scale-2"))
+        await cluster.until(PREDICTOR, "m", state("Loaded"))
 
 
 async def test_another_controller_takes_over(cluster: Cluster) -> None:
