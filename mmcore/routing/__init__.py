@@ -7,12 +7,13 @@ of the other instances :class:`Members`, :class:`Forwarding` and :class:`Mesh`.
 
 from mmcore.cache import Copy, CopyState
 from mmcore.routing.forwarding import Forwarding
+from mmcore.routing.known import IndexRow
 from mmcore.routing.members import Members
 from mmcore.routing.mesh import Mesh
 from mmcore.routing.names import Kind, Names
 from mmcore.routing.refilling import Refilling
 from mmcore.routing.registered import Loads, LocalLoads, Registered
-from mmcore.routing.router import IndexRow, Router
+from mmcore.routing.router import Router
 from mmcore.routing.status import ModelState, ModelStatus
 from mmcore.routing.transitions import Transitions
 from mmcore.routing.vmodel_changes import Wanted, in_transition

@@ -20,10 +20,11 @@ from mmcore.log import event
 from mmcore.model import ModelInfo
 from mmcore.registry import ModelRecord, Registry
 from mmcore.routing.actions import Haste
+from mmcore.routing.catalog import Catalog
 from mmcore.routing.copies_wanted import copies_wanted, same_model
 from mmcore.routing.replica import catch_up
 from mmcore.routing.reports import Reports
-from mmcore.routing.router import Catalog, Router
+from mmcore.routing.router import Router
 from mmcore.routing.status import ABSENT, ModelState, ModelStatus, loaded_copies, status_of
 from mmcore.routing.vmodel_changes import AGE_WHEN_LOADED_NOW_MS, AGE_WHEN_REGISTERED_MS, info_of, new_record
 from mmcore.storage import Origin
