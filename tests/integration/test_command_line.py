@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,9 @@ def test_status_goes_on_with_watch_until_it_is_interrupted(instance: Instance) -
         command("status", "--watch", "--every", "100ms"), stdout=subprocess.PIPE, text=True,
         env=environment(MMCORE_TARGET=instance.grpc),
     )  # fmt: skip
+    # One that prints nothing is to fail the test, not to hold it up.
+    timer = threading.Timer(WITHIN_S, watching.kill)
+    timer.start()
     try:
         assert watching.stdout is not None
         json.loads(watching.stdout.readline())
@@ -97,6 +101,7 @@ def test_status_goes_on_with_watch_until_it_is_interrupted(instance: Instance) -
         watching.send_signal(signal.SIGINT)
         assert watching.wait(WITHIN_S) == 0
     finally:
+        timer.cancel()
         watching.kill()
         watching.communicate(timeout=WITHIN_S)
 
@@ -143,6 +148,33 @@ def test_every_change_is_told_as_json_if_asked(instance: Instance, models: Path)
     assert told(instance, "models", "unregister", "r", "--json") == {"name": "r"}
     assert {one["name"] for one in told(instance, "models", "--json")} >= {"numbers", "picture"}
     assert told(instance, "status", "--json")[0]["id"] == instance.ready["instance"]
+
+
+def test_a_load_that_is_waited_for_is_told_on_a_terminal(
+    instance: Instance, models: Path, terminal: tuple[int, int]
+) -> None:
+    ours, theirs = terminal
+    key = json.dumps({"storage_params": {"type": "local"}})
+    flags = ("--type", "python", "--path", models / "numbers", "--key", key, "--sync", "--json")
+    env = environment(MMCORE_TARGET=instance.grpc, TERM="xterm", COLUMNS="120", LINES="40")
+    loading = subprocess.Popen(
+        command("models", "register", "shown", *flags), stdout=subprocess.PIPE, stderr=theirs, text=True, env=env
+    )
+    os.close(theirs)
+    try:
+        out, _ = loading.communicate(timeout=WITHIN_S)
+        seen = b""
+        while select.select([ours], [], [], 0.1)[0]:
+            try:
+                seen += os.read(ours, 65536)
+            except OSError:  # the other side is closed
+                break
+    finally:
+        loading.kill()
+        loading.wait(WITHIN_S)
+    assert json.loads(out)["status"] == "LOADED"
+    assert b"loading shown" in seen
+    told(instance, "models", "unregister", "shown", "--json")
 
 
 def test_pull_tells_what_it_has_brought(models: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,12 +161,16 @@ def test_server_starts_as_shown(block: Block, tree: Path) -> None:
     ports = {"MMCORE_GRPC_PORT": "0", "MMCORE_REST_PORT": "0", "MMCORE_METRICS_PORT": "0"}
     for words in block.commands:
         server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=tree, env=environment(**ports))
+        # One that hangs is to fail the test, not to hold it up.
+        timer = threading.Timer(60, server.kill)
+        timer.start()
         try:
             assert server.stdout is not None
             assert json.loads(server.stdout.readline())["event"] == "ready"
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0
         finally:
+            timer.cancel()
             server.kill()
             server.communicate(timeout=10)
 
