@@ -9,10 +9,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+import click
+
 from mmcore.cli.options import described
+from mmcore.cli.runtime import command as runtime
 from mmcore.cli.serve import command as serve
 
 DOCS: Final = Path(__file__).parent
@@ -21,16 +25,19 @@ _PART: Final = re.compile(
 )
 
 
-def options_of_serve() -> str:
-    """A table of the options of ``mmcore serve``."""
+def options_of(command: click.Command) -> str:
+    """A table of a command's options."""
     rows = ["| option | environment | default | |", "|---|---|---|---|"]
-    for one in described(serve):
+    for one in described(command):
         cells = (f"`{one.flag}`", f"`{one.environment}`", one.default, one.help)
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows)
 
 
-GENERATED: Final[dict[str, Callable[[], str]]] = {"options of mmcore serve": options_of_serve}
+GENERATED: Final[dict[str, Callable[[], str]]] = {
+    "options of mmcore serve": partial(options_of, serve),
+    "options of mmcore runtime": partial(options_of, runtime),
+}
 
 
 def written(text: str) -> str:

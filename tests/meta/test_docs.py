@@ -31,6 +31,7 @@ from bench.__main__ import SUITES
 from docs import reference
 from mmcore import pb
 from mmcore.cli.main import group
+from mmcore.cli.runtime import command as runtime_command
 from mmcore.cli.serve import command as serve_command
 from mmcore.server.rest.routes import ROUTES
 from mmcore.storage import settings
@@ -378,9 +379,9 @@ def test_generated_parts_are_current(page: str) -> None:
     assert reference.written(PAGES[page]) == PAGES[page], "run: python -m docs.reference"
 
 
-def test_every_option_of_serve_is_in_the_reference() -> None:
+def test_every_option_is_in_the_reference() -> None:
     listed = re.findall(r"^\| `(--[a-z-]+)", PAGES["docs/configuration.md"], re.MULTILINE)
-    assert listed == [option.opts[0] for option in serve_command.params]
+    assert listed == [option.opts[0] for command in (serve_command, runtime_command) for option in command.params]
 
 
 def test_list_of_compiled_modules_is_complete() -> None:
