@@ -35,7 +35,7 @@ from mmcore.controller.objects import (
     ref,
 )
 from mmcore.controller.pods import is_ready
-from mmcore.controller.serving_config import CONFIG_KEY, CONFIG_MAP_NAME, ConfigError, ServingConfig
+from mmcore.controller.serving_config import CONFIG_KEY, CONFIG_MAP_NAME, DEFAULTS_KEY, ConfigError, ServingConfig
 from mmcore.controller.work_queue import WorkQueue
 from mmcore.errors import RpcError
 
@@ -193,7 +193,7 @@ class Controller:
                 self.queue.add((NAMESPACE.name, Ref("", namespace)))
             return
         self.queue.add((NAMESPACE.name, Ref("", where.namespace)))
-        if where.name == self._installation.storage_secret:
+        if where.name == self._known.storage_secret:
             self._models.retry_soon(where.namespace)
             self._look_at_models(where.namespace)
 
@@ -256,7 +256,7 @@ class Controller:
         try:
             texts = []
             if defaults is not None:
-                texts.append(at(defaults, "data", "config-defaults.yaml") or "")
+                texts.append(at(defaults, "data", DEFAULTS_KEY) or "")
             if user is not None:
                 text = at(user, "data", CONFIG_KEY)
                 if text is None:

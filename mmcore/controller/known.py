@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mmcore.controller.api import Api
+from mmcore.controller.api import Api, ApiError
 from mmcore.controller.informer import Informer
 from mmcore.controller.objects import (
     AUTOSCALERS,
@@ -28,12 +28,13 @@ from mmcore.controller.objects import (
     SERVING_RUNTIME,
     Kind,
     Object,
+    Ref,
     at,
     labels_of,
 )
 from mmcore.controller.runtimes import Runtime, effective_runtimes
 from mmcore.controller.selection import Unfit, select
-from mmcore.controller.serving_config import CONFIG_MAP_NAME, ServingConfig
+from mmcore.controller.serving_config import CONFIG_KEY, CONFIG_MAP_NAME, DEFAULTS_KEY, ConfigError, ServingConfig
 from mmcore.controller.wanted import InvalidSpec, WantedModel, is_served, of_inference_service, of_predictor
 
 #: Told of every change: the kind, the object before and after.
@@ -48,13 +49,11 @@ class Installation:
         namespace: its own, where its configuration is.
         cluster: whether it serves other namespaces too.
         etcd_secret: the name of the secret with the connection to etcd.
-        storage_secret: the name of the secrets of stores.
     """
 
     namespace: str
     cluster: bool = True
     etcd_secret: str = "model-serving-etcd"  # noqa: S105  # a name
-    storage_secret: str = "storage-config"  # noqa: S105  # a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +70,12 @@ class Known:
 
     Attributes:
         config: the configuration that counts.
+        storage_secret: the name of the secrets of stores, as the configuration said it at the start.
     """
 
     def __init__(self, api: Api, installation: Installation, changed: Changed) -> None:
         self.config = ServingConfig()
+        self.storage_secret = self.config.storage_secret
         self.installation: Final = installation
         self._changed = changed
         self._runtimes: dict[str, list[Runtime]] = {}
@@ -92,7 +93,7 @@ class Known:
             # Such a list is allowed by a role that names the object.
             return follow(kind, field_selector=f"metadata.name={name}", **options)
 
-        self._ours, self._follow = ours, follow
+        self._ours, self._follow, self._one = ours, follow, one
         self.predictors = follow(PREDICTOR)
         self.inference_services = follow(INFERENCE_SERVICE)
         self.runtimes = follow(SERVING_RUNTIME)
@@ -106,10 +107,12 @@ class Known:
         self.user_config = one(CONFIG_MAP, CONFIG_MAP_NAME, namespace=installation.namespace)
         self.default_config = one(CONFIG_MAP, f"{CONFIG_MAP_NAME}-defaults", namespace=installation.namespace)
         self.etcd_secrets = one(SECRET, installation.etcd_secret)
-        self.storage_secrets = one(SECRET, installation.storage_secret)
+        self.storage_secrets = one(SECRET, self.storage_secret)
 
     async def informers(self) -> list[Informer]:
         """Those to run; of kinds that servers may lack or have in older versions, those that this server has."""
+        self.storage_secret = await self._configured_storage_secret()
+        self.storage_secrets = self._one(SECRET, self.storage_secret)
         found = [
             self.predictors,
             self.inference_services,
@@ -133,6 +136,22 @@ class Known:
                 self._optional[kind.name] = informer
                 found.append(informer)
         return found
+
+    async def _configured_storage_secret(self) -> str:
+        texts = []
+        for name, key in ((f"{CONFIG_MAP_NAME}-defaults", DEFAULTS_KEY), (CONFIG_MAP_NAME, CONFIG_KEY)):
+            try:
+                found = await self._api.get(CONFIG_MAP, Ref(self.installation.namespace, name))
+            except ApiError as error:
+                if not error.missing:
+                    raise
+            else:
+                texts.append(str(at(found, "data", key) or ""))
+        try:
+            return ServingConfig.read(*texts).storage_secret
+        except ConfigError:
+            # It is told when the configuration is taken over.
+            return ServingConfig().storage_secret
 
     def optional(self, versions: tuple[Kind, ...]) -> Informer | None:
         """The informer of a kind that the server may lack."""

@@ -221,7 +221,7 @@ class NamespaceReconciler:
         return runtimes, claims
 
     async def _claims(self, namespace: str, named: Iterable[str]) -> tuple[str, ...]:
-        secret = self._known.storage_secrets.get(namespace, self._known.installation.storage_secret)
+        secret = self._known.storage_secrets.get(namespace, self._known.storage_secret)
         entries, broken = manifests.storage_entries(secret)
         if broken and secret is not None:
             self._events.warn(secret, "InvalidEntry", f"no JSON object: {', '.join(broken)}")
@@ -301,7 +301,7 @@ class NamespaceReconciler:
         """Have pods that run see changed files at once."""
         known = self._known
         constraints = known.config_maps.get(namespace, CONSTRAINTS_MAP)
-        secret = known.storage_secrets.get(namespace, known.installation.storage_secret)
+        secret = known.storage_secrets.get(namespace, known.storage_secret)
         if constraints is None:
             return
         digest = _digest({"files": [constraints["data"], (secret or {}).get("data")]})

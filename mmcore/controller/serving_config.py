@@ -19,6 +19,8 @@ from mmcore.errors import InvalidSetting
 
 CONFIG_MAP_NAME: Final = "model-serving-config"
 CONFIG_KEY: Final = "config.yaml"
+#: The key of the map of defaults, whose name ends in ``-defaults``.
+DEFAULTS_KEY: Final = "config-defaults.yaml"
 #: The secret of TLS that the shipped roles let the controller read.
 TLS_SECRET: Final = "model-serving-tls"  # noqa: S105  # a name
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmcore.controller.api import ApiError
 from mmcore.controller.informer import Informer
 from mmcore.controller.known import Installation, Known
-from mmcore.controller.objects import Object
+from mmcore.controller.objects import Kind, Object, Ref
 from mmcore.controller.runtimes import Runtime
 from tests.unit.controller.objects import serving_runtime
 
@@ -81,3 +82,35 @@ def test_a_namespaces_disabled_runtime_hides_the_clusters_of_its_name() -> None:
     cluster = (serving_runtime("triton-2.x"),)
     assert used(known(predictor(), cluster=cluster)) == {"triton-2.x"}
     assert used(known(serving_runtime("triton-2.x", disabled=True), predictor(), cluster=cluster)) == set()
+
+
+class Maps:
+    """An API server that has these ConfigMaps, and none of the kinds that a server may lack."""
+
+    def __init__(self, **data: dict[str, str]) -> None:
+        self.data = data
+
+    async def get(self, kind: Kind, where: Ref) -> Object:
+        name = where.name.replace("-", "_")
+        if name not in self.data:
+            raise ApiError(404, "not found")
+        return {"data": self.data[name]}
+
+    async def served(self, kinds: tuple[Kind, ...]) -> None:
+        return None
+
+
+async def test_the_secret_of_stores_that_is_followed_is_the_one_that_the_configuration_names() -> None:
+    async def followed(**data: dict[str, str]) -> str:
+        api: Any = Maps(**data)
+        found = Known(api, Installation(NAMESPACE), lambda kind, before, after: None)
+        followed = await found.informers()
+        assert found.storage_secrets in followed
+        return found.storage_secret
+
+    defaults = {"config-defaults.yaml": "storageSecretName: theirs"}
+    assert await followed() == "storage-config"
+    assert await followed(model_serving_config_defaults=defaults) == "theirs"
+    user = {"config.yaml": "storageSecretName: mine"}
+    assert await followed(model_serving_config_defaults=defaults, model_serving_config=user) == "mine"
+    assert await followed(model_serving_config={"config.yaml": "["}) == "storage-config"
