@@ -1,6 +1,7 @@
 # Everything a person or CI runs; README.md says what each verb is for.
 #   make run [ONCE=1]    make test | test-fast    make bench [SUITE=transport]    make lint | format
 #   make build | protos | debug | sanitize | coverage | clean | kube-apiserver
+#   make release
 #   make fuzz [SECONDS_EACH=60] [TARGETS="archive protobuf"]
 # PYTHON chooses the interpreter of a new virtual environment, VENV its folder, PYTEST_ARGS goes to pytest.
 
@@ -18,7 +19,7 @@ SHELL       := /bin/bash
 MAKEFLAGS   += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := build
-.PHONY: run test test-fast kube-apiserver bench bench-density lint format build protos debug sanitize fuzz coverage clean
+.PHONY: run test test-fast kube-apiserver bench bench-density lint format build protos debug sanitize fuzz release coverage clean
 
 PY   := $(abspath $(VENV))/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet
@@ -215,6 +216,7 @@ check "import rules" lint-imports --no-cache
 check "generated messages" .venv-protos/bin/python protos/generate.py --check
 check "compiled modules" $(MAKE) build
 check "stubs of compiled modules" $(PY) -m pytest -q -p no:cacheprovider tests/meta/test_stubs.py
+$(PY) deploy/release/audit.py || failed=1
 [ -z "$$failed" ]
 endef
 lint: $(DEV_PACKAGES) $(PROTOS_TOOL)
@@ -285,6 +287,29 @@ fuzz: $(DEV_PACKAGES) $(FUZZ_SYSTEM)
 	LD_PRELOAD=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("asan_with_fuzzer").origin)') \
 	$(PY) -m tests.fuzz --seconds $(SECONDS_EACH) --work $(CURDIR)/build/fuzz $(TARGETS)
 
+# What is published, in dist/: an sdist that is the same whoever builds it of a commit, a wheel built of it by the tools
+# that deploy/release/build.txt pins by their hashes, a list of all that the wheel needs (CycloneDX), and checksums to sign.
+define STEP_release
+rm -rf dist build/release
+$(PYTHON) -m venv build/release/tools
+$(PYTHON) -m venv build/release/runs
+build/release/tools/bin/python -m pip --quiet install 'pip>=25.1'
+build/release/tools/bin/python -m pip --quiet install --require-hashes -r deploy/release/build.txt
+build/release/tools/bin/python -m pip --quiet install --group release
+export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0)
+MMCORE_EXT=none build/release/tools/bin/python -m build --no-isolation --sdist
+mkdir build/release/source
+tar -xzf dist/*.tar.gz -C build/release/source --strip-components=1
+build/release/tools/bin/python -m build --no-isolation --wheel --outdir dist build/release/source
+build/release/runs/bin/python -m pip --quiet install dist/*.whl
+build/release/tools/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
+	-o "dist/$$(basename dist/*.tar.gz .tar.gz).cdx.json" build/release/runs/bin/python
+cd dist && sha256sum * >SHA256SUMS
+endef
+release: $(SYSTEM)
+	$(call step,Release in dist,release)
+	@cat dist/SHA256SUMS
+
 define STEP_coverage
 $(PIP) install --group coverage
 $(call tree,coverage)
@@ -302,4 +327,4 @@ clean:
 
 # The shell texts reach their shells through the environment: no quoting in between.
 export STEP_system STEP_venv STEP_packages_to_run STEP_packages_to_test STEP_extensions STEP_samples STEP_test_system STEP_bench_system
-export STEP_kube_apiserver STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_fuzz_system STEP_fuzz STEP_coverage
+export STEP_kube_apiserver STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_fuzz_system STEP_fuzz STEP_release STEP_coverage

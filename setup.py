@@ -9,11 +9,13 @@ Switches, all environment variables:
 ``MMCORE_EXT=h2,lru``  build only these modules; ``none`` builds no module
 """
 
+import gzip
 import hashlib
 import os
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import Cython
@@ -21,6 +23,7 @@ import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 DEBUG = os.environ.get("MMCORE_DEBUG") == "1"
 SANITIZE = os.environ.get("MMCORE_SANITIZE") == "1"
@@ -58,6 +61,34 @@ class BuildExtensions(build_ext):
         forced, self.force = self.force, True
         super().copy_extensions_to_source()
         self.force = forced
+
+
+class ReproducibleSdist(sdist):
+    """setuptools' sdist, the same bytes for the same files: no times, owners, or order of a file system."""
+
+    def make_archive(
+        self, base_name: str, format: str, root_dir: str | None = None, base_dir: str | None = None,  # noqa: A002
+        owner: str | None = None, group: str | None = None,
+    ) -> str:  # fmt: skip
+        """Write the one format that is published; times are SOURCE_DATE_EPOCH, or 0."""
+        if format != "gztar" or root_dir is not None or base_dir is None:
+            return str(super().make_archive(base_name, format, root_dir, base_dir, owner, group))
+        time = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+
+        def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.mtime, member.uid, member.gid, member.uname, member.gname = time, 0, 0, "", ""
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            return member
+
+        path = f"{base_name}.tar.gz"
+        with (
+            Path(path).open("wb") as file,
+            gzip.GzipFile("", "wb", mtime=time, fileobj=file) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for member in [Path(base_dir), *sorted(Path(base_dir).rglob("*"))]:
+                archive.add(member, recursive=False, filter=plain)
+        return path
 
 
 def pkg_config(*args: str) -> list[str]:
@@ -135,7 +166,7 @@ SOURCES = [path for path in sorted(Path("ext").glob("*.pyx")) if not ONLY or pat
 BUILD_BASE = build_base()
 BUILD_DIR = None if COVERAGE else f"{BUILD_BASE}/cython"
 setup(
-    cmdclass={"build_ext": BuildExtensions},
+    cmdclass={"build_ext": BuildExtensions, "sdist": ReproducibleSdist},
     options={"build": {"build_base": BUILD_BASE}, "build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         [extension(path) for path in [*SOURCES, *[NATIVE_TARGETS] * FUZZ]],

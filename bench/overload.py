@@ -72,12 +72,16 @@ class Overload:
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """So many at once, each of which was answered, and what one of them takes of the server's memory."""
+    """So many at once, each of which was answered, and what one of them takes of the server's memory.
+
+    ``settled_s``: how long another caller's request takes that comes when they have all left at once.
+    """
 
     connections: int
     connection_bytes: float
     streams: int
     stream_bytes: float
+    settled_s: float
 
 
 @dataclass(slots=True)
@@ -96,7 +100,8 @@ def run(console: Console, plan: Plan) -> dict[str, object]:
         with Process("mmcore", argv, core=cores()[0]) as server:
             crowd = asyncio.run(crowd_of(server.target, server.pids, CONNECTIONS, STREAMS))
             console.print(f"{crowd.connections} connections of {crowd.connection_bytes / 1000:.1f} KB, "
-                          f"{crowd.streams} streams of {crowd.stream_bytes / 1000:.1f} KB: all answered")  # fmt: skip
+                          f"{crowd.streams} streams of {crowd.stream_bytes / 1000:.1f} KB: all answered; "
+                          f"another caller waits {crowd.settled_s:.1f} s when they leave at once")  # fmt: skip
             found = asyncio.run(overload(server.target, seconds))
     console.print(
         f"peak {found.peak_per_s:.0f}/s; offered {found.offered_per_s:.0f}/s: {found.goodput_per_s:.0f}/s answered "
@@ -156,7 +161,11 @@ async def crowd_of(target: str, pids: Sequence[int], connections: int, streams: 
     """
     alone = await _held(target, pids, connections, _all_healthy)
     together = await _held(target, pids, streams // STREAMS_A_CONNECTION, _many_streams)
-    return Crowd(connections, alone / connections, streams, together / streams)
+    began = time.monotonic()
+    other = Channel(target)
+    await _one_health(other)
+    await other.close()
+    return Crowd(connections, alone / connections, streams, together / streams, time.monotonic() - began)
 
 
 async def _held(

@@ -32,6 +32,7 @@ async def test_a_crowd_of_connections_and_streams_is_answered_and_cheap(serve: S
     crowd = await crowd_of(instance.grpc, [instance.process.pid], 500, 1000)
     assert crowd.connection_bytes < 100_000
     assert crowd.stream_bytes < 50_000
+    assert crowd.settled_s < 10
 
 
 @pytest.mark.timeout(120)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import mmcore
 
@@ -68,3 +73,31 @@ def test_wheel_installs_into_an_empty_environment_and_its_command_runs(published
         )
         assert done.returncode == 0, done.stderr
         assert mmcore.__version__ in done.stdout or "Usage" in done.stdout
+
+
+def test_an_sdist_is_the_same_whoever_builds_it(tmp_path: Path) -> None:
+    made = []
+    for number, mask in enumerate((0o022, 0o077)):
+        copy, out = tmp_path / f"copy-{number}", tmp_path / f"out-{number}"
+        tree = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+        assert tree.returncode == 0, tree.stderr
+        for name in tree.stdout.decode().strip("\0").split("\0"):
+            if (ROOT / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, copy / name)
+                (copy / name).chmod(((ROOT / name).stat().st_mode | 0o600) & ~mask)
+        done = subprocess.run(
+            [sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(out), str(copy)],
+            env=os.environ | {"MMCORE_EXT": "none"}, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        made.append(only(out, "*.tar.gz").read_bytes())
+    assert made[0] == made[1]
+
+
+def test_the_pinned_tools_are_such_as_the_build_asks_for() -> None:
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    pinned = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / "deploy/release/build.txt").read_text(), re.MULTILINE))
+    for one in map(Requirement, asked):
+        assert pinned[one.name.lower()] in one.specifier
+    assert (ROOT / "deploy/release/build.txt").read_text().count("--hash=sha256:") >= len(asked)
