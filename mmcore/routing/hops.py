@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from mmcore.errors import Status
+from mmcore.errors import MmcoreError, Status
 from mmcore.transport import ClientCall, ServerCall
 
 #: A request is passed on at most so often: from where it came in to an instance that is to load the model, and from
@@ -79,12 +79,18 @@ def hop_headers(mode: Mode, hops: int, tried: Iterable[str], model: str = "") ->
     return headers
 
 
-def not_here(call: Any, instance: str) -> None:
-    """Answer, as ``instance``, that there is no copy of the model here: the sender asks another one."""
+def not_here(call: Any, instance: str, failure: MmcoreError | None = None) -> None:
+    """Answer, as ``instance``, that there is no copy of the model here: the sender asks another one.
+
+    ``failure`` is why, where it is more than that.
+    """
     call.set_trailers([(_NOT_HERE, instance)])
-    call.fail(Status.UNAVAILABLE, f"instance {instance} has no copy of the model")
+    if failure is None:
+        call.fail(Status.UNAVAILABLE, f"instance {instance} has no copy of the model")
+    else:
+        call.fail(failure.status, str(failure))
 
 
 def says_not_here(call: ClientCall) -> bool:
     """Whether this is the answer of :func:`not_here`."""
-    return call.status == Status.UNAVAILABLE and any(name == _NOT_HERE for name, _ in call.trailers)
+    return any(name == _NOT_HERE for name, _ in call.trailers)

@@ -198,13 +198,18 @@ class Mesh(Loads):
         table = self._router.table
         table.hold(model, tuple(peer for peer in table.holders(model) if peer.instance != instance))
 
-    def load_elsewhere(self, call: Any, body: bytes, model: str, *, path: str, resolved: bool = False) -> bool:
-        """Have another instance load a model that could not be loaded here, and answer; False: none is to try.
+    def load_elsewhere(
+        self, call: Any, body: bytes, model: str, failure: MmcoreError, *, path: str, resolved: bool = False
+    ) -> bool:
+        """Have another instance load a model whose load has ended here with ``failure``; False: that is the answer.
 
         Only where the request came in: who passed it on hears of the failure and decides.
         """
-        if arrival_of(call) is not None:
-            return False
+        if (arrival := arrival_of(call)) is not None:
+            if arrival.mode is Mode.HIT:
+                # It waited for a load that it has not asked for.
+                not_here(call, self._registry.instance, failure)
+            return arrival.mode is Mode.HIT
         asked = _Asked(call, body, model, None, path, resolved)
         try:
             return self._place(asked, (self._registry.instance,))

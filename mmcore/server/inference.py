@@ -176,13 +176,13 @@ class Inference:
         asked_ns = time.time_ns()
         try:
             copy = await self._router.load(model, request.model_version)
-        except LoadFailed:
+        except LoadFailed as failure:
             if trace is not None:
                 trace.part("load", asked_ns, time.time_ns(), model=model, failed=1)
                 trace.forwarding()
             resolved = model != request.model_name
             if self._mesh is None or not self._mesh.load_elsewhere(
-                call, request.body, model, resolved=resolved, path=MODEL_INFER
+                call, request.body, model, failure, resolved=resolved, path=MODEL_INFER
             ):
                 raise
             return None

@@ -202,8 +202,8 @@ class PassThrough(Passing):
             return None
         try:
             copy = await self._router.load(model, request.version)
-        except LoadFailed:
-            if mesh is None or not mesh.load_elsewhere(call, body, model, path=path, resolved=resolved):
+        except LoadFailed as failure:
+            if mesh is None or not mesh.load_elsewhere(call, body, model, failure, path=path, resolved=resolved):
                 raise
             return None
         self._send(call, body, copy, request._replace(sent=request.sent + 1))

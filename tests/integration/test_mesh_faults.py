@@ -24,7 +24,7 @@ from tests.serving import Instances
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 #: An instance that hangs or is cut off is found out within this time; twice, where one after the other is asked.
-FOUND_OUT_S = 8.0
+FOUND_OUT_S = 10.0
 #: A write is refused within this time when the registry is away.
 PROMPTLY_S = 5.0
 #: Clocks are off by this much to either side: by more than anything that is timed in a test.
@@ -72,7 +72,7 @@ async def test_an_instance_that_hangs_is_found_out_and_its_requests_are_answered
         assert load.slowest_s() < FOUND_OUT_S
         since = time.monotonic()
         await load.more(200)
-        assert load.slowest_s(since) < 1.0
+        assert load.slowest_s(since) < FOUND_OUT_S / 4
     finally:
         a.instance.signal(signal.SIGCONT)
     await load.stop()

@@ -6,17 +6,20 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
 
-from mmcore.errors import Status
+from mmcore.errors import LoadFailed, Status
 from mmcore.registry import CopyRecord, InstanceRecord, MemoryStore, ModelRecord, Registry
+from mmcore.routing.hops import not_here
 from mmcore.transport import Server, ServerCall
 from tests.etcds import free_port
 from tests.unit.routing.instances_in_memory import until
 from tests.unit.routing.mesh_in_memory import MeshMember
 
+FAILED = LoadFailed("the weights are missing")
 PATH = "/inference.GRPCInferenceService/ModelInfer"
 
 
@@ -84,7 +87,7 @@ async def test_what_cannot_be_answered_here_nor_elsewhere_fails_and_does_not_han
     await member.registry.instances.update(
         "gone", lambda _: InstanceRecord(f"127.0.0.1:{free_port()}", capacity_bytes=2**40)
     )
-    for elsewhere in (member.mesh.load_elsewhere, member.mesh.answer_elsewhere):
+    for elsewhere in (partial(member.mesh.load_elsewhere, failure=FAILED), member.mesh.answer_elsewhere):
         call = Call()
         assert elsewhere(call, b"", "m", path=PATH)
         await until(lambda call=call: call.outcome)
@@ -119,6 +122,10 @@ class Others:
     def full(self, call: ServerCall, server: Server) -> None:
         call.fail(Status.RESOURCE_EXHAUSTED, "no room")
 
+    def waited_for_nothing(self, call: ServerCall, server: Server) -> None:
+        """It was loading the model, and could not."""
+        not_here(call, "other", FAILED)
+
 
 @pytest.fixture
 async def others(member: MeshMember) -> AsyncIterator[Others]:
@@ -145,6 +152,24 @@ async def test_a_request_that_ends_whoever_runs_it_ends_two_instances_and_no_mor
     assert "here" not in call.outcome
 
 
+@pytest.mark.parametrize(("member", "end"), [(2**30, "here"), (2**20, str(FAILED))], indirect=["member"])
+async def test_who_waited_for_a_load_that_failed_is_answered_elsewhere_or_hears_why(
+    member: MeshMember, others: Others, end: str
+) -> None:
+    await others.add("other", others.waited_for_nothing)
+    await member.registry.instances.update("dead", lambda _: None)
+
+    def loads(record: ModelRecord | None) -> ModelRecord:
+        assert record is not None
+        return replace(record, copies={"other": CopyRecord("LOADING", 1)})
+
+    await member.registry.models.update("m", loads)
+    call = Call()
+    assert member.mesh.pass_on(call, b"", "m", call.here, path=PATH)
+    await until(lambda: call.outcome)
+    assert (others.asked, call.outcome) == (["other"], [end])
+
+
 @no_room_here
 async def test_each_instance_is_tried_once_although_its_failure_is_in_no_record(
     member: MeshMember, others: Others
@@ -168,7 +193,7 @@ async def test_who_has_loaded_it_since_answers(member: MeshMember, others: Other
 
     await member.registry.models.update("m", holds)
     call = Call()
-    assert member.mesh.load_elsewhere(call, b"", "m", path=PATH)
+    assert member.mesh.load_elsewhere(call, b"", "m", FAILED, path=PATH)
     await until(lambda: call.outcome)
     assert call.outcome == ["answered elsewhere"]
 
