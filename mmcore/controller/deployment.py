@@ -16,7 +16,7 @@ from mmcore.config import CAPACITY_SHARE
 from mmcore.controller.objects import DEPLOYMENT, MANAGER, SERVICE_LABEL, Object, at, owner_reference
 from mmcore.controller.quantities import memory_bytes, total_memory_limit
 from mmcore.controller.runtime_address import MODELS, runtime_address
-from mmcore.controller.runtimes import OWN, PEER_PORT, Runtime
+from mmcore.controller.runtimes import CAPACITY, OWN, PEER_PORT, Runtime
 from mmcore.controller.serving_config import ServingConfig
 from mmcore.controller.type_constraints import instance_labels
 from mmcore.controller.wanted import INFERENCE_SERVICE_OWNER, PREDICTOR_OWNER
@@ -267,7 +267,7 @@ def environment(runtime: Runtime, config: ServingConfig, place: Place, resources
         "MMCORE_MAX_MESSAGE": str(config.max_message_bytes),
         "MMCORE_GRACE": f"{_GRACE_S}s",
         "MMCORE_LOG_REQUESTS": "true" if config.access_log else None,
-        "MMCORE_CAPACITY": str(size) if (size := capacity_bytes(runtime, resources)) else None,
+        CAPACITY: str(size) if (size := capacity_bytes(runtime, resources)) else None,
         "MMCORE_RUNTIME": runtime_address(runtime),
         **_tls_environment(config),
     }

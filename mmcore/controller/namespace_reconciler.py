@@ -141,7 +141,12 @@ class NamespaceReconciler:
         if not covers(before, conditions):
             version = item["metadata"]["resourceVersion"]
             change = {"metadata": {"resourceVersion": version}, "status": {"conditions": conditions}}
-            informer.put(await self._api.patch(kind, where, change, "status"))
+            try:
+                informer.put(await self._api.patch(kind, where, change, "status"))
+            except ApiError as error:
+                # It has gone, or its kind is KServe's own, which has no status: the Event stands for it.
+                if not error.missing:
+                    raise
 
     # What is wanted.
 

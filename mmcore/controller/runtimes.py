@@ -15,6 +15,8 @@ from mmcore.controller.serving_config import ServingConfig
 #: The server type of runtimes that are instances themselves, without another server; and the name of the container
 #: whose image, resources and environment an instance takes over where a runtime has one.
 OWN: Final = "mmcore"
+#: The variable of an instance that says what models may take.
+CAPACITY: Final = "MMCORE_CAPACITY"
 #: The port that instances pass requests on to each other at.
 PEER_PORT: Final = 8043
 
@@ -154,6 +156,10 @@ def _server_problems(runtime: Runtime, config: ServingConfig) -> list[str]:
             found.append(f"instances have no adapter for builtInAdapter.serverType '{server}'")
         if server not in names:
             found.append(f"builtInAdapter.serverType is '{server}', and no container has that name")
+        elif not _states_memory(runtime):
+            found.append(
+                f"container '{server}' states no memory: from its resources.limits.memory follows what models may take"
+            )
     elif not runtime.spec.get("grpcEndpoint"):
         found.append("grpcEndpoint is missing: without builtInAdapter the server must speak the ModelRuntime SPI")
     for field in ("grpcEndpoint", "grpcDataEndpoint"):
@@ -161,6 +167,14 @@ def _server_problems(runtime: Runtime, config: ServingConfig) -> list[str]:
         if endpoint and not valid_endpoint(endpoint):
             found.append(f"{field} must be port:NUMBER or unix:PATH, not '{endpoint}'")
     return found
+
+
+def _states_memory(runtime: Runtime) -> bool:
+    """Whether it is known what the models of a server may take, which no server with an adapter tells."""
+    if any(entry.get("name") == CAPACITY for entry in at(runtime.spec, "builtInAdapter", "env") or []):
+        return True
+    server = next(one for one in runtime.containers if one["name"] == runtime.server_type)
+    return any(at(server, "resources", part, "memory") for part in ("limits", "requests"))
 
 
 def _has_adapter(runtime: Runtime) -> bool:

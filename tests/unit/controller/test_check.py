@@ -20,7 +20,7 @@ spec:
   supportedModelFormats: [{name: sklearn, version: "0", autoSelect: true}]
   protocolVersions: [grpc-v2]
   builtInAdapter: {serverType: mlserver}
-  containers: [{name: mlserver, image: mlserver}]
+  containers: [{name: mlserver, image: mlserver, resources: {limits: {memory: 1Gi}}}]
 ---
 apiVersion: v1
 kind: List

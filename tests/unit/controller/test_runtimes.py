@@ -11,7 +11,7 @@ from mmcore.controller.runtimes import Runtime, problems
 from mmcore.controller.serving_config import ServingConfig
 from tests.unit.controller.objects import own_runtime, runtime
 
-CONTAINER = {"name": "triton", "image": "t"}
+CONTAINER = {"name": "triton", "image": "t", "resources": {"requests": {"memory": "1Gi"}}}
 
 
 def found(item: Runtime) -> str:
@@ -46,6 +46,7 @@ def test_what_is_right() -> None:
         ({"builtInAdapter": {"serverType": "mmcore"}}, "needs no other container"),
         ({"builtInAdapter": None}, "grpcEndpoint is missing"),
         ({"builtInAdapter": None, "grpcEndpoint": "8085"}, "must be port:NUMBER or unix:PATH"),
+        ({"containers": [{"name": "triton", "image": "t"}]}, "container 'triton' states no memory"),
         ({"containers": [CONTAINER, CONTAINER]}, "two containers are named 'triton'"),
         ({"volumes": [{"name": "tc-config"}]}, "volume name 'tc-config'"),
         ({"containers": [{**CONTAINER, "ports": [{"containerPort": 8033}]}]}, "port 8033 is the instance's own"),
@@ -57,9 +58,14 @@ def test_what_is_wrong_with_a_spec(spec: dict[str, Any], told: str) -> None:
     assert told in found(runtime(**spec))
 
 
+def test_what_models_may_take_may_be_said_to_the_instance_itself() -> None:
+    adapter = {"serverType": "triton", "env": [{"name": "MMCORE_CAPACITY", "value": "1GiB"}]}
+    assert found(runtime(builtInAdapter=adapter, containers=[{"name": "triton", "image": "t"}])) == ""
+
+
 def test_a_server_that_is_allowed_and_has_no_adapter() -> None:
     config = ServingConfig(server_types=("tfserving",))
-    item = runtime(builtInAdapter={"serverType": "tfserving"}, containers=[{"name": "tfserving"}])
+    item = runtime(builtInAdapter={"serverType": "tfserving"}, containers=[{**CONTAINER, "name": "tfserving"}])
     assert "instances have no adapter for builtInAdapter.serverType 'tfserving'" in problems(item, config)
 
 
@@ -80,7 +86,7 @@ def test_a_server_that_is_allowed_and_has_no_adapter() -> None:
     ],
 )
 def test_servers_that_are_managed_elsewhere(server: str, spec: dict[str, Any], address: str) -> None:
-    stated = {"builtInAdapter": {"serverType": server}, "containers": [{"name": server, "image": "s"}], **spec}
+    stated = {"builtInAdapter": {"serverType": server}, "containers": [{**CONTAINER, "name": server}], **spec}
     item = runtime(**stated)
     assert runtime_address(item) == address
     assert found(item) == ""
