@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from typing import Any
+
 import pytest
+import yaml
 
 import mmcore
+from mmcore.controller import serving_config
 from mmcore.controller.serving_config import ConfigError, ServingConfig
+from tests.serving import ROOT
+
+SOURCE = inspect.getsource(serving_config)
 
 
 def test_without_a_configuration_everything_has_its_default() -> None:
@@ -89,3 +98,24 @@ def test_what_has_no_effect_any_more_is_told() -> None:
     for name in ("modelmeshimage", "restProxy.image", "metrics.scheme", "nope has no effect: it is not known"):
         assert name in told
     assert config.image == ServingConfig().image
+
+
+def test_the_documentation_names_every_key_and_its_default() -> None:
+    table = re.findall(r"^\| (`[A-Za-z.`, ]+`) \| `?([^|`]+)`? \|", (ROOT / "docs/kubernetes.md").read_text(), re.M)
+    keys: list[str] = []
+    for named, default in table:
+        for key in re.findall(r"`([A-Za-z.]+)`", named):
+            whole = key if not key.startswith(".") else keys[-1].rpartition(".")[0] + key
+            keys.append(whole)
+            if re.fullmatch(r"[a-z-]+|[0-9]+|\[.*\]", default) and default != "none":
+                value: Any = yaml.safe_load(default)
+                for part in reversed(whole.split(".")):
+                    value = {part: value}
+                assert ServingConfig.read(yaml.safe_dump(value)) == ServingConfig(), key
+    read = set(
+        re.findall(r"\.(?:text|flag|whole|port|texts|mapping|choice|take)\(\"([a-z]+)\"|\bport\(\"([a-z]+)\"", SOURCE)
+    )
+    leaves = {key.rpartition(".")[2].lower() for key in keys}
+    # Sections hold keys of their own; an image and the lists are read by names of their own.
+    assert {one or other for one, other in read} - {"mmcoreresources"} <= leaves
+    assert {"mmcoreresources", "imagepullsecrets", "internalmodelmeshenvvars"} <= leaves
