@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
+from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 
 import boto3
 import botocore
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -40,10 +43,13 @@ from mmcore.storage.remote import (
     objects_at,
     refusal,
 )
-from mmcore.storage.s3_signing import Signing
 from mmcore.storage.transfer import PullLimits
 
+#: Objects of less are summed up before a question would be answered.
 _WORTH_ASKING: Final = 8 * 2**20
+_URL_LIFE_S: Final = 900
+#: One that is the same however it is quoted.
+_ANY_KEY: Final = "key"
 #: An entity tag that is a digest of the bytes, or of the digests of the parts of an upload.
 _MD5: Final = re.compile(r"[0-9a-f]{32}(-[1-9]\d{0,4})?")
 _STYLES: Final = ("auto", "path", "virtual")
@@ -89,7 +95,7 @@ class S3Remote:
             )
             self._credentials = session.get_credentials()
             #: Made with the first request: by then the client has learned where the bucket is.
-            self._signing: Signing | None = None
+            self._signing: _Signing | None = None
             self._client = session.client(
                 "s3",
                 endpoint_url=endpoint,
@@ -115,7 +121,7 @@ class S3Remote:
         """The object as listed, see :class:`mmcore.storage.remote.Remote`."""
         with self._translated(f"{self.where}/{blob.key}"):
             if self._signing is None:
-                self._signing = Signing(self._client, self._bucket, self._credentials)
+                self._signing = _Signing(self._client, self._bucket, self._credentials)
             url, headers = self._signing.sign(blob.key)
         return Request(url, {**headers, "if-match": f'"{blob.version}"'} if blob.version else headers)
 
@@ -180,6 +186,46 @@ class S3Remote:
             ) from None
 
 
+class _Signing:
+    """Signs requests for the objects of one bucket, with what ``credentials`` are then; raises what botocore does.
+
+    By headers, a fraction of what a signed URL costs to make and to send. Where a bucket is and what signs for it is
+    botocore's to find out, from endpoint, region, style and kind of bucket: it is asked for one signed URL, which tells
+    how requests are made. Signature version 4 is described in
+    https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+    """
+
+    def __init__(self, client: Any, bucket: str, credentials: Any) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._credentials = credentials
+        parts = urlsplit(self._presigned(_ANY_KEY))
+        self._base = urlunsplit(parts._replace(query=""))[: -len(_ANY_KEY)]
+        query = {name.lower(): values[0] for name, values in parse_qs(parts.query).items()}
+        self._signed = bool(query)
+        self._scope: list[str] | None = None
+        if query.get("x-amz-algorithm") == "AWS4-HMAC-SHA256" and "x-amz-s3session-token" not in query:
+            # The key's id, the day, the region and the service.
+            self._scope = query["x-amz-credential"].split("/")[-4:-1]
+
+    def sign(self, key: str) -> tuple[str, Mapping[str, str]]:
+        """The URL and headers that get an object; both may hold credentials."""
+        url = self._base + quote(key, safe="/~")
+        if not self._signed:
+            return url, {}
+        if self._scope is None:
+            return self._presigned(key), {}
+        _, region, service = self._scope
+        request = AWSRequest("GET", url)
+        S3SigV4Auth(self._credentials.get_frozen_credentials(), service, region).add_auth(request)
+        return url, dict(request.headers.items())
+
+    def _presigned(self, key: str) -> str:
+        params = {"Bucket": self._bucket, "Key": key}
+        url: str = self._client.generate_presigned_url("get_object", Params=params, ExpiresIn=_URL_LIFE_S)
+        return url
+
+
 def _blob(listed: Mapping[str, Any]) -> Blob:
     tag, size = _tag(listed), int(listed["Size"])
     known = _MD5.fullmatch(tag) is not None
@@ -190,7 +236,6 @@ def _blob(listed: Mapping[str, Any]) -> Blob:
         version=tag,
         content=tag if known else "",
         digest=Digest("md5", tag) if known else None,
-        # An object of less is summed up before a question would be answered.
         more=bool(listed.get("ChecksumAlgorithm")) and (size >= _WORTH_ASKING or "-" in tag),
     )
 

@@ -155,10 +155,11 @@ class Watch:
 class _File:
     """One object on its way to a file: its open parts, and the digests of what has come."""
 
-    def __init__(self, blob: Blob, path: Path, digest: Digest | None) -> None:
+    def __init__(self, blob: Blob, path: Path, digest: Digest | None, *, new: bool) -> None:
         self.blob = blob
         self.path = path
         self.digest = digest
+        self._new = new
         self.descriptor = -1
         self.parts: list[_Part] = []
         self.left = 0
@@ -173,11 +174,11 @@ class _File:
         self.lock = threading.Lock()
 
     def open(self) -> None:
-        """Have the descriptor; the file is made by the first who asks, unless an earlier download has left it."""
+        """Have the descriptor; the file is made by the first who asks, unless an earlier download may have left it."""
         with self.lock:
             if self.descriptor < 0:
-                new = 0 if any(part.left for part in self.parts) else os.O_EXCL
-                self.descriptor = os.open(self.path, os.O_CREAT | new | os.O_RDWR | os.O_CLOEXEC, 0o644)
+                flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if self._new else 0)
+                self.descriptor = os.open(self.path, flags, 0o644)
 
     def sum_up(self, *, wait: bool) -> None:
         """Bring the digest to the first byte that is missing; while another thread does, wait for it or leave it to it.
@@ -322,7 +323,8 @@ class Transfer:
         with ThreadPoolExecutor(self._watch.limits.threads, thread_name_prefix="mmcore-pull") as asking:
             digests = dict(zip(asked, asking.map(self._digest, asked), strict=True))
         for blob in blobs:
-            self._plan(_File(blob, folder / blob.name, digests[blob] if blob.asks else blob.digest))
+            digest = digests[blob] if blob.asks else blob.digest
+            self._plan(_File(blob, folder / blob.name, digest, new=not self._left))
         threads = [
             threading.Thread(target=self._work, name=f"mmcore-pull-{number}", daemon=True)
             for number in range(min(self._watch.limits.threads, len(self._parts)) - 1)
@@ -367,6 +369,9 @@ class Transfer:
             spans = [(start, min(start + step, size)) for start in range(0, size, step)]
         left = dict(self._left.get(file.blob.name, ()))
         file.parts = parts = [_Part(file, start, stop, min(left.get(start, 0), stop or 0)) for start, stop in spans]
+        if file.digest is not None and file.digest.algorithm == "md5":
+            # A byte is always asked for: what it comes with tells whether the digest is one of the bytes.
+            parts[-1].left = min(parts[-1].left, (parts[-1].stop or 1) - 1)
         file.left = len(parts)
         self._files.append(file)
         self._parts.extend(parts)
@@ -452,7 +457,8 @@ class Transfer:
         Raises:
             LoadFailed: it is not what the store said it would be.
         """
-        digest = None if file.unchecked else file.digest
+        # For an empty object nothing was asked, so nothing has told what its digest is of.
+        digest = None if file.unchecked or file.blob.size == 0 else file.digest
         if digest is not None and (found := file.found()) != digest.value and not self._fits_otherwise(file, digest):
             raise LoadFailed(
                 f"{self._what(file.blob)}: what came has the checksum {found}, the store says {digest.value}"

@@ -491,6 +491,23 @@ def test_pull_given_up_ends_in_a_silent_store_and_the_next_goes_on_from_there(
     assert patient.left() == []
 
 
+def test_files_that_were_whole_when_a_pull_was_given_up_are_kept(bucket: Bucket, server: str, tmp_path: Path) -> None:
+    bodies = {"large": os.urandom(2 * MIB), "small": b"x" * 1000, "empty": b""}
+    for name, body in bodies.items():
+        bucket.put(f"m/{name}", body)
+    proxy = Proxy(server.removeprefix("http://"), lambda line: "/m/large" in line)
+    entry = {**bucket.entry, "endpoint_url": proxy.address}
+    # One after the other; the large one comes last.
+    pulling = Pulling(tmp_path, entry, limits=replace(LIMITS, silence_s=60, threads=1))
+    bucket.put("m/a", b"first")
+    proxy.faults = [stall := Stall(MIB)]
+    give_up(pulling, "m", stall)
+    assert tree(pulling("m").path) == {**bodies, "a": b"first"}
+    assert pulling.puller.received_bytes == pytest.approx(3 * MIB - MIB + 1000, abs=2000)
+    pulling.puller.close()
+    proxy.close()
+
+
 def test_what_is_left_of_a_pull_is_checked_with_the_rest(bucket: Bucket, proxy: Proxy, patient: Pulling) -> None:
     body = os.urandom(2 * MIB)
     bucket.put("m/model.onnx", body)
