@@ -64,7 +64,8 @@ class Upkeep:
         self._clock_ms = clock_ms
         self._look = 0
         self._running: asyncio.Task[None] | None = None
-        self._acting: dict[str, asyncio.Task[None]] = {}
+        #: By model and instance.
+        self._acting: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         #: Since when (ms) instances are missing whose copies may still stand in records.
         self._missing: dict[str, int] = {}
@@ -138,18 +139,22 @@ class Upkeep:
     # Carrying out.
 
     def _act(self, actions: Iterable[placement.Load | placement.Drop | placement.Move]) -> None:
+        """Begin a plan, but for models about which an earlier one is being carried out."""
+        under_way = {model for model, _ in self._acting}
         for action in actions:
-            if action.model in self._acting or len(self._acting) >= MOST_ACTIONS:
+            if action.model in under_way or len(self._acting) >= MOST_ACTIONS:
+                self._cluster.release(action.instance, action.model)
                 continue
             log.info("%s", _told(action))
             task = asyncio.get_running_loop().create_task(self._carry_out(action), name=f"upkeep of {action.model}")
-            self._acting[action.model] = task
-            task.add_done_callback(partial(self._acted, action.model))
+            key = (action.model, action.instance)
+            self._acting[key] = task
+            task.add_done_callback(partial(self._acted, key))
 
-    def _acted(self, model: str, task: asyncio.Task[None]) -> None:
-        del self._acting[model]
+    def _acted(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+        del self._acting[key]
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("upkeep of model %s", model, exc_info=error)
+            log.error("upkeep of model %s", key[0], exc_info=error)
 
     async def _carry_out(self, action: placement.Load | placement.Drop | placement.Move) -> None:
         async with self._slots:

@@ -33,6 +33,7 @@ class MeshMember(Member):
         self.name = name
         self.server = Server()
         self.address = ""
+        self.draining = False
         forwarding = Forwarding(name)
         members = Members(self.registry, placement.Cluster(), forwarding, self.record)
         self.mesh = Mesh(
@@ -51,6 +52,7 @@ class MeshMember(Member):
             fixed_bytes=cache.lru.pinned + cache.room.reserved.host,
             loading=cache.loading,
             loader_threads=cache.loader_threads,
+            draining=self.draining,
             published_ms=self.now_ms(),
         )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
 from mmcore.registry import CopyRecord
+from mmcore.routing import filling
 from tests.unit.routing.instances_in_memory import until
 from tests.unit.routing.mesh_in_memory import Meshes, MeshMember
 
@@ -113,3 +115,45 @@ async def test_an_instance_waits_until_it_has_what_comes_but_not_for_ever(join: 
     assert await filled
     await filling
     assert two.router.lookup("b") is not None
+
+
+async def test_nobody_holds_up_a_new_instance_for_long(join: Meshes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filling, "STALLED_S", 0.2)
+    one = await join("one", capacity_bytes=15)
+    await add(one, "a", "b")
+    await one.router.load("a")
+    await until(lambda: one.holders("a"))
+    two = await join("two")
+    # The leader hangs: nothing comes.
+    assert not await two.mesh.filling.filled(30)
+    # Others that are about to leave answer for nobody.
+    one.draining = True
+    await one.mesh.members.announce()
+    await until(lambda: (member := two.mesh.members.cluster.get("one")) and member.instance.draining)
+    assert await two.mesh.filling.filled(30)
+
+
+async def test_models_that_shall_have_copies_have_them_without_being_asked_for(join: Meshes) -> None:
+    members = [await join(name) for name in ("one", "two", "three")]
+    for name, copies in (("two copies", '{"min": 2}'), ("all", '{"everywhere": true}')):
+        info = replace(members[0].info, key=f'{{"copies": {copies}}}')
+        await members[0].registered.register(name, info)
+    await until(lambda: len(members[0].holders("two copies")) == 2 and members[0].holders("all"))
+
+    async def looked() -> None:
+        for member in members:
+            await member.mesh.upkeep.look()
+
+    async def held(name: str, count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(members[0].holders(name)) != count:
+                await looked()
+                await asyncio.sleep(0.01)
+
+    await held("all", 3)
+    members.append(await join("four"))
+    await held("all", 4)
+    # Fewer, and they go when there is no use for them.
+    await members[0].registered.register("all", replace(members[0].info, key='{"copies": {"max": 1}}'))
+    await held("all", 1)
+    assert len(members[0].holders("two copies")) == 2
