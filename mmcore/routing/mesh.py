@@ -39,6 +39,8 @@ UNLOAD_PATH: Final = "/mmcore.Peer/Unload"
 LOAD_WAIT_S: Final = 600.0
 #: How long a load on its way elsewhere is waited for before its record is looked at again.
 LOOK_AGAIN_S: Final = 1.0
+#: With so many requests at a copy another one is looked for, where the client does not spread its requests itself.
+SHARED_FROM: Final = 4
 #: A request is answered elsewhere, though its copy is here, where so many fewer are under way.
 HOP_COUNTS: Final = 2
 #: Latencies below count as this: they say nothing of the load.

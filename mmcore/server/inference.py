@@ -23,6 +23,7 @@ from mmcore.cache import Copy
 from mmcore.errors import LoadFailed, NotFound
 from mmcore.routing import Kind, Mesh, Names, Router
 from mmcore.routing.hops import arrival_of
+from mmcore.routing.mesh import SHARED_FROM
 from mmcore.runtimes import OutputTensor
 from mmcore.server.calls import Answer, Body, Waiting, refuse
 from mmcore.server.dataplane import DataplaneConfig
@@ -36,8 +37,6 @@ from mmcore.tracing import RequestTrace
 
 #: Where the v2 protocol has the model's name.
 _NAME_PATH: Final = (1,)
-#: With so many requests at a copy another one is looked for, where the client does not spread its requests itself.
-SHARED_FROM: Final = 4
 #: What other instances are asked by, whatever a request came through.
 MODEL_INFER: Final = "/inference.GRPCInferenceService/ModelInfer"
 

@@ -21,9 +21,10 @@ from mmcore.cache import Copy
 from mmcore.errors import InvalidRequest, LoadFailed, MmcoreError, NotFound, RpcError, Status, Unimplemented
 from mmcore.routing import Kind, Mesh, Names, Router
 from mmcore.routing.hops import arrival_of
+from mmcore.routing.mesh import SHARED_FROM
 from mmcore.server.calls import Answer, Body, Waiting
 from mmcore.server.dataplane import DataplaneConfig
-from mmcore.server.headers import asked, names_models
+from mmcore.server.headers import asked, balanced, names_models
 from mmcore.transport import ClientStream, Server, StreamCall
 from mmcore.transport.server import UnaryHandler, status_of
 
@@ -122,7 +123,9 @@ class PassThrough(Passing):
             if name and kind is Kind.ANY:
                 copy = self._router.lookup(name, version)
                 if copy is not None:
-                    self._send(call, body, copy, _Request(described, name, kind, version, began, 1))
+                    request = _Request(described, name, kind, version, began, 1)
+                    if self._mesh is None or not self._shared(call, body, copy, request):
+                        self._send(call, body, copy, request)
                     return
             self._ask(call, body, _Request(described, name, kind, version, began, 0))
 
@@ -186,6 +189,19 @@ class PassThrough(Passing):
             self._waiting.start(call, self._load_and_send(call, body, model, request), request.method.name)
 
         return self._mesh.pass_on(call, body, model, here, resolved=model != request.name, path=request.method.path)
+
+    def _shared(self, call: Any, body: bytes, copy: Copy, request: _Request) -> bool:
+        """Whether another instance, which has less to do, has been asked to answer."""
+        model = copy.name
+        if self._mesh is None or copy.in_flight < SHARED_FROM or self._router.in_folder(model):
+            return False
+        if balanced(call.metadata):
+            return False
+
+        def here() -> None:
+            self._waiting.start(call, self._load_and_send(call, body, model, request), request.method.name)
+
+        return self._mesh.share(call, body, model, here, resolved=model != request.name, path=request.method.path)
 
     async def _find_and_send(self, call: Any, body: bytes, name: str, kind: Kind, request: _Request) -> Body | None:
         model = await self._names.find(name, kind)

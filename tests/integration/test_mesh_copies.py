@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mmcore.pb import model_mesh_pb2 as pb
 from mmcore.transport import Channel
-from tests.integration.test_mesh import INFER, locations, manage, name_of, question, until
+from tests.integration.test_mesh import INFER, WITHIN_S, locations, manage, name_of, question, until
 from tests.serving import IDENTITY, Serve, write_model
+from tests.toy_processes import Front, Runtime
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +23,8 @@ SLOW = IDENTITY.replace("DATATYPE", "FP32").replace(
     "        return", "        import time\n\n        time.sleep(0.02)\n        return"
 )
 REQUESTS = 80
+CALLERS = 16
+LOADED = pb.ModelStatusInfo.ModelStatus.Value("LOADED")
 EVERYWHERE = {"storage_params": {"type": "local"}, "copies": {"everywhere": True}}
 
 
@@ -86,3 +91,39 @@ async def test_a_model_everywhere_is_loaded_at_each_instance_and_takes_requests_
     assert status.status == pb.ModelStatusInfo.ModelStatus.LOADED
     for channel in channels:
         await channel.close()
+
+
+def inferences(runtime: Runtime) -> list[str]:
+    return [line for line in runtime.journal if line.startswith("infer m")]
+
+
+def test_requests_for_runtimes_are_spread_too(serve: Serve, tmp_path: Path) -> None:
+    runtimes = [Runtime(f"unix:{tmp_path}/toy{number}.sock") for number in range(2)]
+    fronts: list[Front] = []
+    shared = ("--registry", f"sqlite:{tmp_path}/registry.db", "--peer-port", "0")
+    try:
+        for runtime in runtimes:
+            runtime.start()
+            fronts.append(Front(serve(None, "--runtime", runtime.address, *shared), tmp_path))
+        fronts[0].register("m", "m-sleepy.onnx", key=json.dumps({"copies": {"everywhere": True}}))
+        ends_at = time.monotonic() + WITHIN_S
+        while len([copy for copy in fronts[0].client.status("m").modelCopyInfos if copy.copyStatus == LOADED]) < 2:
+            assert time.monotonic() < ends_at
+
+        def asked(**metadata: str) -> list[int]:
+            """How many of so many requests at once each runtime was asked."""
+            before = [len(inferences(runtime)) for runtime in runtimes]
+            with ThreadPoolExecutor(CALLERS) as pool:
+                calls = [pool.submit(fronts[0].infer, "m", **metadata) for _ in range(REQUESTS)]
+            assert all(call.result().model_name == "m" for call in calls)
+            return [len(inferences(runtime)) - more for runtime, more in zip(runtimes, before, strict=True)]
+
+        assert asked(mm_balanced="true") == [REQUESTS, 0]
+        here, there = asked()
+        assert here + there == REQUESTS
+        assert there >= REQUESTS // 8
+    finally:
+        for front in fronts:
+            front.close()
+        for runtime in runtimes:
+            runtime.kill()
