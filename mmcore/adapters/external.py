@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from mmcore.adapters.runtime import Runtime
+from mmcore.adapters.server_memory import DISK_FACTOR
 from mmcore.config import TransportSettings
 from mmcore.errors import InferenceFailed, LoadFailed, RpcError, Status, Unavailable
 from mmcore.model import ModelSource, TensorSpec
@@ -49,8 +50,6 @@ UNLOAD_PAUSE_S: Final = 0.5
 UNLOAD_LONGEST_PAUSE_S: Final = 10.0
 #: A model's loading may take so long where the runtime does not say.
 LOAD_S: Final = 90.0
-#: Of what a model takes where nothing else tells: this times its files.
-DISK_FACTOR: Final = 1.25
 #: Answers to a load that say that nothing was attempted and no memory used.
 _NOTHING_DONE: Final = (Status.INVALID_ARGUMENT, Status.FAILED_PRECONDITION)
 #: What travels on the connection that requests go by is bounded where it came in.

@@ -113,28 +113,20 @@ class OvmsRuntime:
     async def load(self, request: pb.LoadModelRequest, timeout_s: float) -> pb.LoadModelResponse:
         """See :class:`mmcore.adapters.runtime.Runtime`; INVALID_ARGUMENT for files that cannot be laid out."""
         name = request.modelId
-        ends_at = time.monotonic() + timeout_s
         try:
             laid_out = await asyncio.to_thread(self._folders.make, request)
         except (InvalidModel, OSError) as error:
             raise RpcError(Status.INVALID_ARGUMENT, str(error)) from error
         self._models[name] = laid_out.folder
-        before = await asyncio.to_thread(self._memory.begin)
-        loaded = False
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s), self._memory.load(laid_out.kind) as growth:
                 listed = await self._read_again()
                 while not _is_available(listed, name):
-                    if time.monotonic() > ends_at:
-                        raise TimeoutError
                     await asyncio.sleep(_LOOK_S)
                     listed = await self._listed()
-            loaded = True
         except TimeoutError:
             raise RpcError(Status.DEADLINE_EXCEEDED, f"model {name} is not available yet") from None
-        finally:
-            growth = self._memory.end(laid_out.kind, before, loaded=loaded)
-        return pb.LoadModelResponse(sizeInBytes=max(guessed_size(laid_out.size_bytes), growth or 0))
+        return pb.LoadModelResponse(sizeInBytes=max(guessed_size(laid_out.size_bytes), growth.bytes or 0))
 
     async def unload(self, model: str, timeout_s: float) -> None:
         """See :class:`mmcore.adapters.runtime.Runtime`; returns when the server does not list it any more."""

@@ -84,20 +84,16 @@ class RepositoryRuntime:
             laid_out = await asyncio.to_thread(self._folders.make, request)
         except (InvalidModel, OSError) as error:
             raise RpcError(Status.INVALID_ARGUMENT, str(error)) from error
-        before = await asyncio.to_thread(self._memory.begin)
-        loaded = False
+        asked = v2.RepositoryModelLoadRequest(model_name=request.modelId)
         try:
-            asked = v2.RepositoryModelLoadRequest(model_name=request.modelId)
-            await self._call("RepositoryModelLoad", asked, v2.RepositoryModelLoadResponse, timeout_s)
-            loaded = True
+            async with self._memory.load(laid_out.kind) as growth:
+                await self._call("RepositoryModelLoad", asked, v2.RepositoryModelLoadResponse, timeout_s)
         except RpcError as error:
             if error.status in (Status.INVALID_ARGUMENT, Status.FAILED_PRECONDITION):
                 # The server has tried, whatever it says.
                 raise RpcError(Status.INTERNAL, error.details) from error
             raise
-        finally:
-            growth = self._memory.end(laid_out.kind, before, loaded=loaded)
-        return pb.LoadModelResponse(sizeInBytes=await self._size_of(request.modelId, laid_out, growth))
+        return pb.LoadModelResponse(sizeInBytes=await self._size_of(request.modelId, laid_out, growth.bytes))
 
     async def _size_of(self, model: str, laid_out: LaidOut, growth: int | None) -> int:
         """As the server says, or as it has grown, and never less than the files make one think."""

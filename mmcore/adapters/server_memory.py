@@ -8,8 +8,10 @@ are the model's own in any case.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -28,8 +30,14 @@ def guessed_size(files_bytes: int) -> int:
     return max(int(files_bytes * DISK_FACTOR), DEFAULT_BYTES)
 
 
+class Growth:
+    """By what a server has grown with a load, in bytes; None where that cannot be told."""
+
+    bytes: int | None = None
+
+
 class ServerMemory:
-    """The memory of the server that listens at ``address``, ``host:port``. All but ``capacity_bytes`` is blocking.
+    """The memory of the server that listens at ``address``, ``host:port``.
 
     Attributes:
         capacity_bytes: what its models may take together, of the limit of its container; 0 where it is out of sight.
@@ -46,7 +54,7 @@ class ServerMemory:
         self.capacity_bytes = 0
 
     def find(self) -> None:
-        """Look for the server, which may be a new process."""
+        """Look for the server, which may be a new process. Blocking."""
         host, _, port = self._address.rpartition(":")
         self._pid = _listener(self._proc, int(port)) if host.startswith(_LOOPBACK) else None
         self._formats.clear()
@@ -57,28 +65,25 @@ class ServerMemory:
                 limit = memory_limit(process / "root", membership=process / "cgroup")
                 self.capacity_bytes = int(limit * CAPACITY_SHARE)
 
-    def begin(self) -> dict[int, int]:
-        """A load begins: what each of the server's processes takes now, for :meth:`end`."""
+    @asynccontextmanager
+    async def load(self, kind: str) -> AsyncIterator[Growth]:
+        """One load of a model of that format goes on inside the block; what it gives is filled when that has ended."""
         self._running += 1
         self._disturbed = self._disturbed or self._running > 1
-        return self._taken()
-
-    def end(self, kind: str, before: dict[int, int], *, loaded: bool) -> int | None:
-        """It has ended: by what the server has grown, in bytes; None where that cannot be told."""
-        alone = not self._disturbed
-        self._running -= 1
-        if not self._running:
-            self._disturbed = False
-        known = kind in self._formats
-        if not loaded:
-            return None
-        self._formats.add(kind)
-        after = self._taken()
-        if not alone or not before or not after:
-            return None
-        own = sum(size for pid, size in after.items() if pid not in before)
-        shared = sum(size - before[pid] for pid, size in after.items() if pid in before)
-        return own + (max(shared, 0) if known else 0)
+        growth = Growth()
+        try:
+            before = await asyncio.to_thread(self._taken)
+            yield growth
+            after = await asyncio.to_thread(self._taken)
+            if before and after and not self._disturbed:
+                growth.bytes = sum(size for pid, size in after.items() if pid not in before)
+                if kind in self._formats:
+                    growth.bytes += max(0, sum(size - before[pid] for pid, size in after.items() if pid in before))
+            self._formats.add(kind)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._disturbed = False
 
     def _taken(self) -> dict[int, int]:
         """Bytes of the server's process and its descendants, by process."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,41 +72,42 @@ def memory(server: Server) -> ServerMemory:
     return memory
 
 
-def test_a_model_is_what_the_server_has_grown_by_from_the_second_of_its_format_on(
+async def grown(memory: ServerMemory, kind: str, work: Callable[[], object]) -> int | None:
+    async with memory.load(kind) as growth:
+        work()
+    return growth.bytes
+
+
+async def test_a_model_is_what_the_server_has_grown_by_from_the_second_of_its_format_on(
     server: Server, memory: ServerMemory
 ) -> None:
-    grown = []
-    for _ in range(2):
-        before = memory.begin()
-        server.take("40")
-        grown.append(memory.end("onnx", before, loaded=True))
-    assert grown[0] == 0  # its framework may have come with it
-    assert grown[1] is not None
-    assert 38 * MIB < grown[1] < 44 * MIB
+    # Its framework may have come with the first.
+    assert await grown(memory, "onnx", lambda: server.take("40")) == 0
+    second = await grown(memory, "onnx", lambda: server.take("40"))
+    assert second is not None
+    assert 38 * MIB < second < 44 * MIB
 
 
-def test_a_process_of_its_own_is_the_models_from_the_first_on(server: Server, memory: ServerMemory) -> None:
-    before = memory.begin()
-    server.take("+40")
-    grown = memory.end("python", before, loaded=True)
-    assert grown is not None
-    assert 40 * MIB < grown < 70 * MIB
+async def test_a_process_of_its_own_is_the_models_from_the_first_on(server: Server, memory: ServerMemory) -> None:
+    first = await grown(memory, "python", lambda: server.take("+40"))
+    assert first is not None
+    assert 40 * MIB < first < 70 * MIB
 
 
-def test_nothing_is_told_of_loads_side_by_side_or_that_failed(server: Server, memory: ServerMemory) -> None:
-    first = memory.begin()
-    second = memory.begin()
-    assert memory.end("a", first, loaded=True) is None
-    assert memory.end("a", second, loaded=True) is None
-    assert memory.end("a", memory.begin(), loaded=False) is None
-    assert memory.end("a", memory.begin(), loaded=True) is not None
+async def test_nothing_is_told_of_loads_side_by_side_or_that_failed(memory: ServerMemory) -> None:
+    async with memory.load("a") as first, memory.load("a") as second:
+        pass
+    assert (first.bytes, second.bytes) == (None, None)
+    with pytest.raises(ZeroDivisionError):
+        await grown(memory, "a", lambda: 1 // 0)
+    assert await grown(memory, "a", lambda: None) is not None
 
 
 def test_the_capacity_is_a_share_of_what_the_server_may_take(memory: ServerMemory) -> None:
     assert 0 < memory.capacity_bytes < 2**50
 
 
-def test_a_server_elsewhere_or_out_of_sight_is_not_measured(tmp_path: Path) -> None:
+async def test_a_server_elsewhere_or_out_of_sight_is_not_measured(tmp_path: Path) -> None:
     for memory in (
         ServerMemory("example.test:8001"),
         ServerMemory("127.0.0.1:1"),
@@ -114,7 +115,7 @@ def test_a_server_elsewhere_or_out_of_sight_is_not_measured(tmp_path: Path) -> N
     ):
         memory.find()
         assert memory.capacity_bytes == 0
-        assert memory.end("a", memory.begin(), loaded=True) is None
+        assert await grown(memory, "a", lambda: None) is None
 
 
 def test_the_limit_of_the_servers_own_container_is_looked_at(tmp_path: Path) -> None:
