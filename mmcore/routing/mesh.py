@@ -271,6 +271,7 @@ class Mesh(Loads):
         Raises:
             Overloaded, LoadFailed: there is no place for it.
         """
+        silent: tuple[Peer, ...] = ()
         while True:
             record = self._registry.models.get(asked.model)
             if record is None:
@@ -283,12 +284,20 @@ class Mesh(Loads):
             if holders := self._heard(one for one in serving if one not in tried):
                 self._ask(asked, holders, Mode.HIT, tried, ran)
                 return True
-            target = self._target(asked.model, record, tried)
+            try:
+                target = self._target(asked.model, record, tried)
+            except (LoadFailed, Overloaded):
+                # Who has a moment's other work is better than nobody.
+                if ran or not silent:
+                    raise
+                self._ask(asked, silent, Mode.LOAD, tried)
+                return True
             if target == self._registry.instance:
                 return False
             if peers := self._heard((target,)):
                 self._ask(asked, peers, Mode.LOAD, tried, ran)
                 return True
+            silent += tuple(peer for peer in self._forwarding.holders((target,)) if peer.usable)
             tried = (*tried, target)
 
     def _heard(self, instances: Iterable[str]) -> tuple[Peer, ...]:

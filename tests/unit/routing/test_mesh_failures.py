@@ -183,6 +183,24 @@ async def test_each_instance_is_tried_once_although_its_failure_is_in_no_record(
     assert call.outcome == ["no room"]
 
 
+@no_room_here
+async def test_one_that_is_silent_is_asked_where_there_is_no_other(member: MeshMember, others: Others) -> None:
+    for name in ("silent", "other"):
+        await others.add(name, lambda call, server: b"")
+    peers = member.mesh.forwarding.peers
+    await until(lambda: {"silent", "other"} <= set(peers))
+    await member.registry.instances.update("dead", lambda _: None)
+    peers["silent"].silent = True
+    for gone, asked in ((None, "other"), ("other", "silent")):
+        if gone is not None:
+            await member.registry.instances.update(gone, lambda _: None)
+            await until(lambda gone=gone: gone not in peers)
+        call = Call()
+        assert member.mesh.pass_on(call, b"", "m", call.here, path=PATH)
+        await until(lambda call=call: call.outcome)
+        assert (others.asked[-1], call.outcome) == (asked, ["answered elsewhere"])
+
+
 async def test_who_has_loaded_it_since_answers(member: MeshMember, others: Others) -> None:
     """Where a copy is there is no place for another one, so the request failed."""
     await others.add("other", lambda call, server: b"")
