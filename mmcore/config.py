@@ -208,6 +208,8 @@ class ServeSettings:
         metrics_tls: whether the metrics port has the same certificate; clients need none there.
         peer_ca: signs the certificates of the instances, which the peer port then asks for; None: plain text.
         auth_tokens: file of the bearer tokens that callers need, read again when it changes; None: they need none.
+        address_requests_per_s, address_concurrent: what each client address may ask, and have under way at once; 0 for
+            no limit.
         shared_management: whether the gRPC and REST ports serve management too.
         transport: limits of its connections.
         storage: where registered models come from.
@@ -254,6 +256,8 @@ class ServeSettings:
     metrics_tls: bool = False
     peer_ca: Path | None = None
     auth_tokens: Path | None = None
+    address_requests_per_s: float = 0.0
+    address_concurrent: int = 0
     shared_management: bool = True
     transport: TransportSettings = TransportSettings()
     storage: StorageSettings = StorageSettings()

@@ -189,6 +189,18 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @option("--auth-tokens", type=FILE, help="YAML of the bearer tokens that callers need; read again when it changes.")
 @option(
+    "--address-rate",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Requests per second that each client address may send; 0 for no limit.",
+)
+@option(
+    "--address-concurrent",
+    type=click.IntRange(0),
+    default=0,
+    help="Requests that each client address may have under way; 0 for no limit.",
+)
+@option(
     "--vmodel-owner",
     metavar="NAME",
     default="",
@@ -307,6 +319,8 @@ def command(
     metrics_tls: bool,
     peer_ca: Path | None,
     auth_tokens: Path | None,
+    address_rate: float,
+    address_concurrent: int,
     vmodel_owner: str,
     static_models: Path | None,
     type_constraints: Path | None,
@@ -383,6 +397,8 @@ def command(
             metrics_tls=metrics_tls,
             peer_ca=peer_ca,
             auth_tokens=auth_tokens,
+            address_requests_per_s=address_rate,
+            address_concurrent=address_concurrent,
             vmodel_owner=vmodel_owner,
             static_models=static_models,
             type_constraints=type_constraints,

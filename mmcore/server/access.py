@@ -7,8 +7,10 @@ pass: the one that a client has called has looked at the token, and instances kn
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from ipaddress import IPv6Network
 from typing import Any, Final
 
 from mmcore._ext.pbwire import find_string
@@ -35,10 +37,12 @@ _NO_MODEL: Final = (
 )  # fmt: skip
 #: Where the v2 protocol has the model's name in every message that has one, where no other place is known.
 _NAME_PATH: Final = (1,)
+#: Addresses that are known at once; one costs some hundred bytes.
+_MOST_ADDRESSES: Final = 10_000
 
 
 class Caller:
-    """The holder of a token: how much of it is used.
+    """The holder of a token, or an address: how much of its limits is used.
 
     ``requests_per_s`` fills a bucket that holds one second's worth, one request at least.
     """
@@ -91,6 +95,37 @@ class Caller:
         self.under_way -= 1
 
 
+class Addresses:
+    """Callers by the address that they call from, whatever token they have, each with the same limits.
+
+    Addresses of IPv6 count by their network of 64 bits, which one host may have whole; Unix sockets are one address.
+    """
+
+    def __init__(self, requests_per_s: float, concurrent: int) -> None:
+        self._limits = (requests_per_s, concurrent)
+        self._callers: OrderedDict[str, Caller] = OrderedDict()
+
+    def of(self, call: object) -> Caller:
+        """The caller of a call."""
+        host = str(getattr(call, "peer", "")).rpartition(":")[0] or "unix"
+        if ":" in host:
+            host = str(IPv6Network((host.partition("%")[0], 64), strict=False))
+        caller = self._callers.get(host)
+        if caller is None:
+            if len(self._callers) >= _MOST_ADDRESSES:
+                self._forget()
+            requests_per_s, concurrent = self._limits
+            caller = self._callers[host] = Caller(Grant(host, frozenset(), (), requests_per_s, concurrent))
+        else:
+            self._callers.move_to_end(host)
+        return caller
+
+    def _forget(self) -> None:
+        """Make room: the one that has been silent longest has its limit in full again."""
+        idle = next((host for host, caller in self._callers.items() if not caller.under_way), next(iter(self._callers)))
+        del self._callers[idle]
+
+
 class Access:
     """The guard of one server.
 
@@ -98,6 +133,7 @@ class Access:
         grants: what tokens allow, asked anew when ``renewed`` was called; None: no token is needed.
         manages: whether management is served at all.
         config: where requests name their models; None: where the v2 protocol has it.
+        addresses: the limits of each address; None: there are none.
     """
 
     def __init__(
@@ -106,7 +142,9 @@ class Access:
         *,
         manages: bool = True,
         config: Callable[[], DataplaneConfig] | None = None,
+        addresses: Addresses | None = None,
     ) -> None:
+        self._addresses = addresses
         self._callers = None if grants is None else {digest: Caller(grant) for digest, grant in grants.items()}
         self._manages = manages
         self._config = config or DataplaneConfig
@@ -125,23 +163,29 @@ class Access:
         if path.startswith(_OPEN):
             return handler
         if path.startswith(_MANAGEMENT):
-            return self._managing(path, handler)
-        return handler if self._callers is None else self._inferring(path, handler)
+            handler = self._managing(path, handler)
+        elif self._callers is not None:
+            handler = self._inferring(path, handler)
+        return handler if self._addresses is None else _limited(self._addresses, handler)
 
     def stream(self, path: str, handler: StreamHandler, *, each: bool = False) -> StreamHandler:
         """The same for a stream. ``each``: :meth:`unary` stands before each of its messages; otherwise it is for those
         alone who may use every model, and counts as one request.
         """
-        if path.startswith(_OPEN) or self._callers is None:
+        if path.startswith(_OPEN) or (self._callers is None and (each or self._addresses is None)):
             return handler
 
         async def guarded(call: StreamCall) -> None:
+            if self._addresses is not None and not each:
+                self._addresses.of(call).count()
+            if self._callers is None:
+                return await handler(call)
             caller = self._allowed(call.metadata, INFER)
             if not each:
                 if caller.grant.models:
                     _check_models(caller.grant, ())
                 caller.count()
-            await handler(call)
+            return await handler(call)
 
         return guarded
 
@@ -211,6 +255,17 @@ class Access:
             return asked(metadata).ids
         except InvalidRequest:
             return ()
+
+
+def _limited(addresses: Addresses, handler: UnaryHandler) -> UnaryHandler:
+    def guarded(call: Any, body: bytes) -> Any:
+        if _from_instance(call):
+            return handler(call, body)
+        caller = addresses.of(call)
+        caller.count()
+        return caller.under_way_with(handler, call, body) if caller.grant.concurrent else handler(call, body)
+
+    return guarded
 
 
 def _from_instance(call: object) -> bool:

@@ -35,7 +35,7 @@ from mmcore.routing import Forwarding, Members, Mesh, Names, Refilling, Register
 from mmcore.routing.watched_file import WatchedFile
 from mmcore.runtimes.isolation import policy_loader
 from mmcore.server import cluster, management
-from mmcore.server.access import Access
+from mmcore.server.access import Access, Addresses
 from mmcore.server.allocator import keep_freed_memory
 from mmcore.server.calls import Answer, Body, Waiting
 from mmcore.server.dashboard.events import Events
@@ -106,11 +106,14 @@ class Node:
         config = (lambda: dataplane.value) if dataplane is not None else None
         tokens = self._watched(settings.auth_tokens, parse_tokens)
         grants = tokens.value if tokens is not None else None
-        access = Access(grants, manages=settings.shared_management, config=config)
-        management_access = Access(grants)
+        limits = (settings.address_requests_per_s, settings.address_concurrent)
+        addresses = Addresses(*limits) if any(limits) else None
+        access = Access(grants, manages=settings.shared_management, config=config, addresses=addresses)
+        management_access = Access(grants, addresses=addresses)
         if tokens is not None:
             tokens.on_change = partial(_renew, (access, management_access))
-        self._guard = access if tokens is not None or not settings.shared_management else None
+        guarded = tokens is not None or addresses is not None or not settings.shared_management
+        self._guard = access if guarded else None
         self._server = Server(settings=settings.transport, guard=self._guard)
         self._health = add_health(self._server)
         self._external = _external(settings)

@@ -43,6 +43,11 @@ class StreamAnswer:
         self._waiter: asyncio.Future[None] | None = None
 
     @property
+    def peer(self) -> str:
+        """The stream's."""
+        return self._call.peer
+
+    @property
     def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The stream's metadata."""
         return self._call.metadata

@@ -44,6 +44,12 @@ class WatchedCall:
         self._on_cancel: Callable[[], object] | None = None
 
     @property
+    def peer(self) -> str:
+        """The call's: who sent it."""
+        peer: str = getattr(self._call, "peer", "")
+        return peer
+
+    @property
     def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The request's metadata, with the span that is the parent of what others do for it."""
         metadata = self._call.metadata

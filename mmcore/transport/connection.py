@@ -74,7 +74,7 @@ class Connection(_Base):
         transport.set_write_buffer_limits(high=1 if secure else 0)
         socket = transport.get_extra_info("socket")
         fd = -1 if secure or socket is None else socket.fileno()
-        self.attach(transport, fd, _peer_name(transport), self.authority_name(), secure)
+        self.attach(transport, fd, peer_name(transport), self.authority_name(), secure)
         self.flush()
 
     def authority_name(self) -> bytes | None:
@@ -183,7 +183,8 @@ class Connection(_Base):
         return reason
 
 
-def _peer_name(transport: asyncio.Transport) -> str:
+def peer_name(transport: asyncio.Transport) -> str:
+    """Who is at the other end, ``host:port`` or ``unix``."""
     name = transport.get_extra_info("peername")
     if isinstance(name, tuple):
         return f"{name[0]}:{name[1]}"

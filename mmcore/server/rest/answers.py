@@ -38,6 +38,11 @@ class HttpAnswer:
         self._request = request
 
     @property
+    def peer(self) -> str:
+        """Who sent the request, ``host:port`` or ``unix``."""
+        return self._request.peer
+
+    @property
     def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The request's headers."""
         return metadata_of(self._request)
@@ -80,6 +85,11 @@ class _Awaited:
         self.on_cancel: Callable[[], object] | None = None
         self._request = request
         self._answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    @property
+    def peer(self) -> str:
+        """Who sent the request, ``host:port`` or ``unix``."""
+        return self._request.peer
 
     @property
     def metadata(self) -> tuple[tuple[str, str | bytes], ...]:

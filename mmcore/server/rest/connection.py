@@ -18,6 +18,7 @@ import httptools
 from mmcore._ext.h2server import Working
 from mmcore.config import TransportSettings
 from mmcore.server.rest.request import Part, Request
+from mmcore.transport.connection import peer_name
 
 log = logging.getLogger(__name__)
 
@@ -252,6 +253,11 @@ class Connection(asyncio.Protocol):
         self._owner.refused += 1
         self._refusal = refusal
         self._ready.append(Request(self, "", "", {}, [], keep_alive=False))
+
+    @property
+    def peer(self) -> str:
+        """Who has connected, ``host:port`` or ``unix``."""
+        return peer_name(self._transport)
 
     # What the listener calls.
 

@@ -71,6 +71,11 @@ class Request:
         self.length = sum(map(len, pieces))
 
     @property
+    def peer(self) -> str:
+        """Who sent it, ``host:port`` or ``unix``."""
+        return self._connection.peer
+
+    @property
     def body(self) -> bytes | bytearray:
         """The body, not decompressed; whoever asks for a long one calls :meth:`gather` before."""
         if len(self._pieces) != 1:

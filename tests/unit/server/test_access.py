@@ -11,7 +11,7 @@ from mmcore._ext.v2codec import encode_infer_request
 from mmcore.errors import Overloaded, PermissionDenied, Unauthenticated
 from mmcore.pb import inference_pb2 as pb
 from mmcore.server import access
-from mmcore.server.access import Access
+from mmcore.server.access import Access, Addresses
 from mmcore.server.dataplane import parse_dataplane_config
 from mmcore.server.tokens import parse_tokens
 from mmcore.server.watched import WatchedCall
@@ -264,3 +264,61 @@ def test_a_call_that_is_watched_stays_that_call() -> None:
         infer(watched[2], asking("m"))
     watched[0].reply(b"answer")
     infer(watched[2], asking("m"))
+
+
+class From(Call):
+    """A call without a token from an address."""
+
+    def __init__(self, peer: str) -> None:
+        super().__init__(None)
+        self.peer = peer
+
+
+def test_each_address_has_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(access.time, "monotonic", lambda: now[0])
+    call = Access(None, addresses=Addresses(2.0, 0)).unary(INFER, lambda call, body: b"answer")
+    for _ in range(2):
+        assert call(From("10.0.0.1:5000"), b"") == b"answer"
+    with pytest.raises(Overloaded, match=r"10\.0\.0\.1 is above its 2 requests per second"):
+        call(From("10.0.0.1:5001"), b"")
+    assert call(From("10.0.0.2:5000"), b"") == b"answer"
+    assert call(From("unix"), b"") == b"answer"
+    now[0] += 0.6
+    assert call(From("10.0.0.1:5002"), b"") == b"answer"
+
+
+def test_a_host_does_not_get_more_by_having_many_addresses() -> None:
+    call = Access(None, addresses=Addresses(1.0, 0)).unary(INFER, lambda call, body: b"answer")
+    assert call(From("2001:db8:1:2::1:5000"), b"") == b"answer"
+    with pytest.raises(Overloaded):
+        call(From("2001:db8:1:2:ffff::9:5000"), b"")
+    assert call(From("2001:db8:1:3::1:5000"), b"") == b"answer"
+
+
+def test_each_address_has_so_many_under_way() -> None:
+    held: list[Any] = []
+    call = Access(None, addresses=Addresses(0.0, 1)).unary(INFER, lambda call, body: held.append(call))
+    call(From("10.0.0.1:1"), b"")
+    with pytest.raises(Overloaded, match="has 1 calls under way"):
+        call(From("10.0.0.1:2"), b"")
+    call(From("10.0.0.2:1"), b"")
+    held[0].reply(b"answer")
+    call(From("10.0.0.1:3"), b"")
+
+
+def test_addresses_are_bounded_and_probes_and_instances_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "_MOST_ADDRESSES", 3)
+    addresses = Addresses(1.0, 0)
+    guard = Access(None, addresses=addresses)
+    call = guard.unary(INFER, lambda call, body: b"answer")
+    for number in range(10):
+        assert call(From(f"10.0.0.{number}:1"), b"") == b"answer"
+    assert len(addresses._callers) == 3
+    other = From("10.0.0.9:1")
+    other.internal = True  # type: ignore[attr-defined]
+    assert call(other, b"") == b"answer"
+    handler = lambda call, body: b"live"  # noqa: E731
+    assert guard.unary(f"{V2}ServerLive", handler) is handler
+    with pytest.raises(Overloaded):
+        guard.unary(f"{V2}RepositoryIndex", handler)(From("10.0.0.9:2"), b"")
