@@ -377,6 +377,7 @@ class Mesh(Loads):
             except (LoadFailed, Overloaded, Unavailable) as error:
                 failed.add(target)
                 failure = error
+                self.members.cluster.release(target, model)
 
     async def load_at(self, instance: str, model: str, haste: Haste = Haste.NOW) -> None:
         """See :class:`mmcore.routing.actions.Actions`."""

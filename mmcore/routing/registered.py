@@ -233,6 +233,9 @@ class Registered(Catalog):
             NotFound, LoadFailed, Overloaded, Unavailable: as for :meth:`mmcore.routing.Router.load`.
             Cancelled: it was to be loaded into free room, of which there is not enough.
         """
+        if name not in self._registry.models:
+            # Whoever asks may have heard of it before us.
+            await catch_up(self._registry.models, name)
         priority = Priority.REQUEST if haste in (Haste.NOW, Haste.ANEW) else Priority.PRELOAD
         if haste is Haste.ANEW:
             self._router.cache.failures.forgive(name)

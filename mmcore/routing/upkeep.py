@@ -115,6 +115,9 @@ class Upkeep:
             record = self._registry.models.get(copy.name)
             if record is None or self._registry.instance not in record.copies:
                 continue
+            if len(record.copies) < (len(cluster) if record.everywhere else record.min_copies):
+                # Until it has them; what is on its way may come to nothing.
+                self._changed.add(copy.name)
             model = self._view(copy.name, record, copy.name in used)
             busy.append(model)
             if placement.decider(cluster, model) == self._registry.instance:

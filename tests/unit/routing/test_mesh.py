@@ -54,3 +54,19 @@ async def test_who_asks_expressly_has_a_model_tried_again_wherever_it_failed(joi
         await members[0].mesh.ensure("m")
     assert (await members[0].registered.ensure_loaded("m", sync=True)).state is ModelState.LOADED
     assert loads(*members)["m"] == 3
+
+
+async def test_a_model_that_was_registered_this_moment_is_loaded_where_it_is_not_known_yet(join: Meshes) -> None:
+    one, two = await join("one"), await join("two")
+    await one.add("m")
+    await until(lambda: "m" in two.registry.models)
+    entry = two.registry.models.entry("m")
+    assert entry is not None
+    # As if the change had not come here yet.
+    two.registry.models.drop("models/m")
+    listeners = len(two.registry.models._listeners)
+    load = asyncio.create_task(one.mesh.load_at("two", "m"))
+    await until(lambda: len(two.registry.models._listeners) > listeners)
+    two.registry.models.put("models/m", entry)
+    await load
+    assert two.loader.loads == ["m"]
