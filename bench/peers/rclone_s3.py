@@ -1,4 +1,4 @@
-"""An S3 server for the pull suite: rclone's, whose objects are in memory; it ends when our standard input does.
+"""An S3 server for the pull suite: rclone's, objects in memory; it ends with our standard input, or with us.
 
 What follows on the command line are options of rclone's own.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,16 +28,20 @@ def main() -> None:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     options = ["--config", "/dev/null", "--addr", address, "--auth-key", f"{KEY},{SECRET}", *sys.argv[1:]]
     call = [rclone, "serve", "s3", *options, ":memory:"]
+    # Ended by a signal it takes the server with it, which would keep its objects in memory for good.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with subprocess.Popen(call, stdout=subprocess.DEVNULL) as server:
-        while server.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), 1).close()
-                break
-            except OSError:
-                time.sleep(0.02)
-        print(json.dumps({"event": "ready", "s3": f"http://{address}"}), flush=True)
-        sys.stdin.read()
-        server.terminate()
+        try:
+            while server.poll() is None:
+                try:
+                    socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), 1).close()
+                    break
+                except OSError:
+                    time.sleep(0.02)
+            print(json.dumps({"event": "ready", "s3": f"http://{address}"}), flush=True)
+            sys.stdin.read()
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":
