@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from mmcore.placement.constraints import TypeConstraints
@@ -125,11 +125,16 @@ class Cluster:
         member.reserve(model_id, Reservation(size_bytes, rate, now_ms + RESERVATION_MS, since_ms))
         self._reserved.setdefault(model_id, set()).add(instance_id)
 
-    def ended(self, model_id: str, holders: Container[str]) -> None:
-        """A model's record shows these holders: loads that it has shown before, elsewhere, are on their way no more."""
+    def shown(self, model_id: str, copies: Mapping[str, int]) -> None:
+        """A model's record shows these copies, by instance and since when (ms): what was promised to them has begun.
+
+        Promises that had begun elsewhere have ended.
+        """
         for instance_id in self.reserved(model_id):
-            begun = self._members[instance_id].reservations[model_id].since_ms is not None
-            if begun and instance_id not in holders:
+            promise = self._members[instance_id].reservations[model_id]
+            if instance_id in copies:
+                promise.since_ms = copies[instance_id]
+            elif promise.since_ms is not None:
                 self.release(instance_id, model_id)
 
     def release(self, instance_id: str, model_id: str) -> None:

@@ -430,7 +430,7 @@ class Mesh(Loads):
         if table.holders(name) or self._registry.instance in record.copies:
             self._holders(name, record)
         cluster, now_ms = self.members.cluster, self._clock_ms()
-        cluster.ended(name, record.copies)
+        cluster.shown(name, {instance: copy.since_ms for instance, copy in record.copies.items()})
         for instance, copy in record.copies.items():
             if copy.state != placement.CopyState.LOADED:
                 cluster.started(instance, name, record.size_bytes, copy.since_ms, now_ms)

@@ -19,7 +19,7 @@ from mmcore._ext.v2codec import decode_infer_response, encode_infer_request
 from mmcore.pb import model_mesh_pb2 as pb
 from tests.etcds import Etcd, etcdctl
 from tests.management import BROKEN, files
-from tests.meshes import INFER, MODELS, Client, Load, Member, Mesh, name_of, until
+from tests.meshes import INFER, MODELS, WITHIN_S, Client, Load, Member, Mesh, name_of, until
 from tests.serving import FAILING, Instances
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -182,7 +182,8 @@ async def test_a_model_in_constant_use_is_loaded_by_others_too(mesh: Mesh) -> No
     holder, other, _ = mesh.members
     await mesh.place(3, holder)
     load = Load(other.client, (3,))
-    await until(lambda: _copies(other, 3, 2))
+    # Seen from one look of the upkeep to the next, which are ten seconds apart.
+    await until(lambda: _copies(other, 3, 2), 2 * WITHIN_S)
     await load.stop()
     assert load.failures == []
 

@@ -198,11 +198,15 @@ def test_a_load_that_the_models_record_shows_no_more_is_not_on_its_way() -> None
     cluster = Cluster(instances(2))
     cluster.started("i0", "m", 10, since_ms=5000, now_ms=NOW_MS)
     cluster.reserve("i1", "m", 10, NOW_MS)
-    cluster.ended("m", {"i0"})
+    cluster.shown("m", {"i0": 5000})
     assert sorted(cluster.reserved("m")) == ["i0", "i1"]
-    cluster.ended("m", set())
+    cluster.shown("m", {})
     # What no record has shown yet may still come.
     assert cluster.reserved("m") == ["i1"]
+    cluster.shown("m", {"i1": 6000})
+    assert cluster.reserved("m") == ["i1"]
+    cluster.shown("m", {})
+    assert cluster.reserved("m") == []
 
 
 def test_asked_again_before_any_record_shows_the_load_the_place_is_the_same() -> None:
