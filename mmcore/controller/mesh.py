@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _TIMEOUT_S: Final = 10.0
 #: Between two lists of all vmodels, and between two looks at those in motion.
 _LIST_EVERY_S: Final = 10.0
+_LIST_WITHIN_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.3
 #: More in motion than this are looked at by a list.
 _ONE_BY_ONE: Final = 30
@@ -66,6 +67,10 @@ class Mesh:
         self._following: asyncio.Task[None] | None = None
         self._moved = asyncio.Event()
         self._in_motion: set[str] = set()
+        #: When the next list is due, and when while many are in motion, who are not looked at one by one.
+        self._list_at = self._soon_at = 0.0
+        #: The vmodels that were told of since the last list was asked for.
+        self._newer: set[str] = set()
 
     @property
     def reachable(self) -> bool:
@@ -79,7 +84,7 @@ class Mesh:
             return
         self._addresses = now
         if not now:
-            self.listed = False
+            self.listed, self._soon_at = False, 0.0
         elif self._following is None:
             self._following = asyncio.get_running_loop().create_task(self._follow(), name=f"mesh {self._namespace}")
         self._moved.set()
@@ -108,8 +113,11 @@ class Mesh:
         await self._call(f"{_MANAGEMENT}/deleteVModel", request, pb.DeleteVModelResponse)
         self.vmodels.pop(name, None)
         self._in_motion.discard(name)
+        self._newer.add(name)
 
-    async def _call(self, path: str, request: Message, response: type[ResponseT]) -> ResponseT:
+    async def _call(
+        self, path: str, request: Message, response: type[ResponseT], *, timeout_s: float = _TIMEOUT_S
+    ) -> ResponseT:
         body = request.SerializeToString()
         # Another one takes over from an instance that has gone; each is tried once.
         for _ in range(len(self._addresses) + 1):
@@ -117,7 +125,7 @@ class Mesh:
             if channel is None or channel.target not in self._addresses:
                 channel = await self._connect()
             try:
-                return response.FromString(await channel.unary(path, body, timeout_s=_TIMEOUT_S))
+                return response.FromString(await channel.unary(path, body, timeout_s=timeout_s))
             except RpcError as error:
                 if error.status is not Status.UNAVAILABLE:
                     raise
@@ -138,8 +146,6 @@ class Mesh:
         self._last = channel.target
         return channel
 
-    #: How long the last list took.
-    _list_s: float = 0.0
     #: The instance asked last, which is not the first to be tried when it went away.
     _last: str = ""
 
@@ -149,53 +155,83 @@ class Mesh:
             await left.close()
 
     async def _follow(self) -> None:
+        """Lists beside looks: a long list, or one that fails, keeps nobody from hearing of the few in motion."""
         loop = asyncio.get_running_loop()
-        list_at = 0.0
-        while True:
-            try:
-                now = loop.time()
-                if now >= list_at or not self.listed or len(self._in_motion) > _ONE_BY_ONE:
-                    await self._list()
-                    list_at = loop.time() + _LIST_EVERY_S
-                else:
-                    await asyncio.gather(*map(self._look, list(self._in_motion)))
-            except (NoInstance, RpcError) as error:
-                log.debug("%s cannot be listed: %s", self._namespace, error)
-            self._moved.clear()
-            pause = max(list_at - loop.time(), 0.0)
-            if self._in_motion or not self.listed:
-                # A long list is not asked for all the time.
-                pause = min(pause, _LOOK_EVERY_S + self._list_s * 5) if pause else _LOOK_EVERY_S
-            try:
-                async with asyncio.timeout(pause if self._addresses else None):
-                    await self._moved.wait()
-            except TimeoutError:
-                continue
-            await asyncio.sleep(_LOOK_EVERY_S)
+        listing: asyncio.Task[None] | None = None
+        try:
+            while True:
+                self._moved.clear()
+                if self._addresses and (listing is None or listing.done()) and loop.time() >= self._due:
+                    listing = loop.create_task(self._list_once(), name=f"list {self._namespace}")
+                few = list(self._in_motion) if self.listed and len(self._in_motion) <= _ONE_BY_ONE else []
+                await asyncio.gather(*map(self._look, few))
+                pause = None
+                if self._addresses and (listing is None or listing.done()):
+                    pause = max(self._due - loop.time(), 0.0)
+                if self._addresses and few:
+                    pause = min(_LOOK_EVERY_S, _LOOK_EVERY_S if pause is None else pause)
+                try:
+                    async with asyncio.timeout(pause):
+                        await self._moved.wait()
+                except TimeoutError:
+                    continue
+                await asyncio.sleep(_LOOK_EVERY_S)
+        finally:
+            if listing is not None:
+                listing.cancel()
+
+    async def _list_once(self) -> None:
+        """One list, and when the next is due: a long one is not asked for all the time."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            await self._list()
+        except (NoInstance, RpcError) as error:
+            log.debug("%s cannot be listed: %s", self._namespace, error)
+        now = loop.time()
+        self._list_at = now + _LIST_EVERY_S
+        self._soon_at = now + min(_LIST_EVERY_S, _LOOK_EVERY_S + (now - started) * 5)
+        self._moved.set()
+
+    @property
+    def _due(self) -> float:
+        many = len(self._in_motion) > _ONE_BY_ONE
+        return self._soon_at if many or not self.listed else self._list_at
 
     async def _list(self) -> None:
-        started = asyncio.get_running_loop().time()
+        newer = self._newer = set()
         request = cluster_pb2.ListRequest()
-        answer = await self._call(f"{_CLUSTER}/ListVModels", request, cluster_pb2.ListVModelsResponse)
+        answer = await self._call(
+            f"{_CLUSTER}/ListVModels", request, cluster_pb2.ListVModelsResponse, timeout_s=_LIST_WITHIN_S
+        )
         found = {row.name: row.status for row in answer.vmodels}
+        for name in newer:
+            # What was told of it while the list was on its way is newer than the list.
+            found.pop(name, None)
+            if name in self.vmodels:
+                found[name] = self.vmodels[name]
         changed = {name for name, status in found.items() if self.vmodels.get(name) != status}
         changed |= self.vmodels.keys() - found.keys()
         self.vmodels = found
         self._in_motion = {name for name, status in found.items() if in_motion(status)}
         first, self.listed = not self.listed, True
-        self._list_s = asyncio.get_running_loop().time() - started
         if changed or first:
             self._changed(None if first else changed)
 
     async def _look(self, name: str) -> None:
         request = pb.GetVModelStatusRequest(vModelId=name)
-        status = await self._call(f"{_MANAGEMENT}/getVModelStatus", request, pb.VModelStatusInfo)
+        try:
+            status = await self._call(f"{_MANAGEMENT}/getVModelStatus", request, pb.VModelStatusInfo)
+        except (NoInstance, RpcError) as error:
+            log.debug("%s of %s cannot be looked at: %s", name, self._namespace, error)
+            return
         if self._take(name, status):
             self._changed([name])
 
     def _take(self, name: str, status: pb.VModelStatusInfo) -> bool:
         changed = self.vmodels.get(name) != status
         self.vmodels[name] = status
+        self._newer.add(name)
         if in_motion(status):
             self._in_motion.add(name)
             self._moved.set()
