@@ -130,10 +130,12 @@ class RuntimeSettings:
     Attributes:
         address: ``unix:PATH`` or ``host:port``.
         capacity_bytes: what its models may take together; None: as it says itself.
+        ca: signs the certificate that the runtime must have for its host; None: plain text.
     """
 
     address: str
     capacity_bytes: int | None = None
+    ca: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

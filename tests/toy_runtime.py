@@ -220,7 +220,11 @@ def serve(address: str, settings: dict[str, Any]) -> list[grpc.Server]:
     for one, where, offered in servers:
         for service, methods in offered.items():
             one.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
-        assert one.add_insecure_port(where), where
+        if "tls" in settings:  # files: its certificate, its key, the authority of its clients
+            certificate, key, authority = (Path(file).read_bytes() for file in settings["tls"])
+            assert one.add_secure_port(where, grpc.ssl_server_credentials([(key, certificate)], authority, True)), where
+        else:
+            assert one.add_insecure_port(where), where
         one.start()
     return [one for one, _, _ in servers]
 

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from mmcore.adapters.runtime import Runtime
+from mmcore.adapters.runtime import Runtime, Tls
 from mmcore.adapters.server_memory import DISK_FACTOR
 from mmcore.config import TransportSettings
 from mmcore.errors import InferenceFailed, LoadFailed, RpcError, Status, Unavailable
@@ -102,13 +102,15 @@ class External:
         self,
         runtime: Runtime,
         *,
+        tls: Tls | None = None,
         ready_within_s: float = READY_WITHIN_S,
         away_s: float = AWAY_S,
         silent_s: float = SILENT_S,
         hung_s: float = HUNG_S,
     ) -> None:
         self.runtime: Final = runtime
-        self.channel: Final = Channel(runtime.address, settings=_SETTINGS)
+        self.channel: Final = Channel(runtime.address, settings=_SETTINGS, ssl=tls)
+        self._tls = tls
         self.up = False
         self.status = pb.RuntimeStatusResponse()
         self.on_up: Callable[[], object] = lambda: None
@@ -253,7 +255,7 @@ class External:
                 since = loop.time()
 
     async def _hangs(self) -> bool:
-        probe = Channel(self.runtime.address, settings=_SETTINGS)
+        probe = Channel(self.runtime.address, settings=_SETTINGS, ssl=self._tls)
         try:
             await probe.greeted(self._hung_s)
         except RpcError:

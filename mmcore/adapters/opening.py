@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 from mmcore.adapters import mlserver, triton
 from mmcore.adapters.ovms import OvmsRuntime
 from mmcore.adapters.repository import RepositoryRuntime
-from mmcore.adapters.runtime import Runtime
+from mmcore.adapters.runtime import Runtime, Tls
 from mmcore.adapters.spi import SpiRuntime
 from mmcore.adapters.torchserve import TorchServeRuntime
 
@@ -20,18 +20,22 @@ _OVMS_REST: Final = "8888"
 _TORCHSERVE_MANAGEMENT: Final = "7071"
 
 
-def open_runtime(address: str) -> Runtime:
+def open_runtime(address: str, tls: Tls | None = None) -> Runtime:
     """A runtime at ``unix:PATH`` or ``host:port``, which speaks the SPI itself, or at ``triton://host:port?repo=DIR``.
 
     The former may answer requests elsewhere, ``?data=`` an address of either form.
     Instead of ``triton`` there can be ``mlserver``, ``ovms`` (with ``rest=PORT`` and ``config=FILE``) and
     ``torchserve`` (with ``management=PORT`` and ``workers=N``).
 
+    ``tls`` is spoken with a runtime of the SPI at ``host:port``, for its management and its requests.
+
     Raises:
-        ValueError: the text is no such address.
+        ValueError: the text is no such address, or no runtime that TLS is spoken with.
     """
     scheme, mark, _ = address.partition("://")
     if mark and scheme in _SERVERS:
+        if tls is not None:
+            raise ValueError(f"{address!r} is reached in plain text alone; TLS is for runtimes of mmesh.ModelRuntime")
         return _server(address)
     managed, mark, text = address.partition("?")
     query = dict(parse_qsl(text))
@@ -41,7 +45,7 @@ def open_runtime(address: str) -> Runtime:
     for one in (managed, data):
         if not one.startswith("unix:") or one == "unix:":
             _check(one, address)
-    return SpiRuntime(managed, data)
+    return SpiRuntime(managed, data, tls)
 
 
 def _server(address: str) -> Runtime:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from mmcore.errors import Status
 from mmcore.pb import model_runtime_pb2 as pb
 
 SERVICE: Final = "mmesh.ModelRuntime"
+
+
+#: What gives a channel its context for TLS.
+Tls = Callable[[], ssl.SSLContext]
 
 
 class Runtime(Protocol):

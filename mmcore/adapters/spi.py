@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from mmcore.adapters.runtime import SERVICE
+from mmcore.adapters.runtime import SERVICE, Tls
 from mmcore.errors import RpcError, Status
 from mmcore.pb import model_runtime_pb2 as pb
 from mmcore.transport import Channel
@@ -23,9 +23,9 @@ class SpiRuntime:
     Satisfies :class:`mmcore.adapters.runtime.Runtime`.
     """
 
-    def __init__(self, managed: str, address: str) -> None:
+    def __init__(self, managed: str, address: str, tls: Tls | None = None) -> None:
         self.address: str = address
-        self._channel = Channel(managed)
+        self._channel = Channel(managed, ssl=tls)
         self._service = SERVICE
 
     def prepare(self) -> None:

@@ -135,6 +135,11 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     help="Load models into this runtime and pass requests to it: unix:PATH or HOST:PORT speaking mmesh.ModelRuntime, "
     "or SERVER://HOST:PORT?repo=DIR with triton, mlserver, ovms or torchserve.",
 )
+@option(
+    "--runtime-ca",
+    type=FILE,
+    help="Reach a --runtime at HOST:PORT over TLS; this has signed its certificate. It is shown --tls-cert.",
+)
 @option("--workers", type=click.IntRange(1), default=1, help="Serving processes that share the ports and the memory.")
 @option(
     "--zone",
@@ -304,6 +309,7 @@ def command(
     peer_port: int | None,
     advertise: str | None,
     runtime: str | None,
+    runtime_ca: Path | None,
     workers: int,
     zone: str,
     label: tuple[str, ...],
@@ -361,6 +367,8 @@ def command(
         if workers > 1:
             raise click.UsageError("--workers: one instance alone can have a --runtime")
         check_runtime(runtime, "--runtime")
+    elif runtime_ca is not None:
+        raise click.UsageError("--runtime-ca is for a --runtime")
     tls = _tls(tls_cert, tls_key, tls_client_ca)
     if tls is None and (metrics_tls or peer_ca):
         raise click.UsageError("--metrics-tls and --peer-ca need --tls-cert and --tls-key")
@@ -389,7 +397,7 @@ def command(
             zone=zone,
             labels=label,
             capacity_bytes=capacity or default_capacity(),
-            runtime=RuntimeSettings(runtime, capacity) if runtime is not None else None,
+            runtime=RuntimeSettings(runtime, capacity, runtime_ca) if runtime is not None else None,
             registry=registry,
             management_port=management_port,
             shared_management=shared_management,

@@ -60,7 +60,7 @@ from mmcore.server.workers import run_workers
 from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig, WholeOrigin
 from mmcore.tracing import RequestTrace, Tracer
 from mmcore.transport import Server, add_health, add_reflection
-from mmcore.transport.tls import HTTP_1, HTTP_2, peer_context, server_context
+from mmcore.transport.tls import HTTP_1, HTTP_2, client_context, peer_context, server_context
 
 if TYPE_CHECKING:
     from mmcore.server.dashboard.dashboard import Dashboard
@@ -477,8 +477,11 @@ def _puller(settings: StorageSettings) -> Puller:
 def _external(settings: ServeSettings) -> External | None:
     if settings.runtime is None:
         return None
+    # It shows the runtime its own certificate, where it has one.
+    ca = settings.runtime.ca
+    tls = client_context(ca, settings.tls) if ca is not None else None
     try:
-        return External(open_runtime(settings.runtime.address))
+        return External(open_runtime(settings.runtime.address, tls), tls=tls)
     except ValueError as error:
         raise InvalidSetting(f"--runtime: {error}") from None
 

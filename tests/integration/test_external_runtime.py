@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from typing import Any
 import grpc
 import pytest
 
-from mmcore.pb import inference_pb2
+from mmcore.pb import inference_pb2, model_mesh_pb2
+from tests.certificates import Authority
 from tests.management import States
 from tests.serving import Serve, command, environment
 from tests.toy_processes import Front, Runtime, refused, request
@@ -258,3 +260,30 @@ def test_the_instance_unloads_what_it_has_when_it_ends(front: Start, runtime: Ru
     mesh.instance.signal(signal.SIGTERM)
     assert mesh.instance.wait() == 0
     assert "unload m" in runtime.journal
+
+
+def test_a_runtime_over_tls_sees_this_instances_certificate(serve: Serve, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    theirs, ours = authority.sign("localhost", "IP:127.0.0.1"), authority.sign("instance", "DNS:localhost")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    runtime = Runtime(f"localhost:{port}")
+    runtime.start(tls=[str(theirs.certificate), str(theirs.key), str(authority.certificate)])
+    try:
+        own = ("--tls-cert", ours.certificate, "--tls-key", ours.key)
+        instance = serve(None, "--runtime", runtime.address, "--runtime-ca", authority.certificate, *own)
+        (tmp_path / "m.onnx").write_bytes(b"weights")
+        credentials = grpc.ssl_channel_credentials(authority.certificate.read_bytes())
+        name = ("grpc.ssl_target_name_override", "localhost")
+        with grpc.secure_channel(instance.grpc, credentials, options=[name]) as channel:
+            call = channel.unary_unary("/mmesh.ModelMesh/registerModel")
+            key = json.dumps({"storage_params": {"type": "local"}})
+            info = model_mesh_pb2.ModelInfo(type="onnx", path=str(tmp_path / "m.onnx"), key=key)
+            wanted = model_mesh_pb2.RegisterModelRequest(modelId="m", modelInfo=info, loadNow=True, sync=True)
+            status = model_mesh_pb2.ModelStatusInfo.FromString(call(wanted.SerializeToString(), timeout=20))
+            assert status.status == States.LOADED
+            infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            answer = infer(request("m"), timeout=20)
+        assert inference_pb2.ModelInferResponse.FromString(answer).model_name == "m"
+    finally:
+        runtime.kill()
