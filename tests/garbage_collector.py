@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
+from urllib.error import HTTPError
 
 from mmcore.controller.api import Api, ApiError
 from mmcore.controller.informer import Informer
@@ -116,7 +117,12 @@ class GarbageCollector:
         if not left:
             path = NAMESPACE.path(name=namespace)
             item = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}, "spec": {}}
-            await asyncio.to_thread(self._server.ask, "PUT", f"{path}/finalize", item)
+            try:
+                await asyncio.to_thread(self._server.ask, "PUT", f"{path}/finalize", item)
+            except HTTPError as error:
+                # It is gone, and its watch has not told so yet.
+                if error.code != 404:
+                    raise
         return not left
 
 

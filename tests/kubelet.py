@@ -65,7 +65,8 @@ class Kubelet:
                     try:
                         await self._step()
                     except ApiError as error:
-                        if not (error.conflict or error.missing):
+                        # 403: a namespace that ends takes no new pods.
+                        if not (error.conflict or error.missing or error.code == 403):
                             raise
                         self._dirty.set()
                     await self._dirty.wait()
