@@ -327,4 +327,4 @@ clean:
 
 # The shell texts reach their shells through the environment: no quoting in between.
 export STEP_system STEP_venv STEP_packages_to_run STEP_packages_to_test STEP_extensions STEP_samples STEP_test_system STEP_bench_system
-export STEP_kube_apiserver STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_fuzz_system STEP_fuzz STEP_release STEP_coverage
+export STEP_kube_apiserver STEP_servers STEP_protos_tool STEP_lint STEP_debug STEP_sanitize STEP_fuzz_system STEP_fuzz STEP_release STEP_coverage

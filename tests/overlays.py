@@ -26,9 +26,9 @@ def kustomized(folder: Path | str) -> list[Object]:
 @functools.cache
 def _kustomized(folder: Path) -> list[Object]:
     if program := shutil.which("kustomize"):
-        call = [program, "build", folder]
+        call = [program, "build", str(folder)]
     elif program := shutil.which("kubectl"):
-        call = [program, "kustomize", folder]
+        call = [program, "kustomize", str(folder)]
     else:
         pytest.skip("neither kustomize nor kubectl is installed")
     done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
