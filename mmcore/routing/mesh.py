@@ -335,6 +335,10 @@ class Mesh(Loads):
         """
         self.members.refresh()
         cluster, now_ms = self.members.cluster, self._clock_ms()
+        own = cluster.get(self._registry.instance)
+        # What is loaded here is in this instance's figures, though the model's record may not be written yet.
+        for loaded in [name for name in own.reservations if self._router.copies(name)] if own is not None else ():
+            cluster.release(self._registry.instance, loaded)
         view = model_of(model, record, now_ms)
         try:
             target = placement.place(cluster, view, now_ms, exclude=exclude)

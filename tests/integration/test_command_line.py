@@ -80,10 +80,15 @@ def test_bench_measures_both_ways(instance: Instance) -> None:
     assert "seven" in done.stderr
 
 
+def interruptible() -> None:
+    """In a new process: a shell's background jobs, this run may be one, hand down that interrupts are ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_status_goes_on_with_watch_until_it_is_interrupted(instance: Instance) -> None:
     watching = subprocess.Popen(
         command("status", "--watch", "--every", "100ms"), stdout=subprocess.PIPE, text=True,
-        env=environment(MMCORE_TARGET=instance.grpc),
+        env=environment(MMCORE_TARGET=instance.grpc), preexec_fn=interruptible,
     )  # fmt: skip
     # One that prints nothing is to fail the test, not to hold it up.
     timer = threading.Timer(WITHIN_S, watching.kill)
@@ -116,7 +121,10 @@ def terminal() -> Iterator[tuple[int, int]]:
 def test_status_with_watch_is_drawn_on_a_terminal(instance: Instance, terminal: tuple[int, int]) -> None:
     ours, theirs = terminal
     env = environment(MMCORE_TARGET=instance.grpc, TERM="xterm", COLUMNS="120", LINES="40")
-    watching = subprocess.Popen(command("status", "--watch", "--every", "100ms"), stdout=theirs, stdin=theirs, env=env)
+    watching = subprocess.Popen(
+        command("status", "--watch", "--every", "100ms"), stdout=theirs, stdin=theirs, env=env,
+        preexec_fn=interruptible,
+    )  # fmt: skip
     os.close(theirs)
     seen = b""
     try:

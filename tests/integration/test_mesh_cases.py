@@ -6,6 +6,7 @@ README-mesh.md tells which of its cases is proved where.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -126,8 +127,8 @@ async def test_a_model_that_one_instance_alone_can_load_is_answered_whichever_is
     a, _, _ = mesh.members
     for number in range(12):
         member = mesh.members[number % len(mesh.members)]
-        attempts = mesh.files / f"attempts-{number}"
-        name = f"particular-{number}"
+        name = f"particular-{number}-{os.urandom(2).hex()}"  # of its own when the test is run again
+        attempts = mesh.files / f"attempts-{name}"
         settings = f"parameters: {{attempts: {attempts}, only: {member.clock}}}"
         await a.client.register(name, files(mesh.files, name, PARTICULAR, settings=settings))
         for asked in mesh.members:
