@@ -59,14 +59,14 @@ cdef class ClientCall(Stream):
             self.header_flood = True
             return 0
         if name[0] == c":":
-            self.http_status = number_of(value, value_size)
+            self.http_status = number_of(value, value_size, 3)
             return 0
         if name[0] == c"c" and is_text(name, name_size, b"content-type", 12):
             self.content_type_ok = value_size >= 16 and memcmp(value, b"application/grpc", 16) == 0
             return 0
         if name[0] == c"g" and name_size > 5 and memcmp(name, b"grpc-", 5) == 0:
             if is_text(name, name_size, b"grpc-status", 11):
-                self.grpc_status = number_of(value, value_size)
+                self.grpc_status = number_of(value, value_size, 3)
                 if self.grpc_status < 0:
                     self.grpc_status = UNKNOWN
                 return 0
@@ -79,7 +79,7 @@ cdef class ClientCall(Stream):
             if is_text(name, name_size, b"grpc-accept-encoding", 20):
                 return 0
         if name[0] == c"m" and is_text(name, name_size, b"mmcore-working", 14):
-            (<ClientSession>self.session).told = count_of(value, value_size)
+            (<ClientSession>self.session).told = number_of(value, value_size, 9)
             return 0
         return self.keep(name, name_size, value, value_size)
 
@@ -202,24 +202,11 @@ cdef class ClientCall(Stream):
         return 0
 
 
-cdef int number_of(const uint8_t *text, size_t length) noexcept:
-    """A number of at most three digits, -1 for anything else."""
-    cdef int number = 0
-    cdef size_t i
-    if length == 0 or length > 3:
-        return -1
-    for i in range(length):
-        if text[i] < c"0" or text[i] > c"9":
-            return -1
-        number = number * 10 + (text[i] - c"0")
-    return number
-
-
-cdef Py_ssize_t count_of(const uint8_t *text, size_t length) noexcept:
-    """A number of at most nine digits, -1 for anything else."""
+cdef Py_ssize_t number_of(const uint8_t *text, size_t length, size_t most) noexcept:
+    """A number of at most ``most`` digits (nine or fewer), -1 for anything else."""
     cdef Py_ssize_t number = 0
     cdef size_t i
-    if length == 0 or length > 9:
+    if length == 0 or length > most:
         return -1
     for i in range(length):
         if text[i] < c"0" or text[i] > c"9":

@@ -19,18 +19,16 @@ from tests.management import Manager
 from tests.serving import ROOT, Instance
 
 
-class Runtime:
-    """The toy in a process of its own, on a Unix socket or a port."""
+class StandIn:
+    """A server of the tests in a process of its own, which says when it is ready."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self, **settings: Any) -> None:
+    def run(self, module: str, *args: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.toy_runtime", self.address, json.dumps(settings)],
-            stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        )  # fmt: skip
+            [sys.executable, "-m", module, *args], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
@@ -41,6 +39,17 @@ class Runtime:
             assert self._process.stdout is not None
             self._process.stdout.close()
             self._process = None
+
+
+class Runtime(StandIn):
+    """The toy, on a Unix socket or a port."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self.address = address
+
+    def start(self, **settings: Any) -> None:
+        self.run("tests.toy_runtime", self.address, json.dumps(settings))
 
     def signal(self, number: int) -> None:
         assert self._process is not None

@@ -9,23 +9,14 @@ from typing import Final
 import click
 
 from mmcore import log
-from mmcore.cli.serve import DURATION, SIZE, check_runtime, option, read_config
+from mmcore.cli.serve import DURATION, SIZE, check_runtime, config_option, option
 from mmcore.config import ISOLATION_POLICIES, THREAD_POOLS, HeldSettings, default_capacity
 
 _HELD: Final = HeldSettings()
 
 
 @click.command("runtime", context_settings={"show_default": True})
-@click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    callback=read_config,
-    is_eager=True,
-    expose_value=False,
-    envvar="MMCORE_CONFIG",
-    show_envvar=True,
-    help="YAML file with any of the options below.",
-)
+@config_option
 @option("--host", default=_HELD.host, help="Address to listen on. Whoever reaches it can have any file loaded.")
 @option("--grpc-port", type=click.IntRange(0, 65535), default=_HELD.port, help="Port; 0 picks a free one.")
 @option("--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket as well.")

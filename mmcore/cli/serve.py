@@ -90,8 +90,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
-@click.command("serve", context_settings={"show_default": True})
-@click.option(
+config_option = click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     callback=read_config,
@@ -101,6 +100,10 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     show_envvar=True,
     help="YAML file with any of the options below.",
 )
+
+
+@click.command("serve", context_settings={"show_default": True})
+@config_option
 @option(
     "--models",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +14,11 @@ from mmcore._ext.v2codec import decode_infer_response, encode_infer_request
 from mmcore.controller.objects import POD, PREDICTOR, Object, at
 from mmcore.errors import RpcError
 from mmcore.transport import Channel
-from tests.api_servers import ApiServer, api_server, secret
+from tests.api_servers import secret
 from tests.certificates import Signed, self_signed
-from tests.clusters import Cluster, predictor, running, runtime
-from tests.management import SCALE
-from tests.serving import write_model
+from tests.clusters import Cluster, predictor, runtime
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    started = api_server(tmp_path_factory.mktemp("kubernetes"))
-    try:
-        yield started.start()
-    finally:
-        started.stop()
-
-
-@pytest.fixture
-async def cluster(server: ApiServer, tmp_path: Path) -> AsyncIterator[Cluster]:
-    async with running(server, tmp_path) as found:
-        for factor in (2, 3):
-            write_model(found.models, f"scale-{factor}", SCALE.replace("FACTOR", str(factor)))
-        yield found
 
 
 def loaded(scheme: str) -> Callable[[Object], bool]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,38 +14,25 @@ import pytest
 
 from bench.peers.served import free_ports
 from mmcore.pb import model_mesh_pb2 as pb
-from tests.serving import ROOT, Serve
-from tests.toy_processes import Front, refused, request
+from tests.serving import Serve
+from tests.toy_processes import Front, StandIn, refused, request
 
 pytestmark = pytest.mark.slow
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 
-class Ovms:
+class Ovms(StandIn):
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         ports = free_ports(2)
         self.grpc, self.rest = (f"127.0.0.1:{port}" for port in ports)
         self.repository = folder / "models"
         self.config = folder / "config.json"
         self.address = f"ovms://{self.grpc}?repo={self.repository}&rest={ports[1]}&config={self.config}"
-        self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ovms_server", self.grpc, self.rest, str(self.config)],
-            stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(10)
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._process = None
+        self.run("tests.ovms_server", self.grpc, self.rest, str(self.config))
 
     @property
     def readings(self) -> list[str]:
