@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import uvloop
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 from tests.serving import Instances, Serve
 
@@ -23,6 +26,21 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, LoopFactory
     if getattr(getattr(item, "module", None), "EVERY_LOOP", False):
         return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: pytest.Item | pytest.Collector, call: pytest.CallInfo[object]) -> None:
+    """Say at once why a test failed, and watch over its clean-up and its second run.
+
+    The watches of pytest and of pytest-timeout end with the failure, and reports come after the clean-up: one that
+    hangs would hold the run for ever, without a word.
+    """
+    if not isinstance(node, pytest.Item) or call.excinfo is None:
+        return
+    stderr = node.config.stash[fault_handler_stderr_fd_key]
+    why = call.excinfo.exconly().splitlines()[0][:300]
+    os.write(stderr, f"\n{node.nodeid} failed in its {call.when}: {why}\n".encode(errors="replace"))
+    faulthandler.dump_traceback_later(float(node.config.getini("faulthandler_timeout")), exit=True, file=stderr)
 
 
 @pytest.fixture
