@@ -152,9 +152,12 @@ $(SERVERS): bench/environments.py $(DEV_PACKAGES)
 	@touch $@
 
 # Two processes even where there are more cores: some tests have ten processes of their own. A file's tests stay together,
-# for what they share. What fails is run once more, and told of as RERUN: processes on a shared machine are late at times.
+# for what they share. Processes on a shared machine are late at times: what fails is run once more, with nothing beside
+# it, and has to pass then.
 test: $(EXTENSIONS) $(DEV_PACKAGES) $(TEST_SYSTEM) $(SERVERS)
-	@$(PY) -m pytest --numprocesses=2 --dist=loadfile --reruns=1 $(PYTEST_ARGS)
+	@$(PY) -m pytest --numprocesses=2 --dist=loadfile -o cache_dir=build/pytest $(PYTEST_ARGS) || { [ $$? = 1 ] && \
+	echo "Once more, what has failed:" && \
+	$(PY) -m pytest --numprocesses=1 -o cache_dir=build/pytest --last-failed --last-failed-no-failures=none $(PYTEST_ARGS); }
 
 test-fast: $(EXTENSIONS) $(DEV_PACKAGES)
 	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)

@@ -30,10 +30,9 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, LoopFactory
 
 @pytest.hookimpl(trylast=True)
 def pytest_exception_interact(node: pytest.Item | pytest.Collector, call: pytest.CallInfo[object]) -> None:
-    """Say at once why a test failed, and watch over its clean-up and its second run.
+    """Say at once why a test failed, and watch over its clean-up.
 
-    The watches of pytest and of pytest-timeout end with the failure, and reports come after the clean-up: one that
-    hangs would hold the run for ever, without a word.
+    The watches of pytest and of pytest-timeout end with the failure: a clean-up that hangs would hold the run for ever.
     """
     if not isinstance(node, pytest.Item) or call.excinfo is None:
         return

@@ -111,8 +111,10 @@ async def test_an_instance_answers_what_is_passed_on_as_it_answers_its_own_clien
         await direct.close()
 
 
-async def under_load(channel: Channel, disturb: Callable[[], object], enough: Callable[[], bool]) -> list[ClientCall]:
-    """Callers that ask without a pause while one thing happens; the calls that failed."""
+async def under_load(
+    channel: Channel, begun: Callable[[], bool], disturb: Callable[[], object], enough: Callable[[], bool]
+) -> list[ClientCall]:
+    """Callers that ask without a pause while one thing happens, once they have begun; the calls that failed."""
     await channel.connect()
     failed: list[ClientCall] = []
     body = request()
@@ -138,14 +140,16 @@ async def under_load(channel: Channel, disturb: Callable[[], object], enough: Ca
             while not condition():
                 await asyncio.sleep(0.01)
 
-    for _ in range(CALLERS):
-        channel.start(INFER, body, answered, timeout_s=WITHIN_S)
-    await until(lambda: done > 500)
-    disturb()
-    await until(enough)
-    seen = done
-    await until(lambda: done > seen + 500)
-    stopping = True
+    try:
+        for _ in range(CALLERS):
+            channel.start(INFER, body, answered, timeout_s=WITHIN_S)
+        await until(begun)
+        disturb()
+        await until(enough)
+        seen = done
+        await until(lambda: done > seen + 500)
+    finally:
+        stopping = True
     await asyncio.wait_for(ended.wait(), WITHIN_S)
     return failed
 
@@ -158,13 +162,14 @@ async def test_no_request_fails_when_one_of_two_holders_ends_under_load(
     async with front(*holders) as (channel, forwarding):
         first, second = forwarding.peers.values()
 
+        def begun() -> bool:
+            return first.answered > 100 and second.answered > 100
+
         def ended() -> bool:
             return holders[0].process.poll() is not None and not first.usable
 
-        failed = await under_load(channel, lambda: holders[0].signal(number), ended)
+        failed = await under_load(channel, begun, lambda: holders[0].signal(number), ended)
         assert [(call.status, call.details) for call in failed] == []
-        assert first.answered > 100
-        assert second.answered > 100
         assert (first.in_flight, second.in_flight) == (0, 0)
 
 

@@ -290,13 +290,15 @@ def test_it_is_killed_under_load_and_started_again_and_every_request_is_answered
 
     with futures.ThreadPoolExecutor(len(FORMATS)) as pool:
         asking = [pool.submit(ask, name) for name in FORMATS]
-        held.kill()
-        held.start()
-        ends_at = time.monotonic() + 20
-        while [front.manager.state(name) for name in FORMATS] != ["LOADED"] * len(FORMATS):
-            assert time.monotonic() < ends_at, front.instance.log_text()
-            time.sleep(0.05)
-        stop.set()
+        try:
+            held.kill()
+            held.start()
+            ends_at = time.monotonic() + 20
+            while [front.manager.state(name) for name in FORMATS] != ["LOADED"] * len(FORMATS):
+                assert time.monotonic() < ends_at, front.instance.log_text()
+                time.sleep(0.05)
+        finally:
+            stop.set()
         assert all(one.result(timeout=60) > 0 for one in asking)
 
 
