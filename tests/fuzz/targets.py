@@ -31,6 +31,8 @@ TARGETS: Final = {
     "registry_record": "files:registry_record",
     "worker_frame": "files:worker_frame",
 }
+#: Those that run no compiled code of ours.
+PYTHON: Final = frozenset({"server_files", "config_pbtxt", "config_json", "settings", "archive", "registry_record"})
 #: Of ``native.pyx``, each with the target whose corpus it begins with.
 NATIVE: Final = {
     "native_protobuf": "protobuf",
