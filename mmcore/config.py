@@ -128,14 +128,16 @@ class RuntimeSettings:
     """A runtime of its own process that loads and answers all models.
 
     Attributes:
-        address: ``unix:PATH`` or ``host:port``.
+        address: as :func:`mmcore.adapters.open_runtime` takes it.
         capacity_bytes: what its models may take together; None: as it says itself.
-        ca: signs the certificate that the runtime must have for its host; None: plain text.
+        ca: signs the certificate that it must have for its host; None: plain text.
+        own: the certificate that it is shown over TLS; None: none.
     """
 
     address: str
     capacity_bytes: int | None = None
     ca: Path | None = None
+    own: TlsFiles | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +277,9 @@ class HeldSettings:
     Attributes:
         host, port: where it listens; the port 0 picks a free one.
         uds: path of a Unix socket to listen on as well.
-        adapter: the server that holds the models, ``triton://HOST:PORT?repo=DIR``; None: this process.
+        tls: for its port; None: plain text.
+        metrics_port: the port of metrics and probes on the same address; 0 picks a free one, None: there is none.
+        adapter: the server that holds the models; None: this process.
         capacity_bytes: what the mesh may load; 0: what that server says.
         load_timeout_s: how long a load may take.
         loader_threads: how many models this process loads at once.
@@ -286,7 +290,9 @@ class HeldSettings:
     host: str = "127.0.0.1"
     port: int = 8085
     uds: Path | None = None
-    adapter: str | None = None
+    tls: TlsFiles | None = None
+    metrics_port: int | None = None
+    adapter: RuntimeSettings | None = None
     capacity_bytes: int = 0
     load_timeout_s: float = 90.0
     loader_threads: int = 2

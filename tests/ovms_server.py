@@ -1,6 +1,8 @@
 """What OpenVINO Model Server answers its config API with, as its documentation and source have it; a stand-in for it.
 
-    python -m tests.ovms_server GRPC REST CONFIG
+    python -m tests.ovms_server GRPC REST CONFIG [CERTIFICATE KEY]
+
+With a certificate both ports speak TLS, as they do behind the proxy that its documentation puts before it for that.
 
 There is no package of the server that could be installed here. This reads the same file, answers the same paths with
 the same statuses and JSON (200 nothing changed, 201 changed, 412 something was wrong), loads one model after the other,
@@ -11,6 +13,7 @@ and answers ModelInfer of KServe v2 with the request's own tensors. A file calle
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 import threading
 import time
@@ -109,16 +112,24 @@ def handler(ovms: Ovms) -> type[BaseHTTPRequestHandler]:
 
 
 if __name__ == "__main__":
-    grpc_address, rest, config = sys.argv[1:]
+    grpc_address, rest, config, *tls = sys.argv[1:]
     ovms = Ovms(Path(config))
     if ovms.config.exists():
         ovms.reload()
     server = grpc.server(futures.ThreadPoolExecutor(8))
     methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(ovms.infer)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),))
-    server.add_insecure_port(grpc_address)
     host, _, port = rest.rpartition(":")
     listener = ThreadingHTTPServer((host, int(port)), handler(ovms))
+    if tls:
+        certificate, key = tls
+        pair = (Path(key).read_bytes(), Path(certificate).read_bytes())
+        server.add_secure_port(grpc_address, grpc.ssl_server_credentials([pair]))
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key)
+        listener.socket = context.wrap_socket(listener.socket, server_side=True)
+    else:
+        server.add_insecure_port(grpc_address)
     server.start()
     print("ready", flush=True)
     listener.serve_forever()

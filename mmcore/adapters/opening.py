@@ -8,16 +8,33 @@ from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
 from mmcore.adapters import mlserver, triton
+from mmcore.adapters.external import External
 from mmcore.adapters.ovms import OvmsRuntime
 from mmcore.adapters.repository import RepositoryRuntime
 from mmcore.adapters.runtime import Runtime, Tls
 from mmcore.adapters.spi import SpiRuntime
 from mmcore.adapters.torchserve import TorchServeRuntime
+from mmcore.config import RuntimeSettings
+from mmcore.errors import InvalidSetting
+from mmcore.transport.tls import client_context
 
 #: The file that OVMS reads, in its repository where no other is said.
 _CONFIG: Final = "model_config_list.json"
 _OVMS_REST: Final = "8888"
 _TORCHSERVE_MANAGEMENT: Final = "7071"
+
+
+def open_external(settings: RuntimeSettings, flag: str) -> External:
+    """What holds the models of the runtime that the option ``flag`` tells of.
+
+    Raises:
+        InvalidSetting: its address is none, or the files for TLS cannot be read.
+    """
+    tls = client_context(settings.ca, settings.own) if settings.ca is not None else None
+    try:
+        return External(open_runtime(settings.address, tls), tls=tls)
+    except ValueError as error:
+        raise InvalidSetting(f"{flag}: {error}") from None
 
 
 def open_runtime(address: str, tls: Tls | None = None) -> Runtime:
@@ -27,16 +44,14 @@ def open_runtime(address: str, tls: Tls | None = None) -> Runtime:
     Instead of ``triton`` there can be ``mlserver``, ``ovms`` (with ``rest=PORT`` and ``config=FILE``) and
     ``torchserve`` (with ``management=PORT`` and ``workers=N``).
 
-    ``tls`` is spoken with a runtime of the SPI at ``host:port``, for its management and its requests.
+    ``tls`` is spoken with every ``host:port``, for management and requests; None: plain text.
 
     Raises:
-        ValueError: the text is no such address, or no runtime that TLS is spoken with.
+        ValueError: the text is no such address, or there is nothing to speak TLS with.
     """
     scheme, mark, _ = address.partition("://")
     if mark and scheme in _SERVERS:
-        if tls is not None:
-            raise ValueError(f"{address!r} is reached in plain text alone; TLS is for runtimes of mmesh.ModelRuntime")
-        return _server(address)
+        return _server(address, tls)
     managed, mark, text = address.partition("?")
     query = dict(parse_qsl(text))
     data = query.pop("data", "" if mark else managed)
@@ -45,10 +60,12 @@ def open_runtime(address: str, tls: Tls | None = None) -> Runtime:
     for one in (managed, data):
         if not one.startswith("unix:") or one == "unix:":
             _check(one, address)
+    if tls is not None and managed.startswith("unix:") and data.startswith("unix:"):
+        raise ValueError(f"{address!r} is reached by a Unix socket, where TLS is not spoken")
     return SpiRuntime(managed, data, tls)
 
 
-def _server(address: str) -> Runtime:
+def _server(address: str, tls: Tls | None) -> Runtime:
     parts = urlsplit(address)
     options, open_server = _SERVERS[parts.scheme]
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -57,31 +74,31 @@ def _server(address: str) -> Runtime:
         known = "".join(f", {name}=…" for name in options)
         raise ValueError(f"{address!r} must have repo=DIR, the server's folder{known}, and nothing else behind the '?'")
     _check(parts.netloc, address)
-    return open_server(parts.netloc, Path(repository).absolute(), query)
+    return open_server(parts.netloc, Path(repository).absolute(), query, tls)
 
 
-def _triton(target: str, repository: Path, query: dict[str, str]) -> Runtime:
-    return RepositoryRuntime(target, repository, triton.lay_out, loads_at_once=2)
+def _triton(target: str, repository: Path, query: dict[str, str], tls: Tls | None) -> Runtime:
+    return RepositoryRuntime(target, repository, triton.lay_out, loads_at_once=2, tls=tls)
 
 
-def _mlserver(target: str, repository: Path, query: dict[str, str]) -> Runtime:
-    return RepositoryRuntime(target, repository, mlserver.lay_out)
+def _mlserver(target: str, repository: Path, query: dict[str, str], tls: Tls | None) -> Runtime:
+    return RepositoryRuntime(target, repository, mlserver.lay_out, tls=tls)
 
 
-def _ovms(target: str, repository: Path, query: dict[str, str]) -> Runtime:
+def _ovms(target: str, repository: Path, query: dict[str, str], tls: Tls | None) -> Runtime:
     config = Path(query["config"]).absolute() if "config" in query else repository / _CONFIG
-    return OvmsRuntime(target, _beside(target, query.get("rest", _OVMS_REST)), repository, config)
+    return OvmsRuntime(target, _beside(target, query.get("rest", _OVMS_REST)), repository, config, tls=tls)
 
 
-def _torchserve(target: str, repository: Path, query: dict[str, str]) -> Runtime:
+def _torchserve(target: str, repository: Path, query: dict[str, str], tls: Tls | None) -> Runtime:
     workers = query.get("workers", "1")
     if not workers.isdecimal() or int(workers) < 1:
         raise ValueError(f"workers={workers}: expected a number of processes for each model")
     management = _beside(target, query.get("management", _TORCHSERVE_MANAGEMENT))
-    return TorchServeRuntime(target, management, repository, workers=int(workers))
+    return TorchServeRuntime(target, management, repository, workers=int(workers), tls=tls)
 
 
-_Open = Callable[[str, Path, dict[str, str]], Runtime]
+_Open = Callable[[str, Path, dict[str, str], Tls | None], Runtime]
 #: Servers with an adapter: the options in their addresses beside the repository, and what makes it.
 _SERVERS: Final[dict[str, tuple[tuple[str, ...], _Open]]] = {
     "triton": ((), _triton),

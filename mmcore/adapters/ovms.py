@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from mmcore.adapters.model_folders import ModelFolders, files_size, newest_version
-from mmcore.adapters.server_memory import DEFAULT_BYTES, ServerMemory, guessed_size
+from mmcore.adapters.ready import ready
+from mmcore.adapters.runtime import Tls
+from mmcore.adapters.server_memory import ServerMemory, guessed_size
 from mmcore.errors import InvalidModel, RpcError, Status
 from mmcore.pb import model_runtime_pb2 as pb
 
 #: How long requests are gathered before the server is told to read again.
 GATHER_S: Final = 0.05
 LOAD_S: Final = 90.0
+#: They are read one after the other, those that come meanwhile together.
+_LOADS_AT_ONCE: Final = 8
 #: The server loads what is new before it answers.
 _RELOAD_S: Final = 90.0
 _ASK_S: Final = 10.0
@@ -37,6 +41,7 @@ _METHODS: Final = {
     "inference.GRPCInferenceService/ModelReady": (1,),
     "tensorflow.serving.PredictionService/Predict": (1, 1),
     "tensorflow.serving.PredictionService/GetModelMetadata": (1, 1),
+    "tensorflow.serving.ModelService/GetModelStatus": (1, 1),
 }
 
 
@@ -61,12 +66,13 @@ class OvmsRuntime:
     """An OpenVINO Model Server. Satisfies :class:`mmcore.adapters.runtime.Runtime`.
 
     ``repository`` is the folder for models, this runtime's alone, ``config`` the file that the server reads, and
-    ``rest`` where it is told to.
+    ``rest`` where it is told to. With ``tls`` both of its ports are behind what speaks TLS for it.
     """
 
-    def __init__(self, address: str, rest: str, repository: Path, config: Path) -> None:
+    def __init__(self, address: str, rest: str, repository: Path, config: Path, *, tls: Tls | None = None) -> None:
         self.address: str = address
         self._rest = rest
+        self._tls = tls
         self._folders = ModelFolders(repository, lay_out, kept=(config.name,) if config.parent == repository else ())
         self._config = config
         self._memory = ServerMemory(address)
@@ -96,19 +102,7 @@ class OvmsRuntime:
             listed = await self._listed()
         await asyncio.to_thread(self._folders.clear)
         await asyncio.to_thread(self._memory.find)
-        response = pb.RuntimeStatusResponse(
-            status=pb.RuntimeStatusResponse.READY,
-            capacityInBytes=self._memory.capacity_bytes,
-            # They are read one after the other, those that come meanwhile together.
-            maxLoadingConcurrency=8,
-            modelLoadingTimeoutMs=int(LOAD_S * 1000),
-            defaultModelSizeInBytes=DEFAULT_BYTES,
-            runtimeVersion="OpenVINO Model Server",
-            allowAnyMethod=True,
-        )
-        for method, path in _METHODS.items():
-            response.methodInfos[method].idInjectionPath.extend(path)
-        return response
+        return ready(self._memory, "OpenVINO Model Server", _METHODS, loads_at_once=_LOADS_AT_ONCE, load_s=LOAD_S)
 
     async def load(self, request: pb.LoadModelRequest, timeout_s: float) -> pb.LoadModelResponse:
         """See :class:`mmcore.adapters.runtime.Runtime`; INVALID_ARGUMENT for files that cannot be laid out."""
@@ -189,23 +183,24 @@ class OvmsRuntime:
 
     async def _answer(self, method: str, path: str, timeout_s: float) -> tuple[int, dict[str, Any]]:
         try:
-            status, body = await asyncio.to_thread(_exchange, self._rest, method, path, timeout_s)
+            status, body = await asyncio.to_thread(self._exchange, method, path, timeout_s)
             content = json.loads(body or b"{}")
         except (OSError, http.client.HTTPException) as error:
-            raise RpcError(Status.UNAVAILABLE, f"http://{self._rest}{path}: {error}") from error
+            raise RpcError(Status.UNAVAILABLE, f"{self._rest}{path}: {error}") from error
         except ValueError as error:
-            raise RpcError(Status.INTERNAL, f"http://{self._rest}{path} answers what is no JSON") from error
+            raise RpcError(Status.INTERNAL, f"{self._rest}{path} answers what is no JSON") from error
         return status, content if isinstance(content, dict) else {}
 
-
-def _exchange(target: str, method: str, path: str, timeout_s: float) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(target, timeout=timeout_s)
-    try:
-        connection.request(method, path)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
+    def _exchange(self, method: str, path: str, timeout_s: float) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(self._rest, timeout=timeout_s)
+        if self._tls is not None:
+            connection = http.client.HTTPSConnection(self._rest, timeout=timeout_s, context=self._tls())
+        try:
+            connection.request(method, path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
 
 
 def _replace(file: Path, text: str) -> None:

@@ -14,7 +14,9 @@ from typing import Final, TypeVar
 from google.protobuf.message import Message
 
 from mmcore.adapters.model_folders import LaidOut, Layout, ModelFolders, files_size
-from mmcore.adapters.server_memory import DEFAULT_BYTES, ServerMemory, guessed_size
+from mmcore.adapters.ready import ready
+from mmcore.adapters.runtime import Tls
+from mmcore.adapters.server_memory import ServerMemory, guessed_size
 from mmcore.config import TransportSettings
 from mmcore.errors import InvalidModel, RpcError, Status
 from mmcore.pb import inference_pb2 as v2
@@ -22,8 +24,10 @@ from mmcore.pb import model_runtime_pb2 as pb
 from mmcore.transport import Channel
 
 _SERVICE: Final = "inference.GRPCInferenceService"
-#: Methods whose first field is to be the model's id.
-_NAMED: Final = ("ModelInfer", "ModelStreamInfer", "ModelMetadata", "ModelConfig", "ModelReady", "ModelStatistics")
+_METHODS: Final = {
+    f"{_SERVICE}/{name}": (1,)
+    for name in ("ModelInfer", "ModelStreamInfer", "ModelMetadata", "ModelConfig", "ModelReady", "ModelStatistics")
+}
 LOAD_S: Final = 90.0
 _STATISTICS_S: Final = 5.0
 #: Of what a server says that a model takes (Triton, the statistics extension), all but a device's memory.
@@ -40,13 +44,15 @@ class RepositoryRuntime:
     ``repository`` is the folder, which is this runtime's alone: what is in it at the start is removed.
     """
 
-    def __init__(self, address: str, repository: Path, layout: Layout, *, loads_at_once: int = 1) -> None:
+    def __init__(
+        self, address: str, repository: Path, layout: Layout, *, loads_at_once: int = 1, tls: Tls | None = None
+    ) -> None:
         self.address: str = address
         # MLServer's own settings.
         self._folders = ModelFolders(repository, layout, kept=("settings.json",))
         self._memory = ServerMemory(address)
         self._loads_at_once = loads_at_once
-        self._channel = Channel(address, settings=TransportSettings(max_message_bytes=2**28))
+        self._channel = Channel(address, settings=TransportSettings(max_message_bytes=2**28), ssl=tls)
 
     def prepare(self) -> None:
         """See :class:`mmcore.adapters.runtime.Runtime`: its repository."""
@@ -65,18 +71,8 @@ class RepositoryRuntime:
         await asyncio.to_thread(self._folders.clear)
         await asyncio.to_thread(self._memory.find)
         told = await self._call("ServerMetadata", v2.ServerMetadataRequest(), v2.ServerMetadataResponse, timeout_s)
-        response = pb.RuntimeStatusResponse(
-            status=pb.RuntimeStatusResponse.READY,
-            capacityInBytes=self._memory.capacity_bytes,
-            maxLoadingConcurrency=self._loads_at_once,
-            modelLoadingTimeoutMs=int(LOAD_S * 1000),
-            defaultModelSizeInBytes=DEFAULT_BYTES,
-            runtimeVersion=f"{told.name} {told.version}",
-            allowAnyMethod=True,
-        )
-        for method in _NAMED:
-            response.methodInfos[f"{_SERVICE}/{method}"].idInjectionPath.append(1)
-        return response
+        version = f"{told.name} {told.version}"
+        return ready(self._memory, version, _METHODS, loads_at_once=self._loads_at_once, load_s=LOAD_S)
 
     async def load(self, request: pb.LoadModelRequest, timeout_s: float) -> pb.LoadModelResponse:
         """See :class:`mmcore.adapters.runtime.Runtime`; INVALID_ARGUMENT for files that cannot be laid out."""

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from google.protobuf.message import Message
 
+from mmcore.adapters.ready import ready
+from mmcore.adapters.runtime import Tls
 from mmcore.adapters.server_memory import DEFAULT_BYTES, ServerMemory, anonymous_bytes
 from mmcore.config import TransportSettings
 from mmcore.errors import InvalidModel, RpcError, Status
@@ -25,13 +27,13 @@ from mmcore.transport import Channel
 _SERVICE: Final = "org.pytorch.serve.grpc.management.ManagementAPIsService"
 _INFERENCE: Final = "org.pytorch.serve.grpc.inference.InferenceAPIsService"
 _V2: Final = "org.pytorch.serve.grpc.openinference.GRPCInferenceService"
-_METHODS: Final = (
-    f"{_INFERENCE}/Predictions",
-    f"{_INFERENCE}/StreamPredictions",
-    f"{_V2}/ModelInfer",
-    f"{_V2}/ModelMetadata",
-    f"{_V2}/ModelReady",
-)
+_METHODS: Final = {
+    f"{_INFERENCE}/Predictions": (1,),
+    f"{_INFERENCE}/StreamPredictions": (1,),
+    f"{_V2}/ModelInfer": (1,),
+    f"{_V2}/ModelMetadata": (1,),
+    f"{_V2}/ModelReady": (1,),
+}
 #: In its store, what ModelMesh Serving's adapter wrote for it; and what it is to say for models to be managed.
 _SETTINGS: Final = "mmconfig.properties"
 _SETTINGS_LINES: Final = ("enable_model_api=true", "disable_token_authorization=true", "enable_envvars_config=true")
@@ -53,14 +55,14 @@ class TorchServeRuntime:
     runtime's. A model has ``workers`` processes, each of which answers one request at a time.
     """
 
-    def __init__(self, address: str, management: str, store: Path, *, workers: int = 1) -> None:
+    def __init__(self, address: str, management: str, store: Path, *, workers: int = 1, tls: Tls | None = None) -> None:
         self.address: str = address
         self._managed = management
         self._store = store
         self._workers = workers
         self._memory = ServerMemory(address)
-        self._channel = Channel(address)
-        self._management = Channel(management, settings=TransportSettings(max_message_bytes=2**28))
+        self._channel = Channel(address, ssl=tls)
+        self._management = Channel(management, settings=TransportSettings(max_message_bytes=2**28), ssl=tls)
 
     def prepare(self) -> None:
         """See :class:`mmcore.adapters.runtime.Runtime`: the file that ModelMesh Serving's runtime waits for."""
@@ -84,18 +86,7 @@ class TorchServeRuntime:
                 await self.unload(name, timeout_s)
         await asyncio.to_thread(self._clear)
         await asyncio.to_thread(self._memory.find)
-        response = pb.RuntimeStatusResponse(
-            status=pb.RuntimeStatusResponse.READY,
-            capacityInBytes=self._memory.capacity_bytes,
-            maxLoadingConcurrency=2,
-            modelLoadingTimeoutMs=int(LOAD_S * 1000),
-            defaultModelSizeInBytes=DEFAULT_BYTES,
-            runtimeVersion="TorchServe",
-            allowAnyMethod=True,
-        )
-        for method in _METHODS:
-            response.methodInfos[method].idInjectionPath.append(1)
-        return response
+        return ready(self._memory, "TorchServe", _METHODS, loads_at_once=2, load_s=LOAD_S)
 
     async def load(self, request: pb.LoadModelRequest, timeout_s: float) -> pb.LoadModelResponse:
         """See :class:`mmcore.adapters.runtime.Runtime`; INVALID_ARGUMENT for what is no archive."""

@@ -9,7 +9,7 @@ from typing import Final
 import click
 
 from mmcore import log
-from mmcore.cli.serve import DURATION, SIZE, check_runtime, config_option, option
+from mmcore.cli.serve import AUTHORITIES, DURATION, FILE, SIZE, config_option, option, runtime_settings, tls_files
 from mmcore.config import ISOLATION_POLICIES, THREAD_POOLS, HeldSettings, default_capacity
 
 _HELD: Final = HeldSettings()
@@ -25,6 +25,22 @@ _HELD: Final = HeldSettings()
     metavar="ADDRESS",
     show_default="this process",
     help="The server that holds the models: triton://HOST:PORT?repo=DIR or another that serve --runtime takes.",
+)
+@option("--adapter-ca", type=FILE, help="Reach that server over TLS; this has signed its certificate.")
+@option("--adapter-cert", type=FILE, show_default="--tls-cert", help="PEM certificate that it is shown then.")
+@option("--adapter-key", type=FILE, show_default="--tls-key", help="Its key.")
+@option("--tls-cert", type=FILE, help="PEM certificate, with its chain, of the gRPC port.")
+@option("--tls-key", type=FILE, help="Its key. Both are read again when they change.")
+@option(
+    "--tls-client-ca",
+    type=AUTHORITIES,
+    help="Take only a mesh whose certificate this authority, or one of *.crt in this folder, has signed.",
+)
+@option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    show_default="none",
+    help="Port of metrics and probes; 0: a free one.",
 )
 @option(
     "--capacity",
@@ -50,6 +66,13 @@ def command(
     grpc_port: int,
     uds: Path | None,
     adapter: str | None,
+    adapter_ca: Path | None,
+    adapter_cert: Path | None,
+    adapter_key: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    metrics_port: int | None,
     capacity: int | None,
     load_timeout: float,
     loader_threads: int,
@@ -65,8 +88,8 @@ def command(
     One line of JSON on standard output says when models can be loaded. Nothing is loaded or unloaded unasked; that is
     the business of the mesh, `mmcore serve --runtime`, or of ModelMesh.
     """
-    if adapter is not None:
-        check_runtime(adapter, "--adapter")
+    tls = tls_files(tls_cert, tls_key, tls_client_ca)
+    server = runtime_settings("--adapter", adapter, (adapter_ca, adapter_cert, adapter_key), tls, capacity)
     # Before numpy is imported, whose library starts its threads then.
     for pool in THREAD_POOLS:
         os.environ.setdefault(pool, "1")
@@ -77,7 +100,9 @@ def command(
             host=host,
             port=grpc_port,
             uds=uds,
-            adapter=adapter,
+            tls=tls,
+            metrics_port=metrics_port,
+            adapter=server,
             capacity_bytes=capacity or (0 if adapter is not None else default_capacity()),
             load_timeout_s=load_timeout,
             loader_threads=loader_threads,

@@ -138,11 +138,9 @@ config_option = click.option(
     help="Load models into this runtime and pass requests to it: unix:PATH or HOST:PORT speaking mmesh.ModelRuntime, "
     "or SERVER://HOST:PORT?repo=DIR with triton, mlserver, ovms or torchserve.",
 )
-@option(
-    "--runtime-ca",
-    type=FILE,
-    help="Reach a --runtime at HOST:PORT over TLS; this has signed its certificate. It is shown --tls-cert.",
-)
+@option("--runtime-ca", type=FILE, help="Reach the --runtime over TLS; this has signed its certificate.")
+@option("--runtime-cert", type=FILE, show_default="--tls-cert", help="PEM certificate that it is shown then.")
+@option("--runtime-key", type=FILE, show_default="--tls-key", help="Its key.")
 @option("--workers", type=click.IntRange(1), default=1, help="Serving processes that share the ports and the memory.")
 @option(
     "--zone",
@@ -313,6 +311,8 @@ def command(
     advertise: str | None,
     runtime: str | None,
     runtime_ca: Path | None,
+    runtime_cert: Path | None,
+    runtime_key: Path | None,
     workers: int,
     zone: str,
     label: tuple[str, ...],
@@ -366,13 +366,13 @@ def command(
     One line of JSON on standard output says when the instance is ready and on which addresses. SIGTERM and SIGINT
     finish the calls in flight before leaving, a second signal leaves at once.
     """
-    if runtime is not None:
-        if workers > 1:
-            raise click.UsageError("--workers: one instance alone can have a --runtime")
-        check_runtime(runtime, "--runtime")
-    elif runtime_ca is not None:
-        raise click.UsageError("--runtime-ca is for a --runtime")
-    tls = _tls(tls_cert, tls_key, tls_client_ca)
+    if runtime is not None and workers > 1:
+        raise click.UsageError(
+            "--workers: a --runtime has one process before it, which alone says what is loaded there; start a runtime"
+            " and an instance for each, or leave --workers out"
+        )
+    tls = tls_files(tls_cert, tls_key, tls_client_ca)
+    beside = runtime_settings("--runtime", runtime, (runtime_ca, runtime_cert, runtime_key), tls, capacity)
     if tls is None and (metrics_tls or peer_ca):
         raise click.UsageError("--metrics-tls and --peer-ca need --tls-cert and --tls-key")
     if tls is not None and peer_port is not None and peer_ca is None:
@@ -400,7 +400,7 @@ def command(
             zone=zone,
             labels=label,
             capacity_bytes=capacity or default_capacity(),
-            runtime=RuntimeSettings(runtime, capacity, runtime_ca) if runtime is not None else None,
+            runtime=beside,
             registry=registry,
             management_port=management_port,
             shared_management=shared_management,
@@ -446,17 +446,50 @@ def command(
     )
 
 
-def check_runtime(address: str, flag: str) -> None:
-    """Raise the usage error of an option ``flag`` whose value is no runtime's address."""
-    from mmcore.adapters.opening import open_runtime
+def runtime_settings(
+    flag: str,
+    address: str | None,
+    files: tuple[Path | None, Path | None, Path | None],
+    own: TlsFiles | None,
+    capacity_bytes: int | None,
+) -> RuntimeSettings | None:
+    """What the option ``flag`` and those for its TLS (authority, certificate, key) say of a runtime.
 
+    ``own`` is what is shown to it where it has no certificate of its own.
+
+    Raises:
+        click.UsageError: they do not fit each other, or the address is none.
+    """
+    ca, certificate, key = files
+    if (certificate is None) != (key is None):
+        raise click.UsageError(f"{flag}-cert and {flag}-key need each other")
+    if ca is None and certificate is not None:
+        raise click.UsageError(f"{flag}-cert is for TLS, which {flag}-ca asks for")
+    if address is None:
+        if ca is not None:
+            raise click.UsageError(f"{flag}-ca is for a {flag}")
+        return None
+    if certificate is not None and key is not None:
+        own = TlsFiles(certificate, key)
+    elif own is not None:
+        own = TlsFiles(own.certificate, own.key)
+    from mmcore.adapters import open_external
+    from mmcore.errors import InvalidSetting
+
+    settings = RuntimeSettings(address, capacity_bytes, ca, own)
     try:
-        open_runtime(address)
-    except ValueError as error:
-        raise click.UsageError(f"{flag}: {error}") from None
+        open_external(settings, flag)
+    except InvalidSetting as error:
+        raise click.UsageError(str(error)) from None
+    return settings
 
 
-def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+def tls_files(certificate: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    """What the options for TLS say; None for plain text.
+
+    Raises:
+        click.UsageError: one goes without another.
+    """
     if certificate is not None and key is not None:
         return TlsFiles(certificate, key, client_ca)
     if certificate is not None or key is not None or client_ca is not None:

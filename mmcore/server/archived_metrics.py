@@ -54,14 +54,14 @@ def write_archived(out: Exposition, parts: Parts, duration: Histogram, queue: Hi
 
 
 def _write_gauges(out: Exposition, parts: Parts) -> None:
-    cache, models = parts.router.cache, parts.models()
+    cache, models, capacity_bytes = parts.router.cache, parts.models(), parts.capacity()
     idle_s = cache.oldest_idle_s
     for name, value in (
         ("modelmesh_instance_lru_seconds", _EMPTY_LRU_S if idle_s is None else time.time() - idle_s),
         ("modelmesh_instance_lru_age_seconds", idle_s or 0),
-        ("modelmesh_instance_capacity_bytes", cache.capacity_bytes),
+        ("modelmesh_instance_capacity_bytes", capacity_bytes),
         ("modelmesh_instance_used_bytes", cache.used_bytes),
-        ("modelmesh_instance_used_bps", 10_000 * cache.used_bytes // max(1, cache.capacity_bytes)),
+        ("modelmesh_instance_used_bps", 10_000 * cache.used_bytes // max(1, capacity_bytes)),
         ("modelmesh_instance_models_total", models["resident"]),
     ):
         out.value(name, "gauge", "Of this instance.", value)

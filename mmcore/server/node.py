@@ -25,7 +25,7 @@ import mmcore
 from mmcore import log as logs
 from mmcore import pb, placement
 from mmcore._ext.calls import CallCounters
-from mmcore.adapters import External, open_runtime
+from mmcore.adapters import External, open_external
 from mmcore.cache import Cache
 from mmcore.config import ServeSettings, StorageSettings
 from mmcore.errors import InvalidSetting, Unavailable
@@ -49,7 +49,7 @@ from mmcore.server.parts import Parts
 from mmcore.server.passing import PassThrough
 from mmcore.server.payloads import PayloadLog
 from mmcore.server.peer import add_peer_methods, listen_for_peers
-from mmcore.server.process import run_until_told
+from mmcore.server.process import LAST_ANSWERS_S, run_until_told
 from mmcore.server.request_log import RequestLog
 from mmcore.server.rest import Listener, Request
 from mmcore.server.static_models import StaticModels, parse_static_models
@@ -60,7 +60,7 @@ from mmcore.server.workers import run_workers
 from mmcore.storage import DiskCache, ModelFolder, PulledOrigin, Puller, StorageConfig, WholeOrigin
 from mmcore.tracing import RequestTrace, Tracer
 from mmcore.transport import Server, add_health, add_reflection
-from mmcore.transport.tls import HTTP_1, HTTP_2, client_context, peer_context, server_context
+from mmcore.transport.tls import HTTP_1, HTTP_2, peer_context, server_context
 
 if TYPE_CHECKING:
     from mmcore.server.dashboard.dashboard import Dashboard
@@ -71,9 +71,6 @@ ValueT = TypeVar("ValueT")
 
 #: The share of the grace that handing models over may take; the rest is for the calls in flight.
 HANDOVER_SHARE: Final = 0.6
-
-#: For answers of the metrics port that are on their way when everything else is over.
-_LAST_ANSWERS_S: Final = 1.0
 
 #: How long a new instance that others stand in for may be loading ahead before it is ready.
 FILL_WAIT_S: Final = 20.0
@@ -116,7 +113,7 @@ class Node:
         self._guard = access if guarded else None
         self._server = Server(settings=settings.transport, guard=self._guard)
         self._health = add_health(self._server)
-        self._external = _external(settings)
+        self._external = open_external(settings.runtime, "--runtime") if settings.runtime is not None else None
         self._router = Router(
             capacity_bytes=settings.capacity_bytes,
             folder=ModelFolder(settings.models) if settings.models else None,
@@ -173,9 +170,9 @@ class Node:
         self._rest = Listener(self._first_rest_request, settings.transport, self._server.working)
         observed = Observed(
             Parts(
-                self.instance, self._router, self._registry, self._registered, self._puller, self._server, self._rest,
-                self._rest_counted, self._mesh.forwarding if self._mesh is not None else None,
-                lambda: self._service.ready, lambda: self._payloads,
+                self.instance, self._router, self._registry, self._server, lambda: self._service.ready,
+                registered=self._registered, puller=self._puller, rest=self._rest, rest_counted=self._rest_counted,
+                forwarding=self._mesh.forwarding if self._mesh is not None else None, payloads=lambda: self._payloads,
             ),
             per_model=settings.metrics_per_model,
         )  # fmt: skip
@@ -386,7 +383,7 @@ class Node:
         )
         # Up to here it can be watched how it ends.
         self._observed.drained()
-        await self._metrics.drain(_LAST_ANSWERS_S)
+        await self._metrics.drain(LAST_ANSWERS_S)
         await self._static.close()
         await self._transitions.close()
         if self._mesh is not None:
@@ -472,18 +469,6 @@ def _open(url: str, instance: str) -> Registry:
 def _puller(settings: StorageSettings) -> Puller:
     cache = DiskCache(settings.cache.expanduser(), settings.cache_limit_bytes)
     return Puller(StorageConfig(settings.entries), cache, pvc_mounts=settings.pvc_mounts)
-
-
-def _external(settings: ServeSettings) -> External | None:
-    if settings.runtime is None:
-        return None
-    # It shows the runtime its own certificate, where it has one.
-    ca = settings.runtime.ca
-    tls = client_context(ca, settings.tls) if ca is not None else None
-    try:
-        return External(open_runtime(settings.runtime.address, tls), tls=tls)
-    except ValueError as error:
-        raise InvalidSetting(f"--runtime: {error}") from None
 
 
 def _cache(settings: ServeSettings, external: External | None) -> Cache:

@@ -65,9 +65,12 @@ class Observed:
             "leader": self._parts.registry.leader,
             "registry_connected": self._parts.registry.connected,
             "models": self._parts.models(),
-            "capacity_bytes": cache.capacity_bytes,
+            "capacity_bytes": self._parts.capacity(),
             "used_bytes": cache.used_bytes,
-            "connections": {"grpc": self._parts.grpc.connections, "http": self._parts.rest.connections},
+            "connections": {
+                "grpc": self._parts.grpc.connections,
+                "http": self._parts.rest.connections if self._parts.rest is not None else 0,
+            },
             "loaded": [
                 {
                     "model": copy.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mmcore._ext.calls import SIZE_BOUNDS_BYTES, TIME_BOUNDS_S, CallCounters, CallCounts
@@ -17,25 +18,35 @@ from mmcore.transport import Server
 
 
 class Parts(NamedTuple):
-    """What is looked at; ``rest_counted`` are REST's requests by method."""
+    """What is looked at; a process that holds models for a mesh has no more than the first five.
+
+    ``capacity_bytes`` is what loaded models may take where the cache does not say so, and ``rest_counted`` are REST's
+    requests by method.
+    """
 
     instance: str
     router: Router
     registry: Registry
-    registered: Registered
-    puller: Puller
     grpc: Server
-    rest: Listener
-    rest_counted: Mapping[str, CallCounters]
-    forwarding: Forwarding | None
     ready: Callable[[], bool]
-    payloads: Callable[[], PayloadLog | None]
+    capacity_bytes: Callable[[], int] | None = None
+    registered: Registered | None = None
+    puller: Puller | None = None
+    rest: Listener | None = None
+    rest_counted: Mapping[str, CallCounters] = MappingProxyType({})
+    forwarding: Forwarding | None = None
+    payloads: Callable[[], PayloadLog | None] = lambda: None
+
+    def capacity(self) -> int:
+        """What loaded models may take, in bytes."""
+        return self.capacity_bytes() if self.capacity_bytes is not None else self.router.cache.capacity_bytes
 
     def models(self) -> dict[str, int]:
         """How many models there are, by state."""
         cache = self.router.cache
+        held = self.registered.held_models if self.registered is not None else 0
         return {
-            "registered": len(self.router.table) + len(self.registry.models) - self.registered.held_models,
+            "registered": len(self.router.table) + len(self.registry.models) - held,
             "resident": len(cache.lru),
             "loading": cache.loading,
             "failed": len(cache.failures),

@@ -7,12 +7,15 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from mmcore import log as logs
 from mmcore.server.allocator import release_freed_memory
 
 log = logging.getLogger(__name__)
+
+#: For answers of the metrics port that are on their way when everything else is over.
+LAST_ANSWERS_S: Final = 1.0
 
 
 class Served(Protocol):

@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import secrets
+import ssl
 import sys
 from typing import Final
 
 import mmcore
 from mmcore import log as logs
 from mmcore import pb as protocols
-from mmcore.adapters import SERVICE, External, open_runtime
+from mmcore.adapters import SERVICE, External, open_external
 from mmcore.cache import Cache
 from mmcore.config import CacheSettings, HeldSettings
 from mmcore.errors import InvalidSetting, Unavailable
@@ -31,11 +32,15 @@ from mmcore.server.calls import Waiting
 from mmcore.server.external_cache import external_cache, tell_what_goes
 from mmcore.server.interpreter import Collections, take_short_turns
 from mmcore.server.model_runtime import ModelRuntime
+from mmcore.server.observed import Observed
+from mmcore.server.parts import Parts
 from mmcore.server.passing import PassThrough
-from mmcore.server.process import run_until_told
+from mmcore.server.process import LAST_ANSWERS_S, run_until_told
+from mmcore.server.rest import Listener
 from mmcore.server.v2 import V2Service
 from mmcore.storage import GivenFiles, Origin, PulledOrigin, WholeOrigin
 from mmcore.transport import Server, add_health, add_reflection
+from mmcore.transport.tls import server_context
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +56,7 @@ class RuntimeNode:
     """One such process.
 
     Attributes:
-        addresses: where it listens: ``grpc``, and where it has been told to ``uds``.
+        addresses: where it listens: ``grpc``, and where it has been told to ``uds`` and ``metrics``.
 
     Raises:
         InvalidSetting: the adapter's address is none.
@@ -60,7 +65,7 @@ class RuntimeNode:
     def __init__(self, settings: HeldSettings) -> None:
         self.addresses: dict[str, str] = {}
         self._settings = settings
-        self._external = _external(settings)
+        self._external = open_external(settings.adapter, "--adapter") if settings.adapter is not None else None
         self._started = False
         self._server = Server(settings=settings.transport)
         self._health = add_health(self._server)
@@ -68,7 +73,8 @@ class RuntimeNode:
         self._collections = Collections(self._router.cache)
         self._refilling = Refilling(self._router)
         #: Without vmodels: a mesh asks for models by their own names.
-        self._registry = open_registry("memory:", secrets.token_hex(4))
+        instance = secrets.token_hex(4)
+        self._registry = open_registry("memory:", instance)
         names = Names(self._router.table, self._registry, self._router.knows)
         self._service = V2Service(
             self._router,
@@ -76,6 +82,7 @@ class RuntimeNode:
             server_name=settings.server_name,
             response_cache_bytes=settings.response_cache_bytes,
             passes_through=self._external is not None,
+            loads=False,
         )
         self._service.register(self._server)
         ModelRuntime(self._router, self._told, self._origin).register(self._server)
@@ -87,6 +94,12 @@ class RuntimeNode:
             self._external.on_up = self._server_back
         services = [v2.SERVICE, SERVICE, "grpc.health.v1.Health"]
         add_reflection(self._server, protocols.descriptor_protos(), services)
+        parts = Parts(
+            instance, self._router, self._registry, self._server, lambda: self._service.ready,
+            capacity_bytes=lambda: self._capacity_bytes,
+        )  # fmt: skip
+        self._observed = Observed(parts)
+        self._metrics = Listener(self._observed.handle, settings.transport)
         self._set_health(serving=False)
 
     async def start(self) -> None:
@@ -100,14 +113,10 @@ class RuntimeNode:
         await self._registry.start()
         await self._router.start()
         self._collections.start()
-        try:
-            self.addresses["grpc"] = await self._server.listen_tcp(settings.host, settings.port)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise Unavailable(
-                f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another --host or --grpc-port"
-                " (0 picks a free port)"
-            ) from error
+        tls = server_context(settings.tls) if settings.tls is not None else None
+        self.addresses["grpc"] = await self._listen(self._server, settings.port, "--grpc-port", tls)
+        if settings.metrics_port is not None:
+            self.addresses["metrics"] = await self._listen(self._metrics, settings.metrics_port, "--metrics-port")
         if settings.uds is not None:
             try:
                 self.addresses["uds"] = (await self._server.listen_unix(str(settings.uds))).removeprefix("unix:")
@@ -121,6 +130,18 @@ class RuntimeNode:
         self._started = True
         self._set_health(serving=True)
 
+    async def _listen(
+        self, server: Server | Listener, port: int, option: str, tls: ssl.SSLContext | None = None
+    ) -> str:
+        host = self._settings.host
+        try:
+            return await server.listen_tcp(host, port, ssl=tls)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise Unavailable(
+                f"cannot listen on {host}:{port}: {reason}; choose another --host or {option} (0 picks a free port)"
+            ) from error
+
     def ready_line(self) -> str:
         """What is printed when models can be loaded: one line of JSON."""
         return json.dumps({"event": "ready", **self.addresses}, separators=(",", ":"))
@@ -131,6 +152,8 @@ class RuntimeNode:
         self._health.close()
         self._service.drain()
         await self._server.drain(self._settings.grace_s)
+        self._observed.drained()
+        await self._metrics.drain(LAST_ANSWERS_S)
         await self._refilling.close()
         if self._external is not None:
             self._external.give_up_loads()
@@ -182,15 +205,6 @@ class RuntimeNode:
         self._service.ready = serving
         for service in ("", v2.SERVICE, SERVICE):
             self._health.set(service, serving)
-
-
-def _external(settings: HeldSettings) -> External | None:
-    if settings.adapter is None:
-        return None
-    try:
-        return External(open_runtime(settings.adapter))
-    except ValueError as error:
-        raise InvalidSetting(f"--adapter: {error}") from None
 
 
 def _cache(settings: HeldSettings, external: External | None) -> Cache:

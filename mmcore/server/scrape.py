@@ -18,6 +18,7 @@ from mmcore.metrics import Exposition, Histogram
 from mmcore.runtimes.isolation import worker_totals
 from mmcore.server.archived_metrics import write_archived
 from mmcore.server.parts import Parts, call_seconds, request_sizes, response_sizes
+from mmcore.storage import Puller
 
 _SECOND_NS: Final = 1e-9
 _PAGE_BYTES: Final = resource.getpagesize()
@@ -68,12 +69,12 @@ class Scrape:
         return out.text()
 
     def _write_models(self, out: Exposition) -> None:
-        cache, puller = self._parts.router.cache, self._parts.puller
+        cache = self._parts.router.cache
         out.values(
             "mmcore_models", "gauge", "Models by state; registered are all that this instance would serve.",
             [({"state": state}, count) for state, count in self._parts.models().items()],
         )  # fmt: skip
-        out.value("mmcore_capacity_bytes", "gauge", "What loaded models may take.", cache.capacity_bytes)
+        out.value("mmcore_capacity_bytes", "gauge", "What loaded models may take.", self._parts.capacity())
         out.value("mmcore_used_bytes", "gauge", "What loaded models take, and loads have reserved.", cache.used_bytes)
         out.histogram(
             "mmcore_model_load_seconds", "Loads that ended well, from their turn on.", cache.counted.load_seconds
@@ -99,13 +100,8 @@ class Scrape:
         out.histogram("mmcore_model_size_bytes", "What the loaded models took.", cache.counted.sizes)
         out.value("mmcore_model_load_failures_total", "counter", "Loads that failed.", cache.counted.failures)
         out.value("mmcore_model_evictions_total", "counter", "Models unloaded to make room.", cache.room.evictions)
-        out.values(
-            "mmcore_pulls_total", "counter", "Pulls of model files by what became of them.",
-            [({"outcome": "pulled"}, puller.pulls), ({"outcome": "cached"}, puller.hits),
-             ({"outcome": "failed"}, puller.failures)],
-        )  # fmt: skip
-        out.value("mmcore_pulled_bytes_total", "counter", "Bytes of model files received.", puller.received_bytes)
-        out.value("mmcore_pull_seconds_total", "counter", "Time that pulls took together.", puller.seconds)
+        if self._parts.puller is not None:
+            _write_pulls(out, self._parts.puller)
         out.value(
             "mmcore_registry_connected", "gauge", "Whether the store answers.", int(self._parts.registry.connected)
         )
@@ -117,24 +113,25 @@ class Scrape:
 
     def _write_transport(self, out: Exposition) -> None:
         grpc, rest = self._parts.grpc, self._parts.rest
+        http = (rest.connections, rest.requests, rest.accepted, rest.refused) if rest is not None else (0, 0, 0, 0)
         out.values(
             "mmcore_connections", "gauge", "Connections open now.",
-            [({"protocol": "grpc"}, grpc.connections), ({"protocol": "http"}, rest.connections)],
+            [({"protocol": "grpc"}, grpc.connections), ({"protocol": "http"}, http[0])],
         )  # fmt: skip
         out.values(
             "mmcore_requests_in_flight", "gauge", "Requests under way, of any method.",
-            [({"protocol": "grpc"}, grpc.calls), ({"protocol": "http"}, rest.requests)],
+            [({"protocol": "grpc"}, grpc.calls), ({"protocol": "http"}, http[1])],
         )  # fmt: skip
         out.values(
             "mmcore_accepted_connections_total", "counter", "Connections accepted.",
-            [({"protocol": "grpc"}, grpc.accepted), ({"protocol": "http"}, rest.accepted)],
+            [({"protocol": "grpc"}, grpc.accepted), ({"protocol": "http"}, http[2])],
         )  # fmt: skip
         out.values(
             "mmcore_connection_errors_total", "counter",
             "Connections that broke the protocol, had a peer that was gone or stuck, or were lost by the network.",
             [
                 *(({"protocol": "grpc", "reason": reason}, count) for reason, count in grpc.errors.items()),
-                ({"protocol": "http", "reason": "protocol"}, rest.refused),
+                ({"protocol": "http", "reason": "protocol"}, http[3]),
             ],
         )  # fmt: skip
         out.value("mmcore_received_bytes_total", "counter", "Received by gRPC, framing included.", grpc.received_bytes)
@@ -190,6 +187,16 @@ class Scrape:
 
 def _seconds(counted: TimeHistogram) -> Histogram:
     return Histogram([bound * _SECOND_NS for bound in TIME_BOUNDS_NS], counted.counts, counted.sum_ns * _SECOND_NS)
+
+
+def _write_pulls(out: Exposition, puller: Puller) -> None:
+    out.values(
+        "mmcore_pulls_total", "counter", "Pulls of model files by what became of them.",
+        [({"outcome": "pulled"}, puller.pulls), ({"outcome": "cached"}, puller.hits),
+         ({"outcome": "failed"}, puller.failures)],
+    )  # fmt: skip
+    out.value("mmcore_pulled_bytes_total", "counter", "Bytes of model files received.", puller.received_bytes)
+    out.value("mmcore_pull_seconds_total", "counter", "Time that pulls took together.", puller.seconds)
 
 
 def _write_workers(out: Exposition) -> None:

@@ -55,6 +55,7 @@ class V2Service:
     ``guard`` stands before each message of a stream.
 
     ``passes_through``: what a model answers itself is answered by a runtime, see :mod:`mmcore.server.passing`.
+    ``loads``: whether clients may load and unload models by the repository extension.
 
     Attributes:
         ready: what ServerReady answers; the node sets it when models asked for at start are loaded, and takes it back
@@ -71,9 +72,11 @@ class V2Service:
         config: Callable[[], DataplaneConfig] | None = None,
         mesh: Mesh | None = None,
         passes_through: bool = False,
+        loads: bool = True,
         guard: Guard | None = None,
     ) -> None:
         self.ready = False
+        self._loads = loads
         self._name = server_name
         self._router = router
         self._repository = Repository(router)
@@ -115,8 +118,10 @@ class V2Service:
 
         waiting, repository = self._waiting, self._repository
         self._add(server, "RepositoryIndex", waiting.handler(pb.RepositoryIndexRequest, repository.index))
-        self._add(server, "RepositoryModelLoad", waiting.handler(pb.RepositoryModelLoadRequest, repository.load))
-        self._add(server, "RepositoryModelUnload", waiting.handler(pb.RepositoryModelUnloadRequest, repository.unload))
+        load = waiting.handler(pb.RepositoryModelLoadRequest, repository.load)
+        unload = waiting.handler(pb.RepositoryModelUnloadRequest, repository.unload)
+        self._add(server, "RepositoryModelLoad", load if self._loads else _mesh_loads)
+        self._add(server, "RepositoryModelUnload", unload if self._loads else _mesh_loads)
         not_ready = pb.ModelReadyResponse(ready=False)
         for name, request, answer, absent, passed_on in (
             ("ModelReady", pb.ModelReadyRequest, repository.model_ready, not_ready, None),
@@ -220,6 +225,10 @@ class V2Service:
         # Clients of system shared memory (Triton's examples, perf_analyzer) unregister both kinds to begin afresh, and
         # to forget a region that is not there is no error with either.
         return inference_pb2.CudaSharedMemoryUnregisterResponse()
+
+
+def _mesh_loads(call: ServerCall, body: bytes) -> bytes:
+    raise Unimplemented("models are loaded and unloaded here by the mesh alone, through mmesh.ModelRuntime")
 
 
 def _no_cuda(call: ServerCall, body: bytes) -> bytes:

@@ -25,6 +25,7 @@ from bench.peers.served import free_ports
 from bench.peers.triton import remove_regions
 from mmcore.pb import inference_pb2
 from mmcore.pb import model_mesh_pb2 as pb
+from tests.certificates import Authority
 from tests.management import Manager, States
 from tests.runtime_processes import HeldProcess
 from tests.serving import Instance, Serve
@@ -73,6 +74,9 @@ class Server:
         self._env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
         self._process: subprocess.Popen[bytes] | None = None
 
+    def add(self, *argv: object) -> None:
+        self._argv += map(str, argv)
+
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._argv, stdout=log, stderr=log, env=self._env, start_new_session=True)
@@ -80,7 +84,7 @@ class Server:
     def kill(self) -> None:
         if self._process is not None:
             os.killpg(self._process.pid, 9)
-            self._process.wait()
+            self._process.wait(20)
             self._process = None
 
 
@@ -162,19 +166,31 @@ def predicted(response: inference_pb2.ModelInferResponse) -> list[float]:
     return [*contents.int64_contents, *contents.fp32_contents, *contents.fp64_contents]
 
 
-def test_an_adapter_in_a_process_of_its_own_holds_models_in_triton_for_a_mesh(
+def test_an_adapter_in_a_process_of_its_own_holds_models_in_triton_for_a_mesh_over_mutual_tls(
     triton_repository: tuple[Server, Path], serve: Serve, tmp_path: Path
 ) -> None:
     server, repository = triton_repository
+    authority = Authority(tmp_path)
+    theirs, between, ours = (authority.sign(name, "IP:127.0.0.1") for name in ("triton", "adapter", "mesh"))
+    server.add(
+        "--grpc-use-ssl=true", "--grpc-use-ssl-mutual=true", f"--grpc-root-cert={authority.certificate}",
+        f"--grpc-server-cert={theirs.certificate}", f"--grpc-server-key={theirs.key}",
+    )  # fmt: skip
+    (port,) = free_ports(1)
     held = HeldProcess(
-        tmp_path / "held.log", "--grpc-port", "0", "--uds", tmp_path / "held.sock", "--capacity", "200MiB",
-        "--adapter", f"triton://{server.address}?repo={repository}",
+        tmp_path / "held.log", "--grpc-port", port, "--capacity", "200MiB",
+        "--adapter", f"triton://{server.address}?repo={repository}", "--adapter-ca", authority.certificate,
+        "--tls-cert", between.certificate, "--tls-key", between.key, "--tls-client-ca", authority.certificate,
     )  # fmt: skip
     held.start(wait=False)
     server.start()
     held.wait_ready()
-    front = Front(serve(None, "--runtime", f"unix:{tmp_path}/held.sock", "--min-residency", "0", "--eviction", "lru"))
+    tls = ("--runtime-ca", authority.certificate, "--runtime-cert", ours.certificate, "--runtime-key", ours.key)
+    front = Front(serve(None, "--runtime", f"127.0.0.1:{port}", *tls, "--min-residency", "0", "--eviction", "lru"))
     try:
+        trusted = grpc.ssl_channel_credentials(authority.certificate.read_bytes())
+        with grpc.secure_channel(f"127.0.0.1:{port}", trusted) as nobody, pytest.raises(grpc.FutureTimeoutError):
+            grpc.channel_ready_future(nobody).result(timeout=1)
         for name in ("a", "b", "c"):
             write_triton_model(tmp_path / "models" / name)
             front.register(name, "python", tmp_path / "models" / name)

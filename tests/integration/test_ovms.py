@@ -14,6 +14,7 @@ import pytest
 
 from bench.peers.served import free_ports
 from mmcore.pb import model_mesh_pb2 as pb
+from tests.certificates import Authority
 from tests.serving import Serve
 from tests.toy_processes import Front, StandIn, refused, request
 
@@ -31,8 +32,8 @@ class Ovms(StandIn):
         self.config = folder / "config.json"
         self.address = f"ovms://{self.grpc}?repo={self.repository}&rest={ports[1]}&config={self.config}"
 
-    def start(self) -> None:
-        self.run("tests.ovms_server", self.grpc, self.rest, str(self.config))
+    def start(self, *tls: object) -> None:
+        self.run("tests.ovms_server", self.grpc, self.rest, str(self.config), *map(str, tls))
 
     @property
     def readings(self) -> list[str]:
@@ -85,17 +86,21 @@ def test_a_model_is_answered_for_when_the_server_says_that_it_is_there(front: St
     assert mesh.infer("alias").model_name == "m"
 
 
-def test_a_server_that_does_not_start_without_its_file_is_given_one(serve: Serve, tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_without_its_file_is_given_one_and_is_reached_over_tls(
+    serve: Serve, tmp_path: Path
+) -> None:
     ovms = Ovms(tmp_path)
+    authority = Authority(tmp_path)
+    signed = authority.sign("ovms", "IP:127.0.0.1")
     with futures.ThreadPoolExecutor() as threads:
-        instance = threads.submit(serve, None, "--runtime", ovms.address)
+        instance = threads.submit(serve, None, "--runtime", ovms.address, "--runtime-ca", authority.certificate)
         try:
             ends_at = time.monotonic() + 20
             while not ovms.config.exists():
                 assert time.monotonic() < ends_at and not instance.done()
                 time.sleep(0.01)
             assert ovms.names == []
-            ovms.start()
+            ovms.start(signed.certificate, signed.key)
             mesh = Front(instance.result(30), tmp_path)
             mesh.register("m", "net.onnx", load=True)
             assert mesh.infer("m").model_name == "m"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -68,6 +69,7 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldProcess]:
     folder = tmp_path_factory.mktemp("runtime")
     process = HeldProcess(folder / "runtime.log", "--grpc-port", "0", "--uds", folder / "r.sock", "--capacity", "1GiB")
     process.start()
+    assert "metrics" in process.ready  # tests/serving.py asks for the port
     yield process
     process.kill()
 
@@ -205,6 +207,35 @@ def test_a_models_own_idle_timeout_is_not_looked_at(mesh: Mesh, tmp_path: Path) 
         time.sleep(0.1)
 
 
+def test_it_is_watched_by_a_port_of_its_own(held: HeldProcess, mesh: Mesh, tmp_path: Path) -> None:
+    def read(path: str) -> str:
+        with urllib.request.urlopen(f"http://{held.ready['metrics']}{path}", timeout=10) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    mesh.load("m", "python", write_model(tmp_path, "m", SCALE.replace("FACTOR", "3")))
+    infer(mesh, "m")
+    assert read("/live") == '{"live":true}'
+    assert read("/ready") == '{"ready": true}'
+    told = dict(line.rsplit(" ", 1) for line in read("/metrics").splitlines() if not line.startswith("#"))
+    assert float(told["mmcore_capacity_bytes"]) == 2**30
+    assert told['mmcore_models{state="resident"}'] == "1"
+    assert float(told['mmcore_inference_requests_total{outcome="success"}']) >= 1
+    assert 'mmcore_pulls_total{outcome="pulled"}' not in told
+    assert json.loads(read("/debug/state"))["loaded"][0]["model"] == "m"
+
+
+@pytest.mark.parametrize("method", ["RepositoryModelLoad", "RepositoryModelUnload"])
+def test_clients_of_inference_load_and_unload_nothing(mesh: Mesh, tmp_path: Path, method: str) -> None:
+    mesh.load("m", "python", write_model(tmp_path, "m", SCALE.replace("FACTOR", "3")))
+    request = getattr(inference_pb2, f"{method}Request")(model_name="m").SerializeToString()
+    with pytest.raises(grpc.RpcError) as error:
+        mesh.channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(request, timeout=20)
+    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "by the mesh alone" in error.value.details()
+    assert infer(mesh, "m") == 6
+
+
 # Under `mmcore serve`.
 
 
@@ -257,7 +288,8 @@ def test_an_instance_serves_three_formats_from_it_to_real_clients(front: Front, 
 
 def test_the_instance_evicts_from_it_and_each_model_comes_back(serve: Serve, held: HeldProcess, tmp_path: Path) -> None:
     runtime = f"unix:{held.ready['uds']}"
-    instance = serve(None, "--runtime", runtime, "--min-residency", "0", "--capacity", "500MiB")
+    flags = ("--min-residency", "0", "--eviction", "lru", "--capacity", "500MiB")
+    instance = serve(None, "--runtime", runtime, *flags)
     before = held_bytes(held)
     with Manager(instance.grpc) as manager, tritonclient.grpc.InferenceServerClient(instance.grpc) as client:
         for name in ("a", "b", "c"):

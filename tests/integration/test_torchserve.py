@@ -16,6 +16,7 @@ from rich.console import Console
 from bench.environments import torchserve
 from bench.peers.served import free_ports
 from mmcore.pb import model_mesh_pb2 as pb
+from tests.certificates import RSA, Authority
 from tests.management import Manager
 from tests.serving import Instance, Serve
 
@@ -42,7 +43,11 @@ def handle(data, context):
 
 
 class TorchServe:
+    """One that speaks TLS on both of its gRPC ports; in plain text it is asked by test_shipped_runtimes."""
+
     def __init__(self, folder: Path, environment: Path) -> None:
+        self.authority = Authority(folder)
+        signed = self.authority.sign("torchserve", "IP:127.0.0.1", key=RSA)  # it reads no others
         self.store = folder / "store"
         self.store.mkdir()
         ports = free_ports(6)
@@ -53,6 +58,7 @@ class TorchServe:
             *(f"{name}_address=http://127.0.0.1:{port}" for name, port in zip(names, ports[2:5], strict=True)),
             # Its workers' sockets are told apart by that, in a folder that all servers share.
             f"initial_worker_port={ports[5]}",
+            "enable_grpc_ssl=true", f"certificate_file={signed.certificate}", f"private_key_file={signed.key}",
             "enable_envvars_config=false", "disable_system_metrics=true",
             "disable_token_authorization=true", "enable_model_api=true",
         ]  # fmt: skip
@@ -112,7 +118,8 @@ def test_torchserve_answers_is_evicted_from_and_comes_back(server: TorchServe, s
     archive = server.archive("upper")
     # A worker is Python and torch beside its 60 MiB: two of them do not fit.
     flags = ("--capacity", "330MiB", "--min-residency", "0", "--eviction", "lru")
-    instance = serve(None, "--runtime", server.address, *flags)
+    tls = ("--runtime-ca", server.authority.certificate)
+    instance = serve(None, "--runtime", server.address, *tls, *flags)
     with Manager(instance.grpc) as manager:
         for name in ("a", "b"):
             manager.register(name, pb.ModelInfo(type="mt:pytorch-mar", path=str(archive)))

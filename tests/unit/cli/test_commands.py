@@ -8,8 +8,9 @@ import pytest
 
 from mmcore._ext.v2codec import decode_infer_response, encode_infer_response
 from mmcore.cli import infer, main
-from mmcore.config import ServeSettings, default_capacity
+from mmcore.config import ServeSettings, TlsFiles, default_capacity
 from mmcore.errors import LoadFailed
+from tests.certificates import Authority
 
 
 @pytest.fixture
@@ -134,3 +135,37 @@ def test_answers_are_written_as_json() -> None:
             {"name": "x", "datatype": "FP32", "shape": [1], "data": [0.5]},
         ],
     }
+
+
+@pytest.mark.parametrize(("flags", "text"), [
+    (["--workers", "2", "--runtime", "unix:r.sock"], "has one process before it"),
+    (["--runtime", "h:1", "--runtime-cert", "CERTIFICATE"], "--runtime-cert and --runtime-key need each other"),
+    (["--runtime", "h:1", "--runtime-cert", "CERTIFICATE", "--runtime-key", "KEY"], "which --runtime-ca asks for"),
+    (["--runtime-ca", "AUTHORITY"], "--runtime-ca is for a --runtime"),
+    (["--runtime", "unix:r.sock", "--runtime-ca", "AUTHORITY"], "reached by a Unix socket, where TLS is not spoken"),
+    (["--runtime", "h:1", "--runtime-ca", "KEY"], "TLS: "),
+])  # fmt: skip
+def test_what_does_not_fit_a_runtime_is_a_usage_error(
+    served: list[ServeSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], text: str
+) -> None:
+    authority = Authority(tmp_path)
+    signed = authority.sign("instance")
+    files = {"AUTHORITY": authority.certificate, "CERTIFICATE": signed.certificate, "KEY": signed.key}
+    assert main.run(["serve", *(str(files.get(flag, flag)) for flag in flags)]) == 2
+    assert text in " ".join(capsys.readouterr().err.split())
+    assert served == []
+
+
+def test_a_runtime_is_shown_its_own_certificate_or_that_of_the_instance(
+    served: list[ServeSettings], tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    ours, apart = authority.sign("instance"), authority.sign("client")
+    flags = [
+        *("serve", "--runtime", f"triton://h:1?repo={tmp_path}", "--runtime-ca", str(authority.certificate)),
+        *("--tls-cert", str(ours.certificate), "--tls-key", str(ours.key), "--tls-client-ca", str(ours.certificate)),
+    ]
+    assert main.run(flags) == 0
+    assert main.run([*flags, "--runtime-cert", str(apart.certificate), "--runtime-key", str(apart.key)]) == 0
+    shown = [settings.runtime.own for settings in served if settings.runtime is not None]
+    assert shown == [TlsFiles(ours.certificate, ours.key), TlsFiles(apart.certificate, apart.key)]
