@@ -400,6 +400,11 @@ def test_rows_are_predicted(ask: Client) -> None:
     assert answer.json == {"predictions": [[1.0, 2.5], [3.0, 0.1]]}
 
 
+def test_many_rows_are_predicted(ask: Client) -> None:
+    rows = (np.arange(90_000, dtype=np.float32).reshape(-1, 3) / 8).tolist()
+    assert ask("POST", "/v1/models/fp32:predict", {"instances": rows}).json == {"predictions": rows}
+
+
 def test_rows_of_named_values_are_predicted(ask: Client) -> None:
     rows = [{"a": 1, "b": "x"}, {"a": 2.5, "b": "y"}]
     answer = ask("POST", "/v1/models/two:predict", {"instances": rows})

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from mmcore.errors import InvalidRequest
 from mmcore.server.rest.tensors import elements_of, loads, numbers
 
 #: Texts from this length on are read in a thread, and arrays from so many elements on are written in one.
@@ -30,7 +31,10 @@ _STEP_BYTES: Final = 2**20
 #: Stands for a large array in a document; within JSON it is always escaped.
 _GAP: Final = b"\x00"
 
-_DATA: Final = re.compile(rb'"data"\s*:\s*\[')
+#: More dimensions than any framework's tensors have are none.
+_MOST_DIMENSIONS: Final = 64
+#: Everything but the marks of nesting.
+_ELEMENTS: Final = bytes(set(range(256)) - set(b"[],"))
 #: Between elements, where brackets only nest.
 _NESTING: Final = bytes.maketrans(b"[]", b"  ")
 
@@ -54,6 +58,28 @@ class Numbers:
             time.sleep(0)
         return b"".join(pieces), count
 
+    def shape(self, where: str) -> list[int]:
+        """The sizes of the nested arrays, told by nothing but their brackets and commas.
+
+        Raises:
+            InvalidRequest: arrays of one depth differ in length; begins with ``where``.
+        """
+        marks = b"".join(
+            self._text[at : min(at + _STEP_BYTES, self._end)].translate(None, _ELEMENTS)
+            for at in _steps(self._start, self._end)
+        )
+        depth = len(marks) - len(marks.lstrip(b"["))
+        shape: list[int] = []
+        one = b""  # what an element of the arrays of this level looks like
+        for level in range(1, min(depth, _MOST_DIMENSIONS) + 1):
+            length = marks.find(b"]" * level) + level - (depth - level)
+            size = (length - 1) // (len(one) + 1)
+            one = b"[" + ((one + b",") * size)[:-1] + b"]"
+            shape.insert(0, size)
+        if marks != one:
+            raise InvalidRequest(f"{where}: expected arrays of one length at each depth")
+        return shape
+
     def _pieces(self) -> Iterator[bytes | bytearray]:
         start = self._start
         while start + _PIECE_BYTES < self._end:
@@ -65,24 +91,27 @@ class Numbers:
         yield self._text[start : self._end]
 
 
-def without_numbers(text: bytes | bytearray) -> tuple[bytes, list[Numbers]]:
-    """The document with an index in place of each tensor's numbers, and those.
+def without_numbers(
+    text: bytes | bytearray, keys: Iterable[str] = ("data",), stand_in: bytes = b"%d"
+) -> tuple[bytes, list[Numbers]]:
+    """The document with ``stand_in`` and an index in it in place of each tensor's numbers, and those.
 
-    A key ``"data"`` whose value is an array without strings and objects holds a tensor's numbers. Text between quotes
+    One of the keys whose value is an array without strings and objects holds a tensor's numbers. Text between quotes
     cannot look like one: its own quotes are escaped.
     """
+    begin = re.compile(rb"(?:" + b"|".join(re.escape(orjson.dumps(key)) for key in keys) + rb")\s*:\s*\[")
     kept: list[bytes | bytearray] = []
     found: list[Numbers] = []
     at = search = 0
-    while match := _DATA.search(text, search):
+    while match := begin.search(text, search):
         start = match.end() - 1
-        brace = _find(text, b"}", start, len(text))
-        end = text.rfind(b"]", start, _find(text, b'"', start, brace)) + 1
+        quote = _find(text, b'"', start, len(text))
+        end = text.rfind(b"]", start, _find(text, b"}", start, quote)) + 1
         if end <= start or _count(text, b"[", start, end) != _count(text, b"]", start, end):
             # Strings, whose text may hold anything; orjson is quick with those.
             search = match.end()
             continue
-        kept += (text[at:start], b"%d" % len(found))
+        kept += (text[at:start], stand_in % len(found))
         found.append(Numbers(text, start, end))
         at = search = end
     return b"".join((*kept, text[at:])), found

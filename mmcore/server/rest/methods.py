@@ -10,7 +10,7 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from google.protobuf.message import Message
 
@@ -19,15 +19,16 @@ from mmcore.errors import InvalidRequest
 from mmcore.pb import inference_pb2 as pb
 from mmcore.server.rest.answers import UnaryHandler, answer_of
 from mmcore.server.rest.encodings import decoded
-from mmcore.server.rest.inference import message_of
 from mmcore.server.rest.large import LARGE_BYTES
 from mmcore.server.rest.messages import plain
 from mmcore.server.rest.request import Request
 from mmcore.server.rest.tensors import loads
-from mmcore.server.rest.v1 import predictions_of, v2_document
+from mmcore.server.rest.v1 import predictions_of, request_of
 from mmcore.server.v2 import SERVICE
 
 ResponseT = TypeVar("ResponseT", bound=Message)
+ResultT = TypeVar("ResultT")
+P = ParamSpec("P")
 
 #: A path's answer: what the JSON holds, None for an empty body; with the status where it is not 200.
 Answered = Any
@@ -109,12 +110,11 @@ class Methods:
 
     async def predict(self, request: Request, name: str) -> Answered:
         """POST /v1/models/NAME:predict."""
-        document = await self._document(request)
+        body = await decoded(request, self._max_bytes)
         described = await self.describe(request, name)
-        wanted = v2_document(document, described.inputs)
-        message, _ = await asyncio.to_thread(message_of, name, "", wanted, memoryview(b""))
+        message, rows = await _by_size(len(body), request_of, name, body, described.inputs)
         answer = await answer_of(self._handler(f"/{SERVICE}/ModelInfer"), request, message)
-        return {"predictions": predictions_of(decode_infer_response(answer), rows="instances" in document)}
+        return {"predictions": await _by_size(len(answer), predictions_of, decode_infer_response(answer), rows)}
 
     # The repository.
 
@@ -221,10 +221,15 @@ class Methods:
         body = await decoded(request, self._max_bytes)
         if not body.strip():
             return {}
-        document = await asyncio.to_thread(loads, body) if len(body) > LARGE_BYTES else loads(body)
+        document = await _by_size(len(body), loads, body)
         if not isinstance(document, dict):
             raise InvalidRequest("expected the request to be a JSON object")
         return document
+
+
+async def _by_size(size: int, work: Callable[P, ResultT], *args: P.args, **kwargs: P.kwargs) -> ResultT:
+    """Call a function, in a thread where there are many bytes to be gone through."""
+    return await asyncio.to_thread(work, *args, **kwargs) if size > LARGE_BYTES else work(*args, **kwargs)
 
 
 def _fill_parameters(parameters: Any, document: Mapping[str, Any]) -> None:
