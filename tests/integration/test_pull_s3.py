@@ -6,9 +6,10 @@ import base64
 import json
 import logging
 import os
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,36 @@ def test_listing_of_more_than_a_page_comes_whole(
     names = [f"{number:04d}" for number in range(35)]
     for name in names:
         bucket.put(f"many/{name}", name.encode())
-    assert tree(pulling("many").path) == {name: name.encode() for name in names}
+    first = pulling("many")
+    assert tree(first.path) == {name: name.encode() for name in names}
+    # From the second on it is we who ask, and not the library.
+    monkeypatch.setattr("mmcore.storage.s3._PAGE", 10)
+    assert pulling("many").path == first.path
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status("301 Moved Permanently", b"<Error><Code>PermanentRedirect</Code></Error>"),
+        status("200 OK", b"<html>Please log in"),
+        status("200 OK", b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>"),
+    ],
+)
+def test_listing_that_is_none_is_left_to_the_library(
+    bucket: Bucket, server: str, tmp_path: Path, fault: Callable[[socket.socket, bytes], None]
+) -> None:
+    bucket.put("m/model.onnx", b"one")
+    proxy = Proxy(server.removeprefix("http://"), lambda line: "list-type" in line)
+    pulling = Pulling(tmp_path, {**bucket.entry, "endpoint_url": proxy.address})
+    first = pulling("m")
+    proxy.faults = [fault]
+    assert pulling("m").path == first.path
+    assert proxy.faults == []
+    proxy.faults = [status("503 Slow Down")]
+    assert pulling("m").path == first.path
+    assert proxy.faults == []
+    pulling.puller.close()
+    proxy.close()
 
 
 @pytest.mark.parametrize("upload", ["whole", "parts"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,10 @@ def test_signatures_hold_for_names_of_any_kind(puller: Puller, tmp_path: Path) -
     with rclone(tmp_path / "served") as port:
         stated = info(f"http://127.0.0.1:{port}", access_key_id=KEY, secret_access_key=SECRET)
         pulled = puller.pull(stated)
+        # The first listing is botocore's, and the others are ours.
+        assert puller.pull(stated).path == pulled.path
+        alone = puller.pull(replace(stated, path="m/" + names[0]))
+    assert {path.name for path in alone.path.iterdir()} == {names[0]}
     assert {path.name for path in pulled.path.iterdir()} == set(names)
     assert all((pulled.path / name).read_bytes() == name.encode() for name in names[:-1])
 
