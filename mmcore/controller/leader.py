@@ -52,13 +52,22 @@ class Leader:
         try:
             while True:
                 await asyncio.sleep(RETRY_S)
-                if await self._try():
-                    renewed = loop.time()
-                elif self._seen[0] is not None and loop.time() - renewed > RENEW_WITHIN_S:
+                began = loop.time()
+                if await self._try_until(renewed + RENEW_WITHIN_S):
+                    renewed = began
+                elif loop.time() >= renewed + RENEW_WITHIN_S:
                     raise LeaseLost(f"the lease {self._where} could not be renewed for {RENEW_WITHIN_S:.0f} s")
         except asyncio.CancelledError:
             await asyncio.shield(self._release())
             raise
+
+    async def _try_until(self, at: float) -> bool:
+        """Whether the lease is ours by that time of the loop: a request may take longer than the lease is for."""
+        try:
+            async with asyncio.timeout_at(at):
+                return await self._try()
+        except TimeoutError:
+            return False
 
     async def _try(self) -> bool:
         try:

@@ -20,7 +20,7 @@ _RETRYABLE: Final = frozenset({408, 425, 429})
 _ERROR_CODE: Final = re.compile(r"<Code>(\w{1,64})</Code>")
 #: Codes of S3 that say something else than their HTTP status does.
 _INTERRUPTIONS: Final = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"})
-_REFUSALS: Final = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"})
+_REFUSALS: Final = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
 
 
 class Interrupted(Exception):
@@ -113,6 +113,8 @@ def refusal(status: int, text: str, what: str) -> Exception:
     said = f"HTTP {status}" + (f", {code}" if code else "")
     if status in _RETRYABLE or status >= 500 or code in _INTERRUPTIONS:
         return Interrupted(f"{what}: the store answers {said}")
+    if code == "RequestTimeTooSkewed":
+        return LoadFailed(f"{what}: the clock of this machine is not the store's ({said})")
     if status in (401, 403) or code in _REFUSALS:
         return Refused(f"{what}: the store refuses the credentials, or they may not read this ({said})")
     if code == "NoSuchBucket" or code == "ContainerNotFound":

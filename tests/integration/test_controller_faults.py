@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import time
 import urllib.request
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mmcore.controller import leader
 from mmcore.controller.api import Api
 from mmcore.controller.app import Controller
 from mmcore.controller.known import Installation
+from mmcore.controller.leader import Leader, LeaseLost
 from mmcore.controller.objects import (
     CLUSTER_SERVING_RUNTIME,
     DEPLOYMENT,
@@ -29,8 +34,9 @@ from mmcore.controller.objects import (
     Ref,
     at,
 )
-from tests.api_servers import ApiServer, OwnApiServer, secret
+from tests.api_servers import TOKEN, ApiServer, OwnApiServer, secret, write_kubeconfig
 from tests.clusters import WITHIN_S, Cluster, failed, infer, inference_service, predictor, running, runtime, state
+from tests.cutting import CuttingProxy
 from tests.garbage_collector import collecting
 from tests.management import SCALE
 from tests.serving import write_model
@@ -243,6 +249,50 @@ async def test_another_controller_takes_over(cluster: Cluster) -> None:
     finally:
         working.cancel()
         await asyncio.wait([working])
+
+
+@pytest.fixture
+async def candidates(kubernetes: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
+    """Two for one lease of short durations, and the way of the first to the API server."""
+    for name, value in (("LEASE_S", 2), ("RENEW_WITHIN_S", 0.8), ("RETRY_S", 0.1)):
+        monkeypatch.setattr(leader, name, value)
+    way = await CuttingProxy(kubernetes.url.rpartition("/")[2]).start()
+    by_the_way = tmp_path / "kubeconfig"
+    write_kubeconfig(by_the_way, f"{kubernetes.scheme}://{way.endpoint}", TOKEN)
+    apis = Api(by_the_way), Api(kubernetes.kubeconfig)
+    where = Ref(f"candidates-{os.urandom(4).hex()}", "lease")
+    await apis[1].apply(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": where.namespace}})
+    try:
+        yield Leader(apis[0], where, "first"), Leader(apis[1], where, "second"), way
+    finally:
+        await way.mend()
+        await way.cut()
+        for api in apis:
+            await api.close()
+
+
+async def test_a_controller_that_hears_nothing_more_stops_before_another_begins(candidates: Any) -> None:
+    """A request to the API server may take longer than the lease is for."""
+    first, second, way = candidates
+    await asyncio.wait_for(first.acquire(), WITHIN_S)
+    way.silence()
+    holding, waiting = asyncio.ensure_future(first.hold()), asyncio.ensure_future(second.acquire())
+    await asyncio.wait([holding, waiting], timeout=WITHIN_S, return_when=asyncio.FIRST_COMPLETED)
+    assert not waiting.done()
+    with pytest.raises(LeaseLost):
+        await asyncio.wait_for(holding, WITHIN_S)
+    await asyncio.wait_for(waiting, WITHIN_S)
+
+
+async def test_a_controller_that_was_stopped_for_long_does_not_go_on(candidates: Any) -> None:
+    first, second, _ = candidates
+    await asyncio.wait_for(first.acquire(), WITHIN_S)
+    holding = asyncio.ensure_future(first.hold())
+    await asyncio.sleep(0)
+    time.sleep(leader.RENEW_WITHIN_S + leader.RETRY_S)  # as where the process is stopped
+    with pytest.raises(LeaseLost):
+        await asyncio.wait_for(holding, WITHIN_S)
+    await asyncio.wait_for(second.acquire(), WITHIN_S)
 
 
 async def test_what_others_tell_of_a_service_stays(cluster: Cluster) -> None:

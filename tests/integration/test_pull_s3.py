@@ -336,6 +336,7 @@ def test_store_that_never_gives_all_fails_in_bounded_time(bucket: Bucket, proxy:
     ("answer", "text"),
     [
         (status("403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>"), "refuses the credentials.*AccessDenied"),
+        (status("403 Forbidden", b"<Error><Code>RequestTimeTooSkewed</Code></Error>"), "clock of this machine is not"),
         (status("404 Not Found", b"<Error><Code>NoSuchKey</Code></Error>"), "does not exist .*NoSuchKey"),
         (flip, "has the checksum .*, the store says"),
     ],
