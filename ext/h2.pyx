@@ -303,7 +303,10 @@ cdef class Stream:
                     return -1
                 if self.discard:
                     return 0
-                self.body = PyBytes_FromStringAndSize(NULL, size)
+                try:
+                    self.body = PyBytes_FromStringAndSize(NULL, size)
+                except MemoryError:
+                    return self.on_no_memory(size)
                 self.body_have = 0
                 self.body_done = False
             size = PyBytes_GET_SIZE(self.body)
@@ -355,6 +358,8 @@ cdef class Stream:
                 self.body = decompress(encoding, packed, self.session.max_message)
             except MessageTooLong:
                 return self.on_overflow(0)
+            except MemoryError:
+                return self.on_no_memory(size)
             except ValueError as error:
                 return self.on_bad_message(INTERNAL, f"a message is not valid {encoding}: {error}")
             self.release(size)
@@ -379,6 +384,10 @@ cdef class Stream:
         cdef str what = f"message of {length} bytes" if length else "message, once decompressed,"
         return self.on_bad_message(
             RESOURCE_EXHAUSTED, f"{what} is above the limit of {self.session.max_message} bytes")
+
+    cdef int on_no_memory(self, size_t length) except -1:
+        """The call is refused and the connection goes on."""
+        return self.on_bad_message(RESOURCE_EXHAUSTED, f"there is no memory for a message of {length} bytes")
 
     cdef int on_bad_message(self, int status, str text) except -1:
         self.discard = True

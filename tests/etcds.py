@@ -80,6 +80,10 @@ class Etcd:
             *flags,
         ]
 
+    def grow(self, most_bytes: int) -> None:
+        """How large its data may become from the next start on."""
+        self._command += ["--quota-backend-bytes", str(most_bytes)]
+
     def start(self, *, wait: bool = True) -> Etcd:
         """Start it, with the data that it had; it takes clients when this returns."""
         assert self._process is None

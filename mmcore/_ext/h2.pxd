@@ -161,6 +161,7 @@ cdef class Stream:
     cdef tuple metadata_between(self, size_t first, size_t last)
     cdef list pairs_between(self, size_t first, size_t last)
     cdef int on_headers_done(self, int category, bint end) except -1
+    cdef int on_no_memory(self, size_t length) except -1
     cdef int on_overflow(self, size_t length) except -1
     cdef int on_bad_message(self, int status, str text) except -1
     cdef int on_message(self) except -1

@@ -178,7 +178,7 @@ def _infer(lane: Lane, wanted: list[Job]) -> None:
 def _refuse_hopeless(job: Job) -> None:
     """Raise DeadlineExceeded where the model takes longer than the caller waits, so that others get its time."""
     lane, deadline = job.lane, job.caller.deadline if job.caller is not None else None
-    if deadline is None or (deadline - time.monotonic()) * 1e9 >= job.pace.cost_ns:
+    if deadline is None or job.pace.guessed or (deadline - time.monotonic()) * 1e9 >= job.pace.cost_ns:
         return
     lane.hopeless += 1
     if lane.hopeless <= _HOPELESS_IN_A_ROW:
@@ -476,6 +476,8 @@ class Execution:
         """What the caller is told of an exception that a model raised."""
         if isinstance(error, MmcoreError):
             return error
+        if isinstance(error, MemoryError):
+            return Overloaded(f"model '{copy.name}' ran out of memory")
         now = time.monotonic()
         if now - self._logged_at.get(copy.name, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
             self._logged_at[copy.name] = now

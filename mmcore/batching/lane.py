@@ -27,12 +27,16 @@ _WEIGHT_IN_THREAD: Final = 1 / 32
 
 
 class Pace:
-    """How long inferences of about one size take; negative ``cost_ns`` before the first."""
+    """How long inferences of about one size take; negative ``cost_ns`` before the first.
 
-    __slots__ = ("_doubted", "_inline", "_next_stay", "_proven", "_stay", "cost_ns")
+    ``guessed``: whether ``cost_ns`` is from inferences of another size.
+    """
+
+    __slots__ = ("_doubted", "_inline", "_next_stay", "_proven", "_stay", "cost_ns", "guessed")
 
     def __init__(self, cost_ns: float = -1.0) -> None:
         self.cost_ns = cost_ns
+        self.guessed = cost_ns >= 0
         self._inline = False
         self._doubted = False
         self._stay = 0
@@ -52,6 +56,7 @@ class Pace:
         whatever the model. The next one tells.
         """
         self._inline = True
+        self.guessed = False
         slow = elapsed_ns > THREAD_ABOVE_NS
         if slow and not self._doubted and 0 <= self.cost_ns < INLINE_BELOW_NS:
             self._doubted = True
@@ -70,8 +75,8 @@ class Pace:
         """Learn from an inference in a thread."""
         if self._stay > 0:
             self._stay -= 1
-        if self.cost_ns < 0 or elapsed_ns < self.cost_ns:
-            self.cost_ns = float(elapsed_ns)
+        if self.cost_ns < 0 or self.guessed or elapsed_ns < self.cost_ns:
+            self.cost_ns, self.guessed = float(elapsed_ns), False
         else:
             self.cost_ns += (elapsed_ns - self.cost_ns) * _WEIGHT_IN_THREAD
 

@@ -124,10 +124,10 @@ class PayloadLog:
                 self._write(json.dumps({**event, "data_base64": base64.b64encode(body).decode()}))
                 self.written += 1
                 failing = False
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, MemoryError, http.client.HTTPException) as error:
                 self.dropped += 1
                 if not failing:
-                    log.warning("payloads cannot be written to %s: %s", self._destination, error)
+                    log.warning("payloads cannot be written to %s: %s", self._destination, error or "no memory")
                 failing = True
             with self._lock:
                 self._bytes -= len(body)

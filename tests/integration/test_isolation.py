@@ -143,6 +143,16 @@ def test_a_worker_that_is_killed_while_idle_costs_nobody_an_answer(instance: Ins
     assert double(instance, "dangerous", 5) == 10
 
 
+def test_a_worker_that_is_stopped_is_ended_at_its_callers_deadline(instance: Instance) -> None:
+    assert double(instance, "dangerous", 1) == 2
+    (worker,) = workers(instance)
+    worker.suspend()
+    assert refused(instance, 3, 0.5)[0] == "StatusCode.DEADLINE_EXCEEDED"
+    assert ends(worker)
+    assert double(instance, "safe", 4) == 8
+    assert double(instance, "dangerous", 5) == 10
+
+
 def test_too_much_memory_is_refused_and_the_server_does_not_grow(instance: Instance) -> None:
     before = psutil.Process(instance.process.pid).memory_info().rss
     status, text = refused(instance, -4)

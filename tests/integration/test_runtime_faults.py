@@ -15,6 +15,7 @@ import pytest
 from bench.peers.served import free_ports
 from mmcore.adapters import External, open_runtime
 from mmcore.errors import RpcError, Status
+from tests.cutting import CuttingProxy
 from tests.serving import Serve
 from tests.toy_processes import Front, Runtime, refused, request
 
@@ -60,6 +61,31 @@ def test_a_runtime_at_a_port_is_killed_and_refilled_like_one_at_a_socket(front: 
     runtime.start()
     assert mesh.infer("m").model_name == "m"
     assert (runtime.journal[0], "load m" in runtime.journal) == ("status", True)
+
+
+async def test_what_is_under_way_when_the_connection_to_a_runtime_is_cut_fails_and_what_comes_later_is_answered(
+    serve: Serve, runtimes: list[Runtime], tmp_path: Path
+) -> None:
+    runtime = runtimes[1]
+    runtime.start()
+    way = await CuttingProxy(runtime.address).start()
+    front = Front(await asyncio.to_thread(serve, None, "--runtime", way.endpoint), tmp_path)
+    try:
+        await asyncio.to_thread(front.register, "m", load=True)
+        came, long = way.received_bytes, b"60" + b" " * 50_000
+        under_way = asyncio.create_task(asyncio.to_thread(front.call, "toy.Toy/Sleep", long, mm_model_id="m"))
+        async with asyncio.timeout(15):
+            while way.received_bytes < came + len(long):
+                await asyncio.sleep(0.01)
+        await way.cut()
+        with pytest.raises(grpc.RpcError) as error:
+            await asyncio.wait_for(under_way, 15)
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        await way.mend()
+        assert (await asyncio.to_thread(front.infer, "m")).model_name == "m"
+    finally:
+        await way.cut()
+        front.close()
 
 
 async def test_a_runtime_that_hangs_is_given_up_and_taken_back(runtimes: list[Runtime]) -> None:

@@ -88,13 +88,14 @@ class WorkerProcess:
         self._ended = threading.Event()
         self._ending = threading.Lock()
         self._output = _Output(source.name)
-        with contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as handed_over, contextlib.ExitStack() as undo:
             self.inputs = Segment.create()
             undo.callback(self.inputs.close)
             self.outputs = Segment.create()
             undo.callback(self.outputs.close)
             self._sock, theirs = socket.socketpair()
             undo.enter_context(self._sock)
+            handed_over.enter_context(theirs)
             self._home = tempfile.mkdtemp(prefix="mmcore-worker-")
             undo.callback(shutil.rmtree, self._home, ignore_errors=True)
             self._user = next(_next_user) if os.geteuid() == 0 else None
@@ -103,8 +104,8 @@ class WorkerProcess:
             confinement = {
                 "user": self._user, "read": _readable(source), "home": self._home, "network": network,
             }  # fmt: skip
-            with theirs:
-                self._process = _start((theirs.fileno(), self.inputs.fd, self.outputs.fd), confinement)
+            self._process = _start((theirs.fileno(), self.inputs.fd, self.outputs.fd), confinement)
+            handed_over.close()
             undo.enter_context(self._process)
             undo.callback(self._process.kill)
             self.pid = self._process.pid

@@ -133,6 +133,7 @@ async def test_the_first_call_runs_in_a_thread_and_a_fast_model_then_on_the_loop
     ("error", "expected", "text"),
     [
         (ValueError("bad value"), InferenceFailed, "ValueError: bad value"),
+        (MemoryError(), Overloaded, "model 'm' ran out of memory"),
         (InvalidRequest("wrong input"), InvalidRequest, "wrong input"),
         (InferenceFailed("as it is"), InferenceFailed, "as it is"),
         (SystemExit(3), InferenceFailed, "SystemExit: 3"),

@@ -222,6 +222,16 @@ async def test_a_deadline_that_cannot_be_met_is_not_tried_but_now_and_then(scene
     assert scene.model.asked == [[9], [10]]
 
 
+async def test_no_deadline_is_given_up_for_a_time_that_was_never_measured(scene: Scene) -> None:
+    """A request of a new size; a smaller one says little of it."""
+    await scene.hold(settings(merges=False))
+    scene.copy.lane.pace(1).ran_in_thread(1_000_000_000)
+    scene.ask(*range(1, 513), caller=Call(time.monotonic() + 60))
+    await scene.open(1)
+    assert scene.answers.errors == [None]
+    assert scene.copy.lane.pace(512).cost_ns < 60e9
+
+
 async def test_a_delay_lets_a_batch_grow_until_it_is_over(scene: Scene) -> None:
     scene.copy = made_copy(scene.model, settings(delay_us=20_000))
     scene.ask(1)

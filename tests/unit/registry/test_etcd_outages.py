@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcore.errors import Unavailable
+from mmcore.errors import MmcoreError, Overloaded, Unavailable
 from mmcore.registry import InstanceRecord, ModelRecord, Registry, VModelRecord
 from tests.cutting import CuttingProxy
 from tests.etcds import Etcd, etcdctl, free_port
@@ -96,6 +96,51 @@ async def test_an_etcd_that_freezes_is_noticed(registries: Registries, etcd: Etc
     await a.models.update("m2", used)
     await until(lambda: b.models.get("m2") == ModelRecord("t", "m2", references=1))
     await until(lambda: a.leader != b.leader and len(a.instances) == len(b.instances) == 2)
+
+
+async def test_an_etcd_whose_disk_is_full_refuses_changes_and_tables_stay(tmp_path: Path) -> None:
+    etcd = Etcd(tmp_path / "data", "3.5")
+    etcd.grow(2**20)
+    etcd.start()
+    registries = Registries(EtcdBackend(f"etcd://{etcd.endpoint}/outages"))
+    try:
+        a, b = await two(registries, lease_s=2)
+        with pytest.raises(MmcoreError) as refused:
+            async with asyncio.timeout(20):
+                for number in range(1000):
+                    await a.models.update(f"full-{number}", lambda _: ModelRecord("t", "x" * 100_000))
+        assert isinstance(refused.value, Unavailable | Overloaded), refused.value
+        assert "space" in str(refused.value)
+        # What is there stays, for longer than a lease.
+        await asyncio.sleep(3)
+        assert all({"m1", "m2", "m3"} <= set(one.models) and set(one.instances) == {"a", "b"} for one in (a, b))
+        etcd.stop()
+        etcd.grow(2**30)
+        etcd.start(wait=False)  # it does not say that it is well
+        limits = ("--dial-timeout=20s", "--command-timeout=20s")
+        await asyncio.to_thread(etcdctl, "--endpoints", etcd.endpoint, *limits, "alarm", "disarm")
+        await until(lambda: a.connected and b.connected)
+        await a.models.update("m1", used)
+        await until(lambda: b.models.get("m1") == ModelRecord("t", "m1", references=1))
+    finally:
+        await registries.close()
+        etcd.kill()
+
+
+async def test_a_slow_etcd_takes_its_time_and_nothing_else(etcd: Etcd) -> None:
+    way = await CuttingProxy(etcd.endpoint).start()
+    registries = Registries(EtcdBackend(f"etcd://{way.endpoint}/outages"))
+    try:
+        a, b = await two(registries)
+        way.delay_s = 0.3
+        began = time.monotonic()
+        await a.models.update("m1", used)
+        assert time.monotonic() - began > way.delay_s
+        await until(lambda: b.models.get("m1") == ModelRecord("t", "m1", references=1))
+        assert a.connected and b.connected
+    finally:
+        await registries.close()
+        await way.cut()
 
 
 async def test_an_etcd_that_came_back_empty_gets_back_what_the_instances_know(

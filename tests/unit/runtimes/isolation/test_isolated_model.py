@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -180,6 +181,19 @@ def test_a_load_without_descriptors_left_fails_and_leaves_nothing(make: Make, wo
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert not workers()
         assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_load_without_room_for_temporary_files_says_so_and_the_next_one_works(
+    make: Make, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "full"
+    full.touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(full))
+    with pytest.raises(LoadFailed, match="its worker process cannot be started: "):
+        make(DOUBLE)
+    assert not workers()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert answer(make(DOUBLE), 2) == [4]
 
 
 def test_what_it_prints_is_logged_by_line_under_its_name(make: Make, caplog: pytest.LogCaptureFixture) -> None:
