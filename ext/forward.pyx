@@ -13,6 +13,7 @@ from libc.stdint cimport int64_t, uint8_t
 from mmcore._ext.h2 cimport CANCELLED, OK, RESOURCE_EXHAUSTED, Method, encode_metadata, now
 from mmcore._ext.h2client cimport ClientCall, ClientSession
 from mmcore._ext.h2server cimport ServerCall, Working
+from mmcore._ext.onward cimport encodings, open_stream, pass_answer, pass_refusal
 
 
 #: What was measured counts 1/e after so long: a peer that was slow is tried again.
@@ -144,13 +145,10 @@ cdef class Forwarded:
                 kept = asked.pairs_between(0, asked.metadata_bytes)
                 if kept:
                     encoded = headers + kept
-            if asked.accept_encoding is not None:
-                call.as_came = True
-                encoded = encoded + [(b"grpc-accept-encoding", asked.accept_encoding.encode("latin-1", "replace"))]
             if self.packed is not None:
                 message = self.packed
                 flag = 1
-                encoded = encoded + [(b"grpc-encoding", asked.encoding.encode("ascii"))]
+            encoded = encodings(encoded, asked, call, flag)
             deadline = asked.deadline
         else:
             if self.call.cancelled:
@@ -196,35 +194,15 @@ cdef class Forwarded:
             peer.hear((<ClientSession>call.session).told, moment)
         if call.grpc_status == OK:
             peer.succeeded(moment - self.began, moment)
-            self.answer(call)
+            self.over = True
+            pass_answer(self.call, self.asked, call)
         else:
             self.owner.failed(self, call)
-
-    cdef int answer(self, ClientCall call) except -1:
-        """Pass on an answer with OK."""
-        cdef ServerCall asked = self.asked
-        self.over = True
-        if asked is None:
-            self.call.reply(call.body)
-            return 0
-        if call.metadata_bytes:
-            self.take_metadata(call)
-        if call.packed is None:
-            return asked.answer(call.body)
-        asked.send_encoding = call.encoding
-        return asked.answer_as(call.packed, 1)
 
     def refuse(self, ClientCall call not None):
         """Pass on an answer that is an error."""
         self.over = True
-        if self.asked is not None and call.metadata_bytes:
-            self.take_metadata(call)
-        self.call.fail(call.grpc_status, call.grpc_message or "")
-
-    cdef int take_metadata(self, ClientCall call) except -1:
-        self.asked.extra_headers = call.pairs_between(0, call.initial_bytes) or None
-        self.asked.extra_trailers = call.pairs_between(call.initial_bytes, call.metadata_bytes) or None
-        return 0
+        pass_refusal(self.call, self.asked, call)
 
 
 cdef class Forwards:
@@ -331,38 +309,11 @@ cdef class Forwards:
 
 
 def pass_stream(ServerCall asked not None, ClientSession session not None, list headers not None, sink not None):
-    """Start a streaming call for the one that was asked: same method, metadata, deadline and compression.
+    """Start a streaming call for the one that was asked: same method, metadata behind ``headers``, deadline, compression.
 
     Raises:
         ConnectionError: the session takes no new call, or the call that asked is over.
         ValueError: it has more metadata than can be sent.
     """
-    cdef ClientCall call = ClientCall.__new__(ClientCall)
     cdef list encoded = headers + asked.pairs_between(0, asked.metadata_bytes)
-    if not session.takes_calls():
-        raise ConnectionError("the connection takes no new calls")
-    if asked.target is None:
-        raise ConnectionError("the call is over")
-    call.sink = sink
-    call.inbox = []
-    if asked.encoding is not None and asked.encoding != "identity":
-        call.send_encoding = asked.encoding
-        encoded.append((b"grpc-encoding", asked.encoding.encode("ascii")))
-    if asked.accept_encoding is not None:
-        encoded.append((b"grpc-accept-encoding", asked.accept_encoding.encode("latin-1", "replace")))
-    session.submit(call, asked.target, None, 0, encoded, asked.deadline)
-    return call
-
-
-def pass_head(ServerCall asked not None, ClientCall call not None):
-    """Answer a streaming call with the metadata and the compression of another's answer; before the first message."""
-    if asked.headers_sent:
-        return
-    asked.extra_headers = call.pairs_between(0, call.initial_bytes) or None
-    if call.encoding is not None and call.encoding != "identity":
-        asked.send_encoding = call.encoding
-
-
-def pass_trailers(ServerCall asked not None, ClientCall call not None):
-    """End a streaming call, when it ends, with the trailers of another's answer."""
-    asked.extra_trailers = call.pairs_between(call.initial_bytes, call.metadata_bytes) or None
+    return open_stream(asked, session, asked.target, encoded, sink)

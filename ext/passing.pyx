@@ -13,6 +13,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from mmcore._ext.h2 cimport CANCELLED, OK, RESOURCE_EXHAUSTED, Method, encode_metadata
 from mmcore._ext.h2client cimport ClientCall, ClientSession
 from mmcore._ext.h2server cimport ServerCall
+from mmcore._ext.onward cimport encodings, open_stream, pass_answer, pass_refusal
 
 import base64
 from collections import deque
@@ -28,6 +29,9 @@ HTTP_HEADERS = frozenset({
     "accept", "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host",
     "inference-header-content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "user-agent",
 })
+
+#: W3C Trace Context, section 3.
+TRACE_CONTEXT = (b"traceparent", b"tracestate")
 
 
 cdef inline int64_t now() noexcept nogil:
@@ -122,7 +126,8 @@ cdef class Passed:
         if call.grpc_status == OK and not self.over:
             self.target.copy.statistics.record(1, self.sent_at - self.began, 0, ended - self.sent_at, 0)
             self.owner.ended(self)
-            self.answer(call)
+            self.over = True
+            pass_answer(self.call, self.asked, call)
             return
         if not self.over:
             self.target.copy.statistics.fail(ended - self.began)
@@ -130,30 +135,10 @@ cdef class Passed:
         if not self.over:
             self.owner.failed(self, call)
 
-    cdef int answer(self, ClientCall call) except -1:
-        cdef ServerCall asked = self.asked
-        self.over = True
-        if asked is None:
-            self.call.reply(call.body)
-            return 0
-        if call.metadata_bytes:
-            self.take_metadata(call)
-        if call.packed is None:
-            return asked.answer(call.body)
-        asked.send_encoding = call.encoding
-        return asked.answer_as(call.packed, 1)
-
     def refuse(self, ClientCall call not None):
         """Pass on an answer that is an error."""
         self.over = True
-        if self.asked is not None and call.metadata_bytes:
-            self.take_metadata(call)
-        self.call.fail(call.grpc_status, call.grpc_message or "")
-
-    cdef int take_metadata(self, ClientCall call) except -1:
-        self.asked.extra_headers = call.pairs_between(0, call.initial_bytes) or None
-        self.asked.extra_trailers = call.pairs_between(call.initial_bytes, call.metadata_bytes) or None
-        return 0
+        pass_refusal(self.call, self.asked, call)
 
 
 cdef class Passing:
@@ -236,11 +221,7 @@ cdef class Passing:
                 return self.ended(passed)
             if asked.metadata_bytes:
                 encoded = encoded + kept_pairs(asked.pairs_between(0, asked.metadata_bytes))
-            if asked.accept_encoding is not None:
-                call.as_came = True
-                encoded = encoded + [(b"grpc-accept-encoding", asked.accept_encoding.encode("latin-1", "replace"))]
-            if passed.flag:
-                encoded = encoded + [(b"grpc-encoding", asked.encoding.encode("ascii"))]
+            encoded = encodings(encoded, asked, call, passed.flag)
             deadline = asked.deadline
         else:
             if passed.call.cancelled:
@@ -313,25 +294,17 @@ cdef class Passing:
 
 def pass_stream_to(
     ServerCall asked not None, ClientSession session not None, Target target not None, str path not None, sink,
+    list context=None,
 ):
     """Start a streaming call at the runtime for the one that was asked: same metadata, deadline and compression.
+
+    ``context``: encoded metadata in place of the trace context that came.
 
     Raises:
         ConnectionError: the session takes no new call, or the call that asked is over.
         ValueError: it has more metadata than can be sent.
     """
-    cdef ClientCall call = ClientCall.__new__(ClientCall)
-    cdef list encoded = target.headers + kept_pairs(asked.pairs_between(0, asked.metadata_bytes))
-    if not session.takes_calls():
-        raise ConnectionError("the connection takes no new calls")
-    if asked.closed or asked.finished:
-        raise ConnectionError("the call is over")
-    call.sink = sink
-    call.inbox = []
-    if asked.encoding is not None and asked.encoding != "identity":
-        call.send_encoding = asked.encoding
-        encoded = encoded + [(b"grpc-encoding", asked.encoding.encode("ascii"))]
-    if asked.accept_encoding is not None:
-        encoded = encoded + [(b"grpc-accept-encoding", asked.accept_encoding.encode("latin-1", "replace"))]
-    session.submit(call, Method(path), None, 0, encoded, asked.deadline)
-    return call
+    cdef list kept = kept_pairs(asked.pairs_between(0, asked.metadata_bytes))
+    if context is not None:
+        kept = [pair for pair in kept if pair[0] not in TRACE_CONTEXT] + context
+    return open_stream(asked, session, Method(path), target.headers + kept, sink)

@@ -115,6 +115,7 @@ class RequestTrace:
         self._tracer = tracer
         self._span = span
         self._forward: Any = None
+        self._over = False
         self.began_ns: Final = _now_ns()
 
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -144,7 +145,10 @@ class RequestTrace:
         self._forward = None
 
     def end(self, code: int, details: str) -> None:
-        """It is answered with a gRPC status."""
+        """It is answered with a gRPC status; the first word counts."""
+        if self._over:
+            return
+        self._over = True
         self.forwarded()
         self._span.set_attribute("rpc.grpc.status_code", code)
         if code:

@@ -122,6 +122,8 @@ class Toy:
         if request.model_name not in self.models:
             context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model_name}")
         headers = dict(context.invocation_metadata())
+        if "traceparent" in headers:
+            self.journal.append(f"traced {headers['traceparent']}")
         self.journal.append(f"infer {request.model_name} {headers.get('mm-model-id')} {headers.get('mm-vmodel-id')}")
         with self.lock:
             self.running += 1
@@ -150,6 +152,7 @@ class Toy:
         return "\n".join([*self.journal, *most]).encode()
 
     def stream(self, bodies: Any, context: Context) -> Any:
+        self.journal.append(f"stream {dict(context.invocation_metadata()).get('traceparent')}")
         for body in bodies:
             request = inference_pb2.ModelInferRequest.FromString(body)
             found = request.model_name in self.models

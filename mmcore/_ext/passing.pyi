@@ -7,6 +7,7 @@ from mmcore._ext.h2server import ServerCall
 
 HTTP_HEADERS: frozenset[str]
 MOST_WAITING: int
+TRACE_CONTEXT: tuple[bytes, bytes]
 
 def kept_pairs(pairs: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]: ...
 
@@ -53,5 +54,10 @@ class Passing:
     def failed(self, passed: Passed, answer: ClientCall) -> None: ...
 
 def pass_stream_to(
-    asked: ServerCall, session: ClientSession, target: Target, path: str, sink: object
+    asked: ServerCall,
+    session: ClientSession,
+    target: Target,
+    path: str,
+    sink: object,
+    context: list[tuple[bytes, bytes]] | None = None,
 ) -> ClientCall: ...

@@ -46,7 +46,7 @@ from mmcore.server.inference import MODEL_INFER
 from mmcore.server.interpreter import Collections, take_short_turns
 from mmcore.server.observed import Observed
 from mmcore.server.parts import Parts
-from mmcore.server.passing import PassThrough
+from mmcore.server.passing import KNOWN, PassThrough
 from mmcore.server.payloads import PayloadLog
 from mmcore.server.peer import add_peer_methods, listen_for_peers
 from mmcore.server.process import LAST_ANSWERS_S, run_until_told
@@ -200,6 +200,8 @@ class Node:
         if log_requests:
             watchers.append(RequestLog())
         tracer = self._tracer
+        if self._external is not None:
+            self._passing.tracer = tracer
         if tracer is None and not watchers:
             self._server.surround(None)
             self._service.surround(None)
@@ -209,7 +211,7 @@ class Node:
             return tracer.request(path.removeprefix("/"), call.metadata) if tracer is not None else None
 
         def around(path: str, handler: Any) -> Any:
-            if not path.startswith(f"/{SERVICE}/"):
+            if not path.startswith(f"/{SERVICE}/") and path.removeprefix("/") not in KNOWN:
                 return handler
             infers = path in (MODEL_INFER, STREAM_INFER) and self._external is None
             return watched(path, handler, self._service.apart(path) if infers else handler, trace, watchers)

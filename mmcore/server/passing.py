@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +26,7 @@ from mmcore.routing.mesh import SHARED_FROM
 from mmcore.server.calls import Answer, Body, Waiting
 from mmcore.server.dataplane import DataplaneConfig
 from mmcore.server.headers import asked, balanced, names_models
+from mmcore.tracing import RequestTrace, Tracer
 from mmcore.transport import ClientStream, Server, StreamCall
 from mmcore.transport.server import UnaryHandler, status_of
 
@@ -73,7 +75,11 @@ class _Request(NamedTuple):
 
 
 class PassThrough(Passing):
-    """Answers requests by passing them to the runtime behind ``external``; ``config`` as for the v2 service."""
+    """Answers requests by passing them to the runtime behind ``external``; ``config`` as for the v2 service.
+
+    Attributes:
+        tracer: traces streams, each as one span; None: nobody.
+    """
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class PassThrough(Passing):
         self._waiting = waiting
         self._config = config
         self._mesh = mesh
+        self.tracer: Tracer | None = None
         self._described: dict[str, _Method] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         #: When models were loaded again because the runtime did not know them.
@@ -319,6 +326,22 @@ class PassThrough(Passing):
             MmcoreError: the method is not allowed, or the model is not to be had.
         """
         method = call.method.removeprefix("/")
+        trace = self.tracer.request(method, call.metadata) if self.tracer is not None else None
+        if trace is None:
+            await self._stream(call, method, None)
+            return
+        try:
+            await self._stream(call, method, trace)
+        except asyncio.CancelledError:
+            late = call.deadline is not None and time.monotonic() >= call.deadline
+            trace.end(Status.DEADLINE_EXCEEDED if late else Status.CANCELLED, "the call was over before its stream")
+            raise
+        except Exception as error:
+            trace.end(*status_of(error))
+            raise
+        trace.end(Status.OK, "")
+
+    async def _stream(self, call: StreamCall, method: str, trace: RequestTrace | None) -> None:
         kind = Kind.ANY
         described = self._described.get(method) or self._describe(method)
         if self._config is not None:
@@ -343,14 +366,16 @@ class PassThrough(Passing):
             if connection is None:
                 raise RpcError(Status.UNAVAILABLE, "the runtime is away")
             try:
-                out = call.pass_through(connection, target_of(copy), described.path)
+                out = call.pass_through(connection, target_of(copy), described.path, _encoded(trace))
             except (ConnectionError, ValueError) as error:
                 raise RpcError(Status.UNAVAILABLE, str(error)) from error
 
             async def prepared(message: bytes) -> bytes:
                 return (await self._lease(call, described, kind, message, leases))[1]
 
-            await _Stream(call, out, first, prepared).run()
+            if trace is not None:
+                trace.note(model=copy.name, version=copy.version)
+            await _Stream(call, out, first, prepared, trace).run()
         finally:
             for copy in leases.values():
                 copy.release()
@@ -380,12 +405,18 @@ class _Stream:
     """One stream between its client and the runtime; ``prepare`` makes of a message what the runtime is to get."""
 
     def __init__(
-        self, call: StreamCall, out: ClientStream, first: bytes, prepare: Callable[[bytes], Awaitable[bytes]]
+        self,
+        call: StreamCall,
+        out: ClientStream,
+        first: bytes,
+        prepare: Callable[[bytes], Awaitable[bytes]],
+        trace: RequestTrace | None,
     ) -> None:
         self._call = call
         self._out = out
         self._first = first
         self._prepare = prepare
+        self._trace = trace
 
     async def run(self) -> None:
         """Pass messages both ways until the runtime ends the stream; RpcError where its status is not OK."""
@@ -413,6 +444,8 @@ class _Stream:
             await out.end()
         except (RpcError, MmcoreError) as error:  # what the client sends cannot be taken
             status, text = status_of(error)
+            if self._trace is not None:
+                self._trace.end(status, text)
             call.fail(status, text)
             out.cancel()
 
@@ -426,6 +459,10 @@ def target_of(copy: Copy) -> Target:
         target = copy.prepared = Target(copy, model.id, model.max_concurrency)
     assert isinstance(target, Target)
     return target
+
+
+def _encoded(trace: RequestTrace | None) -> list[tuple[bytes, bytes]] | None:
+    return [(name.encode(), value.encode()) for name, value in trace.headers()] if trace is not None else None
 
 
 def _named_by_metadata(call: Answer | StreamCall) -> tuple[str, Kind]:

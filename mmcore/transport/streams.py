@@ -6,9 +6,10 @@ import asyncio
 from collections import deque
 from typing import Self
 
-from mmcore._ext.forward import pass_head, pass_stream, pass_trailers
+from mmcore._ext.forward import pass_stream
 from mmcore._ext.h2client import ClientCall, ClientSession
 from mmcore._ext.h2server import ServerCall
+from mmcore._ext.onward import pass_head, pass_trailers
 from mmcore._ext.passing import Target, pass_stream_to
 from mmcore.errors import RpcError, Status
 from mmcore.transport.connection import Message, Metadata
@@ -133,10 +134,12 @@ class StreamCall(MessageStream):
         stream.attach(pass_stream(self._call, session, headers, stream))
         return stream
 
-    def pass_through(self, session: ClientSession, target: Target, path: str) -> ClientStream:
-        """Start a call like this one at a runtime; raises as :meth:`pass_on` does."""
+    def pass_through(
+        self, session: ClientSession, target: Target, path: str, context: list[tuple[bytes, bytes]] | None = None
+    ) -> ClientStream:
+        """Start a call like this one at a runtime, with this trace context if not None; raises as :meth:`pass_on`."""
         stream = ClientStream(self._loop)
-        stream.attach(pass_stream_to(self._call, session, target, path, stream))
+        stream.attach(pass_stream_to(self._call, session, target, path, stream, context))
         return stream
 
     def begin_like(self, stream: ClientStream) -> None:

@@ -20,6 +20,7 @@ from mmcore.pb.inference_pb2 import ModelInferRequest, ModelInferResponse, Model
 from mmcore.pb.model_mesh_pb2 import ModelInfo, RegisterModelRequest, UnregisterModelRequest
 from tests.posts import Posts
 from tests.serving import FAILING, IDENTITY, Instance, Serve, write_model
+from tests.toy_processes import Front, Runtime
 
 pytestmark = pytest.mark.slow
 
@@ -204,6 +205,35 @@ def test_a_trace_goes_on_from_a_stream_to_another_instance(
     assert by_id[forward["parent"]]["name"].endswith("/ModelStreamInfer")
     [passed_on] = [span for span in found if span["parent"] == forward["id"]]
     assert passed_on["instance"] != forward["instance"]
+
+
+def test_what_a_runtime_answers_is_traced_on_to_it_streams_too(serve: Serve, posts: Posts, tmp_path: Path) -> None:
+    runtime = Runtime(f"unix:{tmp_path}/runtime.sock")
+    runtime.start()
+    parent = f"00-{TRACE}-{PARENT}-01"
+    try:
+        front = Front(
+            serve(None, "--runtime", runtime.address, "--otlp-endpoint", posts.url, "--trace-ratio", "0"), tmp_path
+        )
+        front.register("m", load=True)
+        assert len(in_a_stream(front.instance, "m", "m", traceparent=parent)) == 4
+        assert len(in_a_stream(front.instance, "m")) == 2
+        with pytest.raises(grpc.RpcError):
+            in_a_stream(front.instance, "m", "unknown", traceparent=parent)
+        over_grpc(front.instance, "m", traceparent=parent)
+        front.close()
+        told = [line.split(" ")[1] for line in runtime.journal if line.startswith(("stream", "traced"))]
+        ended(front.instance)
+    finally:
+        runtime.kill()
+    found = spans(posts)
+    assert {(span["trace"], span["parent"]) for span in found} == {(TRACE, PARENT)}
+    assert [(span["name"].rpartition("/")[2], span["status"]) for span in found] == [
+        ("ModelStreamInfer", 0), ("ModelStreamInfer", 2), ("ModelInfer", 0),
+    ]  # fmt: skip
+    # What the runtime does is below the instance's span of it, and what is not traced is not.
+    whole, failed, unary = (f"00-{TRACE}-{span['id']}-01" for span in found)
+    assert told == [whole, "None", failed, unary]
 
 
 def test_a_traced_request_needs_its_token_too(serve: Serve, posts: Posts, models: Path, tmp_path: Path) -> None:
