@@ -309,7 +309,9 @@ cdef class Forwards:
 
 
 def pass_stream(ServerCall asked not None, ClientSession session not None, list headers not None, sink not None):
-    """Start a streaming call for the one that was asked: same method, metadata behind ``headers``, deadline, compression.
+    """Start a streaming call for the one that was asked: same method, deadline and compression.
+
+    Its metadata goes behind ``headers``.
 
     Raises:
         ConnectionError: the session takes no new call, or the call that asked is over.

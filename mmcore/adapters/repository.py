@@ -18,7 +18,7 @@ from mmcore.adapters.ready import ready
 from mmcore.adapters.runtime import Tls
 from mmcore.adapters.server_memory import ServerMemory, guessed_size
 from mmcore.config import TransportSettings
-from mmcore.errors import InvalidModel, RpcError, Status
+from mmcore.errors import LoadFailed, RpcError, Status
 from mmcore.pb import inference_pb2 as v2
 from mmcore.pb import model_runtime_pb2 as pb
 from mmcore.transport import Channel
@@ -78,7 +78,7 @@ class RepositoryRuntime:
         """See :class:`mmcore.adapters.runtime.Runtime`; INVALID_ARGUMENT for files that cannot be laid out."""
         try:
             laid_out = await asyncio.to_thread(self._folders.make, request)
-        except (InvalidModel, OSError) as error:
+        except (LoadFailed, OSError) as error:
             raise RpcError(Status.INVALID_ARGUMENT, str(error)) from error
         asked = v2.RepositoryModelLoadRequest(model_name=request.modelId)
         try:

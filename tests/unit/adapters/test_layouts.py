@@ -61,6 +61,25 @@ def test_triton_gets_one_version_with_the_names_it_knows(
     assert links(made) == expected
 
 
+@pytest.mark.parametrize(("name", "absent", "text"), [
+    ("net.pkl", "", r"net\.pkl is no file of Keras, \.keras or \.h5"),
+    ("net.h5", "tensorflow", "a SavedModel alone: install tensorflow beside mmcore"),
+])  # fmt: skip
+def test_a_keras_file_that_cannot_be_converted_for_triton_is_refused(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, name: str, absent: str, text: str
+) -> None:
+    monkeypatch.setattr(triton, "find_spec", lambda package: None if package == absent else True)
+    root = tree(tmp_path / "in", name)
+    with pytest.raises(InvalidModel, match=text):
+        triton.lay_out(made, "id", "keras", root / name, None)
+
+
+def test_a_folder_for_keras_is_a_saved_model(tmp_path: Path, made: Path) -> None:
+    root = tree(tmp_path / "in", "m/saved_model.pb", "m/variables/v")
+    triton.lay_out(made, "id", "keras", root / "m", None)
+    assert links(made) == {"1/model.savedmodel": "in/m"}
+
+
 def test_tritons_configuration_loses_its_name_and_takes_the_schemas_tensors(tmp_path: Path, made: Path) -> None:
     root = tree(tmp_path / "m", "1/model.py", "schema.json")
     (root / "config.pbtxt").write_text('name: "other" backend: "python" max_batch_size: 8')

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mmcore.adapters import triton
 from mmcore.errors import InvalidRequest, LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSettings, ModelSource, TensorSpec
 from mmcore.runtimes import LoadedModel, keras_files, load_model
@@ -176,12 +177,16 @@ def test_a_frozen_graph_has_its_placeholders_and_results_as_tensors(made: Path, 
 
 
 @pytest.mark.parametrize("name", ["sequence.keras", "sequence.h5"])
-def test_a_keras_file_answers_what_keras_does(made: Path, name: str) -> None:
-    model = load(made / name)
-    assert model.inputs == (TensorSpec("flowers", "FP32", (-1, 4)),)
-    assert model.outputs == (TensorSpec("output_0", "FP32", (-1, 3)),)
+def test_a_keras_file_answers_what_keras_does_and_so_does_what_triton_gets_of_it(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    triton.lay_out(tmp_path, "m", "keras", made / name, None)
     expected = np.load(made / "sequence.npz")
-    np.testing.assert_allclose(model.infer({"flowers": expected["x"]}, ())[0][2], expected["y"], rtol=1e-5)
+    for path in (made / name, tmp_path / "1" / "model.savedmodel"):
+        model = load(path)
+        assert model.inputs == (TensorSpec("flowers", "FP32", (-1, 4)),)
+        assert model.outputs == (TensorSpec("output_0", "FP32", (-1, 3)),)
+        np.testing.assert_allclose(model.infer({"flowers": expected["x"]}, ())[0][2], expected["y"], rtol=1e-5)
 
 
 def test_a_keras_file_is_exported_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
