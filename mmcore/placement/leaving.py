@@ -29,17 +29,17 @@ def drain(
     ranked = sorted(models, key=lambda model: (model.demand.requests_per_minute, model.last_used_ms), reverse=True)
     moves: list[Move] = []
     for model in ranked:
-        if not model.floor and not model.everywhere and now_ms - model.last_used_ms > policy.idle_ms:
+        if not model.min_copies and not model.everywhere and now_ms - model.last_used_ms > policy.idle_ms:
             continue
         others = sum(
             1
             for holder in model.copies
             if holder != instance_id and (member := cluster.get(holder)) is not None and not member.instance.draining
         )
-        if others >= max(1, model.floor, min(len(model.copies), ceil(busy_copies(cluster, model, policy)))):
+        if others >= max(1, model.min_copies, min(len(model.copies), ceil(busy_copies(cluster, model, policy)))):
             continue
         rate = model.demand.requests_per_minute / max(1, len(model.copies))
-        before_ms = None if model.floor else model.last_used_ms
+        before_ms = None if model.min_copies else model.last_used_ms
         try:
             target = place(cluster, model, now_ms, evicts_before_ms=before_ms, requests_per_minute=rate)
         except NoPlace:

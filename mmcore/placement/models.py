@@ -42,8 +42,8 @@ class Model:
     """What decisions about a model need.
 
     ``size_bytes`` is the measured size of a copy, or the prediction. ``copies`` and ``failures`` go by instance; the
-    latter holds the times of the failures that have not expired. ``max_copies`` 0 sets no limit of its own;
-    ``everywhere`` asks for a copy on each instance that may hold one. ``pinned`` keeps at least one copy at any time.
+    latter holds the times of the failures that have not expired. It never goes below ``min_copies`` copies;
+    ``max_copies`` 0 sets no limit of its own; ``everywhere`` asks for a copy on each instance that may hold one.
     """
 
     id: str
@@ -55,13 +55,7 @@ class Model:
     demand: Demand = Demand()
     min_copies: int = 0
     max_copies: int = 0
-    pinned: bool = False
     everywhere: bool = False
-
-    @property
-    def floor(self) -> int:
-        """The copies it never goes below."""
-        return max(self.min_copies, 1 if self.pinned else 0)
 
     @property
     def loading(self) -> bool:

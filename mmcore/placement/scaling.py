@@ -62,7 +62,7 @@ def scale(cluster: Cluster, model: Model, now_ms: int, policy: Policy = DEFAULT_
     misplaced = [member for member in holders if member not in pool.members]
     count = len(live)
     most = min(len(pool), model.max_copies or len(pool))
-    least = min(most, len(pool) if model.everywhere else model.floor)
+    least = min(most, len(pool) if model.everywhere else model.min_copies)
     if count < max(least, 1 if misplaced else 0):
         return list(_loads(cluster, model, max(1, least - count), now_ms, "least number of copies"))
     if not count or any(model.copies[member.id].state is CopyState.LOADING for member in holders):

@@ -58,7 +58,6 @@ class ModelRecord(Record):
         last_used_ms: written rarely; instances know better for the copies they hold.
         min_copies, max_copies: bounds on its copies; 0 for none.
         everywhere: whether there is to be a copy at each instance that may host it.
-        pinned: whether its copies are kept in memory whatever the traffic.
     """
 
     type: str = ""
@@ -73,7 +72,6 @@ class ModelRecord(Record):
     min_copies: int = 0
     max_copies: int = 0
     everywhere: bool = False
-    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,6 @@ def model_of(name: str, record: ModelRecord, now_ms: int, demand: placement.Dema
         demand=demand or placement.Demand(),
         min_copies=record.min_copies,
         max_copies=record.max_copies,
-        pinned=record.pinned,
         everywhere=record.everywhere,
     )
 

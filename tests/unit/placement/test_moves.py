@@ -118,14 +118,14 @@ def test_an_instance_that_leaves_hands_over_first_what_is_used_most() -> None:
         held("calm", "leaving", 10),
         held("hot", "leaving", 1000),
         held("idle", "leaving", last_used_ms=NOW_MS - 2 * HOUR_MS),
-        held("pinned", "leaving", last_used_ms=NOW_MS - 2 * HOUR_MS, pinned=True),
+        held("wanted", "leaving", last_used_ms=NOW_MS - 2 * HOUR_MS, min_copies=1),
         held("elsewhere", "leaving i0", 10),
         held("two", "leaving i0", 10, min_copies=2),
         held("busy", "leaving i0", 1900),
     ]
     cluster = leaving_cluster()
     moves = drain(cluster, "leaving", models, NOW_MS)
-    assert [move.model for move in moves] == ["busy", "hot", "two", "calm", "pinned"]
+    assert [move.model for move in moves] == ["busy", "hot", "two", "calm", "wanted"]
     assert all(move.source == "leaving" and move.instance.startswith("i") for move in moves)
     assert moves[0].instance != "i0"
     assert {cluster.reserved(move.model)[0] for move in moves} == {move.instance for move in moves}

@@ -100,7 +100,7 @@ def test_a_second_copy_for_steady_use_displaces_nothing_of_the_last_hour() -> No
 def test_copies_asked_for_are_there_at_once_and_in_other_zones() -> None:
     actions = scale(cluster(), model(0, min_copies=4), NOW_MS)
     assert sorted(int(action.instance[1:]) % 2 for action in actions) == [0, 0, 1, 1]
-    assert change(scale(cluster(), model(0, pinned=True), NOW_MS)) == 1
+    assert change(scale(cluster(), model(0, min_copies=1), NOW_MS)) == 1
     assert change(scale(cluster(), model(3, everywhere=True), NOW_MS)) == 7
     assert scale(cluster(3), model(3, min_copies=5), NOW_MS) == []
 
@@ -121,7 +121,7 @@ def test_the_last_copy_goes_by_time_only_where_that_is_configured() -> None:
     unloading = Policy(unload_idle_ms=HOUR_MS)
     assert scale(cluster(), model(1, **idle), NOW_MS) == []
     assert change(scale(cluster(), model(1, **idle), NOW_MS, unloading)) == -1
-    assert scale(cluster(), model(1, pinned=True, **idle), NOW_MS, unloading) == []
+    assert scale(cluster(), model(1, min_copies=1, **idle), NOW_MS, unloading) == []
 
 
 def test_a_limit_is_kept_from_both_sides() -> None:

@@ -35,7 +35,6 @@ from mmcore.registry.records import (
             last_used_ms=1764117600000,
             min_copies=1,
             max_copies=3,
-            pinned=True,
         ),
         VModelRecord("ksp", active="m1", target="m2", failed=True),
         InstanceRecord("10.0.0.1:8034", labels=("gpu", "zone-a"), capacity_bytes=2**34, draining=True),
