@@ -18,6 +18,7 @@ import pytest_asyncio
 
 from mmcore.pb import model_mesh_pb2 as pb
 from tests.etcds import Etcd
+from tests.management import files
 from tests.meshes import CALLERS, MODELS, Client, Load, Member, Mesh, Registrar, name_of, until
 from tests.serving import Instances
 
@@ -29,6 +30,22 @@ FOUND_OUT_S = 10.0
 PROMPTLY_S = 5.0
 #: Clocks are off by this much to either side: by more than anything that is timed in a test.
 OFF_S = 1200.0
+
+#: Multiplies by FACTOR; its load ends when the file named in its settings exists.
+SLOW_SCALE = """
+import os, time
+
+class Model:
+    inputs = [("X", "FP32", [-1])]
+    outputs = [("Y", "FP32", [-1])]
+
+    def load(self, path, parameters):
+        while not os.path.exists(parameters["release"]):
+            time.sleep(0.005)
+
+    def predict(self, inputs):
+        return {"Y": inputs["X"] * FACTOR}
+"""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -221,3 +238,46 @@ async def test_no_request_fails_while_all_instances_are_restarted_one_after_the_
     assert load.failures == []
     # None of them was there from the beginning: what they know they have from etcd.
     await mesh.whole()
+
+
+async def test_no_request_waits_for_a_load_while_an_instance_under_load_leaves(mesh: Mesh) -> None:
+    """Its copies answer, whoever is asked, until those that are to follow them are loaded."""
+    leaving, *others = mesh.members
+    release = mesh.files / "release"
+    release.touch()
+    hot = (MODELS, MODELS + 1, MODELS + 2)
+    for model in hot:
+        source = SLOW_SCALE.replace("FACTOR", str(model + 1))
+        info = files(mesh.files, name_of(model), source, settings=f"parameters: {{release: {release}}}")
+        await leaving.client.register(name_of(model), info)
+        await mesh.place(model, leaving)
+    release.unlink()
+    # A caller of each model through each instance: one whose request waited for a load would answer no more.
+    clients = [Client(member.address, other.address) for member in mesh.members for other in others[:1]]
+    loads = [Load(client, (model,), callers=1) for client in clients for model in hot]
+    try:
+        await asyncio.gather(*(load.more(20) for load in loads))
+        leaving.instance.signal(signal.SIGTERM)
+        await until(lambda: _are_coming(others[0], hot))
+        await asyncio.gather(*(load.more(20) for load in loads))
+    finally:
+        release.touch()
+    assert await leaving.ended() == 0
+    await asyncio.gather(*(load.more(20) for load in loads))
+    for load in loads:
+        await load.stop()
+        assert load.failures == []
+    await leaving.start(mesh.serve)
+    for model in hot:
+        await others[0].client.unregister(name_of(model))
+    await mesh.whole()
+
+
+async def _are_coming(member: Member, models: tuple[int, ...]) -> bool:
+    """Whether a load of each of these models is under way."""
+    found = []
+    for model in models:
+        request = pb.GetStatusRequest(modelId=name_of(model))
+        status = await member.client.manage("getModelStatus", request, pb.ModelStatusInfo)
+        found.append(any(copy.copyStatus == pb.ModelStatusInfo.LOADING for copy in status.modelCopyInfos))
+    return all(found)
