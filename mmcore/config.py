@@ -132,12 +132,18 @@ class RuntimeSettings:
         capacity_bytes: what its models may take together; None: as it says itself.
         ca: signs the certificate that it must have for its host; None: plain text.
         own: the certificate that it is shown over TLS; None: none.
+        load_timeout_s: how long a load may take; None: as it says itself.
+        loads_at_once: how many models it loads at once; None: as it says itself.
+        model_concurrency: how many requests a model takes at once, 0 for any number; None: as it says itself.
     """
 
     address: str
     capacity_bytes: int | None = None
     ca: Path | None = None
     own: TlsFiles | None = None
+    load_timeout_s: float | None = None
+    loads_at_once: int | None = None
+    model_concurrency: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A kubelet for tests, and what makes pods of Deployments: their instances run as processes on loopback addresses.
+"""A kubelet for tests, and what makes pods of Deployments: their containers run as processes on loopback addresses.
 
 Each pod has an address of its own in 127.0.0.0/8, so that all listen on the same ports, as in a cluster. Mounted
 volumes are folders, written anew when a pod's annotations change, which is when real kubelets do so at once.
@@ -13,31 +13,32 @@ import json
 import logging
 import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 from mmcore.controller.api import Api, ApiError
 from mmcore.controller.informer import Informer
 from mmcore.controller.objects import CONFIG_MAP, DEPLOYMENT, POD, SECRET, Object, Ref, at, ref
-from tests.serving import command, environment
+from tests.pods import Pod, Program, instance_of, sources
 
 log = logging.getLogger(__name__)
 
-READY_WITHIN_S = 30.0
+READY_WITHIN_S = 60.0
 
 
 class Kubelet:
-    """Runs the containers named ``mmcore`` of the Deployments in namespaces whose names start so.
+    """Runs the pods of the Deployments in namespaces whose names start so.
 
     ``claims`` holds the folder of each volume claim.
 
     Attributes:
         broken: names of Deployments whose pods do not start, and what they tell instead.
+        programs: what stands for the images of the servers beside instances, by the names of their containers.
     """
 
     def __init__(self, api: Api, folder: Path, claims: Path, namespaces: str) -> None:
         self.broken: dict[str, str] = {}
+        self.programs: dict[str, Program] = {}
         self._api = api
         self._folder = folder
         self._claims = claims
@@ -47,8 +48,8 @@ class Kubelet:
         self._dirty = asyncio.Event()
         self._deployments = Informer(api, DEPLOYMENT, lambda before, after: self._dirty.set())
         self._pods = Informer(api, POD, lambda before, after: self._dirty.set())
-        self._processes: dict[Ref, asyncio.subprocess.Process] = {}
-        self._started: list[asyncio.subprocess.Process] = []
+        self._running: dict[Ref, Pod] = {}
+        self._started: list[Pod] = []
         self._annotations: dict[Ref, Any] = {}
         self._starting: set[asyncio.Task[None]] = set()
 
@@ -75,17 +76,15 @@ class Kubelet:
                 task.cancel()
             if self._starting:
                 await asyncio.wait(self._starting)
-            for process in self._started:
-                if process.returncode is None:
-                    process.kill()
-                await process.communicate()
+            for pod in self._started:
+                await asyncio.to_thread(pod.end)
 
     async def close(self) -> None:
         await self._api.close()
 
     def kill(self, pod: Ref) -> None:
         """As a machine that dies."""
-        self._processes[pod].kill()
+        self._running[pod].process.kill()
 
     async def _step(self) -> None:
         owned: set[Ref] = set()
@@ -100,7 +99,8 @@ class Kubelet:
                 await self._end(where)
             elif self._annotations.get(where) != at(pod, "metadata", "annotations"):
                 self._annotations[where] = at(pod, "metadata", "annotations")
-                await self._mount(where, pod)
+                if where in self._running:
+                    self._running[where].mount(await self._files(where.namespace, pod))
 
     def _is_mine(self, where: Ref) -> bool:
         return where.namespace.startswith(self._namespaces)
@@ -153,29 +153,12 @@ class Kubelet:
             await self._status(where, {"containerStatuses": [{**status, "state": {"waiting": waiting}}]})
             return
         address = f"{self._address}.{next(self._numbers)}"
-        folders = await self._mount(where, pod)
-        container = next(one for one in pod["spec"]["containers"] if one["name"] == "mmcore")
-        env = {entry["name"]: entry.get("value", "") for entry in container["env"]}
-        env["POD_IP"] = address
-        mounts = sorted(container["volumeMounts"], key=lambda one: -len(one["mountPath"]))
-        for name, value in env.items():
-            text = value.replace("$(POD_IP)", address)
-            for mount in mounts:
-                if f"{mount['mountPath']}" in text:
-                    text = text.replace(mount["mountPath"], str(folders[mount["name"]]))
-                    break
-            env[name] = text
-        env |= {"MMCORE_HOST": address, "MMCORE_PVC_MOUNTS": str(self._mount_claims(where, container))}
-        with (self._folder / f"{where.name}.log").open("w") as log:
-            self._processes[where] = process = await asyncio.create_subprocess_exec(
-                *command("serve"), stdout=asyncio.subprocess.PIPE, stderr=log, env=environment(**env)
-            )
-        self._started.append(process)
-        assert process.stdout is not None
-        async with asyncio.timeout(READY_WITHIN_S):
-            line = await process.stdout.readline()
-        if not line:
-            raise AssertionError((self._folder / f"{where.name}.log").read_text())
+        files, claims = await self._files(where.namespace, pod), self._mount_claims(where, instance_of(pod))
+        running = self._running[where] = Pod(
+            pod, self._folder / where.name, files, claims, address=address, programs=self.programs
+        )
+        self._started.append(running)
+        await asyncio.to_thread(running.ready, READY_WITHIN_S)
         ready = [{"type": "Ready", "status": "True"}]
         await self._status(where, {"phase": "Running", "podIP": address, "conditions": ready})
 
@@ -192,27 +175,16 @@ class Kubelet:
     async def _status(self, where: Ref, status: Object) -> None:
         await self._api.patch(POD, where, {"status": status}, "status")
 
-    async def _mount(self, where: Ref, pod: Object) -> dict[str, Path]:
-        folders: dict[str, Path] = {}
-        for volume in pod["spec"].get("volumes") or []:
-            folder = folders[volume["name"]] = self._folder / where.name / volume["name"]
-            folder.mkdir(parents=True, exist_ok=True)
-            if source := volume.get("configMap"):
-                found = await self._read(CONFIG_MAP, where.namespace, source["name"], optional=False)
-                files = {key: value.encode() for key, value in (found.get("data") or {}).items()}
-            elif source := volume.get("secret"):
-                optional = bool(source.get("optional"))
-                found = await self._read(SECRET, where.namespace, source["secretName"], optional=optional)
-                files = {key: base64.b64decode(value) for key, value in (found.get("data") or {}).items()}
+    async def _files(self, namespace: str, pod: Object) -> dict[str, dict[str, bytes]]:
+        found = {}
+        for kind, name, optional in sources(pod).values():
+            if kind == "Secret":
+                data = (await self._read(SECRET, namespace, name, optional=optional)).get("data") or {}
+                found[name] = {key: base64.b64decode(value) for key, value in data.items()}
             else:
-                continue
-            for name in {one.name for one in folder.iterdir()} - files.keys():
-                (folder / name).unlink()
-            for name, content in files.items():
-                made = folder.parent / f".{name}"
-                made.write_bytes(content)
-                made.rename(folder / name)
-        return folders
+                data = (await self._read(CONFIG_MAP, namespace, name, optional=optional)).get("data") or {}
+                found[name] = {key: value.encode() for key, value in data.items()}
+        return found
 
     async def _read(self, kind: Any, namespace: str, name: str, *, optional: bool) -> Object:
         for _ in range(200):
@@ -226,18 +198,12 @@ class Kubelet:
         raise AssertionError(f"{kind.name} {namespace}/{name} is missing")
 
     async def _end(self, where: Ref) -> None:
-        process = self._processes.pop(where, None)
-        if process is not None and process.returncode is None:
-            process.terminate()
+        running = self._running.pop(where, None)
         await self._api.delete(POD, where)
-        if process is not None:
-            task = asyncio.get_running_loop().create_task(self._ended(process, where))
+        if running is not None:
+            task = asyncio.get_running_loop().create_task(asyncio.to_thread(running.leave))
             self._starting.add(task)
             task.add_done_callback(self._starting.discard)
-
-    async def _ended(self, process: asyncio.subprocess.Process, where: Ref) -> None:
-        await process.wait()
-        shutil.rmtree(self._folder / where.name, ignore_errors=True)
 
 
 def _ready(pod: Object | None) -> bool:

@@ -90,6 +90,8 @@ class ExternalModel:
 class External:
     """The models of one runtime.
 
+    ``load_timeout_s``, ``loads_at_once`` and ``model_concurrency`` (0: any number) count before what it says itself.
+
     Attributes:
         runtime: what loads and unloads them.
         channel: the connection that requests go by.
@@ -103,6 +105,9 @@ class External:
         runtime: Runtime,
         *,
         tls: Tls | None = None,
+        load_timeout_s: float | None = None,
+        loads_at_once: int | None = None,
+        model_concurrency: int | None = None,
         ready_within_s: float = READY_WITHIN_S,
         away_s: float = AWAY_S,
         silent_s: float = SILENT_S,
@@ -115,6 +120,9 @@ class External:
         self.status = pb.RuntimeStatusResponse()
         self.on_up: Callable[[], object] = lambda: None
         self.on_down: Callable[[], object] = lambda: None
+        self._load_timeout_s = load_timeout_s
+        self._loads_at_once = loads_at_once
+        self._model_concurrency = model_concurrency
         self._ready_within_s = ready_within_s
         self._away_s = away_s
         self._silent_s = silent_s
@@ -224,7 +232,7 @@ class External:
         self.up = True
         log.info(
             "the runtime at %s is ready: version %r, capacity %d bytes, %d loads at once",
-            self.runtime.address, status.runtimeVersion, status.capacityInBytes, status.maxLoadingConcurrency,
+            self.runtime.address, status.runtimeVersion, status.capacityInBytes, self.loads_at_once,
         )  # fmt: skip
         self._tell()
 
@@ -276,11 +284,13 @@ class External:
     @property
     def loads_at_once(self) -> int:
         """How many models it may load at once."""
-        return max(1, min(self.status.maxLoadingConcurrency, 64))
+        return max(1, min(self._loads_at_once or self.status.maxLoadingConcurrency, 64))
 
     @property
     def load_s(self) -> float:
         """How long a load may take."""
+        if self._load_timeout_s is not None:
+            return self._load_timeout_s
         return max(self.status.modelLoadingTimeoutMs, 100) / 1000 if self.status.modelLoadingTimeoutMs else LOAD_S
 
     def injection(self, method: str) -> tuple[int, ...] | None:
@@ -365,7 +375,9 @@ class External:
             await self._unload(known_as, life, attempts=1)
             raise
         size = response.sizeInBytes or await self._size_of(known_as, key)
-        limit = max(1, response.maxConcurrency) if self.status.limitModelConcurrency else 0
+        limit = self._model_concurrency
+        if limit is None:
+            limit = max(1, response.maxConcurrency) if self.status.limitModelConcurrency else 0
         return ExternalModel(self, known_as, size, limit, life)
 
     async def _ask_to_load(self, request: pb.LoadModelRequest) -> pb.LoadModelResponse:

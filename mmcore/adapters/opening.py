@@ -32,7 +32,13 @@ def open_external(settings: RuntimeSettings, flag: str) -> External:
     """
     tls = client_context(settings.ca, settings.own) if settings.ca is not None else None
     try:
-        return External(open_runtime(settings.address, tls), tls=tls)
+        return External(
+            open_runtime(settings.address, tls),
+            tls=tls,
+            load_timeout_s=settings.load_timeout_s,
+            loads_at_once=settings.loads_at_once,
+            model_concurrency=settings.model_concurrency,
+        )
     except ValueError as error:
         raise InvalidSetting(f"{flag}: {error}") from None
 

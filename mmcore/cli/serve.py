@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -109,7 +110,7 @@ config_option = click.option(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of models, one folder or file each; kept in step while running.",
 )
-@option("--host", metavar="ADDRESS", default="127.0.0.1", help="Address to listen on.")
+@option("--host", metavar="ADDRESS", default="127.0.0.1", help="Address to listen on; :: is every one, of IPv4 too.")
 @option("--grpc-port", type=click.IntRange(0, 65535), default=8033, help="gRPC port; 0 picks a free one.")
 @option("--rest-port", type=click.IntRange(0, 65535), default=8008, help="REST port; 0 picks a free one.")
 @option(
@@ -141,6 +142,24 @@ config_option = click.option(
 @option("--runtime-ca", type=FILE, help="Reach the --runtime over TLS; this has signed its certificate.")
 @option("--runtime-cert", type=FILE, show_default="--tls-cert", help="PEM certificate that it is shown then.")
 @option("--runtime-key", type=FILE, show_default="--tls-key", help="Its key.")
+@option(
+    "--runtime-load-timeout",
+    type=DURATION,
+    show_default="as it says",
+    help="How long a --runtime may take for a load.",
+)
+@option(
+    "--runtime-loads-at-once",
+    type=click.IntRange(1),
+    show_default="as it says",
+    help="How many models a --runtime loads at once.",
+)
+@option(
+    "--runtime-model-concurrency",
+    type=click.IntRange(0),
+    show_default="as it says",
+    help="How many requests a model of a --runtime takes at once, further ones wait; 0: any number.",
+)
 @option("--workers", type=click.IntRange(1), default=1, help="Serving processes that share the ports and the memory.")
 @option(
     "--zone",
@@ -313,6 +332,9 @@ def command(
     runtime_ca: Path | None,
     runtime_cert: Path | None,
     runtime_key: Path | None,
+    runtime_load_timeout: float | None,
+    runtime_loads_at_once: int | None,
+    runtime_model_concurrency: int | None,
     workers: int,
     zone: str,
     label: tuple[str, ...],
@@ -373,6 +395,13 @@ def command(
         )
     tls = tls_files(tls_cert, tls_key, tls_client_ca)
     beside = runtime_settings("--runtime", runtime, (runtime_ca, runtime_cert, runtime_key), tls, capacity)
+    if beside is not None:
+        beside = replace(
+            beside,
+            load_timeout_s=runtime_load_timeout,
+            loads_at_once=runtime_loads_at_once,
+            model_concurrency=runtime_model_concurrency,
+        )
     if tls is None and (metrics_tls or peer_ca):
         raise click.UsageError("--metrics-tls and --peer-ca need --tls-cert and --tls-key")
     if tls is not None and peer_port is not None and peer_ca is None:

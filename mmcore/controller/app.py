@@ -64,7 +64,7 @@ class Controller:
         self._known = Known(api, installation, self._changed)
         self._meshes: dict[str, Mesh] = {}
         self._models = ModelReconciler(api, self._known, self._mesh, self._events)
-        self._namespaces = NamespaceReconciler(api, self._known, self._events)
+        self._namespaces = NamespaceReconciler(api, self._known, self._events, self._look_at_models)
         self._sources = {source.kind.name: source for source in SOURCES}
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import yaml
 
+from mmcore.controller import adapter_limits
 from mmcore.controller.deployment import ETCD_KEY
 from mmcore.controller.mesh_manifests import etcd_secret, storage_entries
 from mmcore.controller.objects import (
@@ -30,13 +31,8 @@ from mmcore.controller.wanted import DEPLOYMENT_MODE, InvalidSpec, is_served, of
 _MODEL_FIELDS: Final = (
     *("model", "xgboost", "lightgbm", "sklearn", "tensorflow", "onnx", "pytorch", "triton", "pmml", "paddle"),
 )
-#: Fields of ``builtInAdapter``, and annotations of runtimes, that were for the adapter's container.
-_ADAPTER_FIELDS: Final = {
-    "modelLoadingTimeoutMillis": "a load may take as long as the adapter of its server allows",
-    "maxLoadingConcurrency": "instances load as many models at once as the server's adapter allows",
-    "perModelConcurrencyLimit": "no limit is set",
-    "productConfig": "it had none",
-}
+#: An annotation of runtimes that named a ConfigMap whose content was not used.
+_PRODUCT_CONFIG: Final = "productConfig"
 #: Fields of a runtime's ``spec`` that mean something here, or of which it is said above that they do not.
 _RUNTIME_FIELDS: Final = (
     *("affinity", "annotations", "builtInAdapter", "containers", "disabled", "grpcDataEndpoint", "grpcEndpoint"),
@@ -117,11 +113,12 @@ def _runtime(item: Object, runtimes: list[Object], config: ServingConfig) -> Ite
     for field in ("httpDataEndpoint", "storageHelper"):
         if runtime.spec.get(field):
             yield "note", f"{field} has no effect: instances pull models and serve REST themselves"
-    for name, reason in _ADAPTER_FIELDS.items():
-        if (at(runtime.spec, "builtInAdapter", name) or annotations_of(item).get(name)) is not None:
-            yield "note", f"{name} has no effect: {reason}"
+    if _PRODUCT_CONFIG in annotations_of(item):
+        yield "note", f"{_PRODUCT_CONFIG} has no effect: it had none"
+    for limit in adapter_limits.without_effect(runtime):
+        yield "note", f"{limit} has no effect: there is no other server that it would hold for"
     for entry in at(runtime.spec, "builtInAdapter", "env") or []:
-        if not entry["name"].startswith("MMCORE_"):
+        if not entry["name"].startswith("MMCORE_") and entry["name"] not in adapter_limits.VARIABLES:
             yield "note", f"builtInAdapter.env {entry['name']} has no effect: an instance is in the adapter's place"
     if unknown := sorted(runtime.spec.keys() - set(_RUNTIME_FIELDS)):
         yield "note", f"spec: {', '.join(unknown)} have no effect"

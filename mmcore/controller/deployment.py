@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from mmcore.config import CAPACITY_SHARE
+from mmcore.controller import adapter_limits
 from mmcore.controller.objects import DEPLOYMENT, MANAGER, SERVICE_LABEL, Object, at, owner_reference
 from mmcore.controller.quantities import memory_bytes, total_memory_limit
 from mmcore.controller.runtime_address import MODELS, runtime_address
@@ -20,6 +21,7 @@ from mmcore.controller.runtimes import CAPACITY, OWN, PEER_PORT, Runtime
 from mmcore.controller.serving_config import ServingConfig
 from mmcore.controller.type_constraints import instance_labels
 from mmcore.controller.wanted import INFERENCE_SERVICE_OWNER, PREDICTOR_OWNER
+from mmcore.transport.listening import EVERYWHERE
 
 #: Who owns vmodels that others set without saying whose they are.
 DEFAULT_OWNER: Final = PREDICTOR_OWNER
@@ -247,12 +249,13 @@ def environment(runtime: Runtime, config: ServingConfig, place: Place, resources
     """The instance's variables: what the configuration and the runtime add, then the controller's, which go before."""
     labels = instance_labels(runtime, rest=config.rest_port is not None)
     own: dict[str, str | None] = {
-        "MMCORE_HOST": "0.0.0.0",  # noqa: S104  # of the pod
+        "MMCORE_HOST": EVERYWHERE,
         "MMCORE_GRPC_PORT": str(config.grpc_port),
         "MMCORE_REST_PORT": str(config.rest_port) if config.rest_port is not None else "0",
         "MMCORE_METRICS_PORT": str(config.metrics_port),
         "MMCORE_PEER_PORT": str(PEER_PORT),
-        "MMCORE_ADVERTISE": f"$(POD_IP):{PEER_PORT}",
+        # Alone, as an address of IPv6 stands in brackets before a port.
+        "MMCORE_ADVERTISE": "$(POD_IP)",
         "MMCORE_REGISTRY": f"etcd:{_ETCD}/{ETCD_KEY}",
         "MMCORE_LABEL": " ".join(labels),
         "MMCORE_TYPE_CONSTRAINTS": f"{_CONSTRAINTS}/{CONSTRAINTS_KEY}",
@@ -269,12 +272,14 @@ def environment(runtime: Runtime, config: ServingConfig, place: Place, resources
         "MMCORE_LOG_REQUESTS": "true" if config.access_log else None,
         CAPACITY: str(size) if (size := capacity_bytes(runtime, resources)) else None,
         "MMCORE_RUNTIME": runtime_address(runtime),
+        **adapter_limits.variables(runtime),
         **_tls_environment(config),
     }
     stated: dict[str, Object] = {"POD_IP": {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}}
     stated |= {name: {"value": value} for name, value in config.environment}
     for entry in (*(at(runtime.spec, "builtInAdapter", "env") or []), *(runtime.own_container.get("env") or [])):
-        stated[entry["name"]] = {key: value for key, value in entry.items() if key != "name"}
+        if entry["name"] not in adapter_limits.VARIABLES:
+            stated[entry["name"]] = {key: value for key, value in entry.items() if key != "name"}
     stated |= {name: {"value": value} for name, value in own.items() if value is not None}
     return [{"name": name, **value} for name, value in stated.items()]
 
@@ -303,8 +308,7 @@ def capacity_bytes(runtime: Runtime, resources: Object) -> int | None:
     Of another server that is its limit (or what it requests) without ``memBufferBytes``, as its adapter reckoned; of an
     instance itself the share that it takes by default. None where no limit is stated.
     """
-    adapter = runtime.spec.get("builtInAdapter") or {}
-    buffer = int(adapter.get("memBufferBytes") or 0)
+    buffer = adapter_limits.memory_buffer(runtime)
     if not runtime.containers:
         limit = at(resources, "limits", "memory")
         if limit is None:

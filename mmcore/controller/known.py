@@ -65,18 +65,33 @@ class Selected:
     invalid: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An object of ours that the API server does not take.
+
+    Attributes:
+        runtime: the runtime that it is for; empty for one that all runtimes of the namespace need.
+        told: which object it is, and why.
+    """
+
+    runtime: str
+    told: str
+
+
 class Known:
     """The objects that the controller follows.
 
     Attributes:
         config: the configuration that counts.
         storage_secret: the name of the secrets of stores, as the configuration said it at the start.
+        refused: what the API server did not take of what a namespace is to have, by namespace.
     """
 
     def __init__(self, api: Api, installation: Installation, changed: Changed) -> None:
         self.config = ServingConfig()
         self.storage_secret = self.config.storage_secret
         self.installation: Final = installation
+        self.refused: dict[str, list[Refusal]] = {}
         self._changed = changed
         self._runtimes: dict[str, list[Runtime]] = {}
         self._selected: dict[str, dict[tuple[str, str], Selected]] = {}
@@ -196,6 +211,11 @@ class Known:
         if found is None:
             found = cache[kind.name, name] = self._select(kind, item)
         return found
+
+    def refusal(self, namespace: str, runtime: str) -> str:
+        """What the API server does not take of what a runtime needs; empty where it has all."""
+        found = [one.told for one in self.refused.get(namespace, ()) if one.runtime in ("", runtime)]
+        return "; ".join(found)
 
     def users(self, namespace: str) -> Iterator[Selected]:
         """What all objects of a namespace ask for."""

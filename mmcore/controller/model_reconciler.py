@@ -120,11 +120,10 @@ class ModelReconciler:
         namespace, name = item["metadata"]["namespace"], item["metadata"]["name"]
         before, mesh = source.read(item), self._meshes(namespace)
         chosen = self._known.selected(source.kind, item)
-        problem, ready = self._problem(namespace, chosen)
+        refused = self._known.refusal(namespace, chosen.runtime.name) if isinstance(chosen.runtime, Runtime) else ""
+        problem, ready = self._problem(namespace, chosen, refused)
         if not mesh.reachable:
-            if problem is not None and problem.reason != UNHEALTHY:
-                return observe(None, "", before, problem), None
-            return unreachable(before, problem.detail if problem is not None else ""), None
+            return _unreached(before, problem, refused), None
         if not mesh.listed:
             return None, _LOOK_AGAIN_S
         vmodel = self._vmodel(mesh, name)
@@ -149,11 +148,14 @@ class ModelReconciler:
                     if error.status is not Status.ALREADY_EXISTS:
                         raise
                     return observe(None, "", before, _clash()), _RETRY_FAILED_S
-        status = observe(vmodel, wanted, before, problem)
+        status = _with_refused(observe(vmodel, wanted, before, problem), refused)
         return status, self._again_s(source, item, status)
 
-    def _problem(self, namespace: str, chosen: Selected) -> tuple[Failure | None, bool]:
-        """What stands against serving it, and whether its runtime has a ready pod."""
+    def _problem(self, namespace: str, chosen: Selected, refused: str) -> tuple[Failure | None, bool]:
+        """What stands against serving it, and whether its runtime has a ready pod.
+
+        ``refused`` is what the API server does not take of what the runtime needs.
+        """
         if chosen.invalid:
             return Failure(INVALID, chosen.invalid), False
         if not isinstance(chosen.runtime, Runtime):
@@ -166,7 +168,7 @@ class ModelReconciler:
         if any(map(pods.is_ready, of_runtime)):
             return None, True
         found = self._known.deployments.get(namespace, deployment_name(config, chosen.runtime.name))
-        message = "Waiting for supporting runtime Pod to become available"
+        message = refused or "Waiting for supporting runtime Pod to become available"
         wrong = "; ".join(problems(chosen.runtime, config))
         detail = f"the runtime '{chosen.runtime.name}': {wrong}" if wrong else pods.trouble(of_runtime, found)
         return Failure(UNHEALTHY, message, detail), False
@@ -296,6 +298,19 @@ class ModelReconciler:
 
 def _pause_s(tries: int) -> float:
     return float(min(_LOOK_AGAIN_S * 2**tries, _RETRY_FAILED_S))
+
+
+def _unreached(before: ModelStatus, problem: Failure | None, refused: str) -> ModelStatus:
+    if problem is not None and problem.reason != UNHEALTHY:
+        return observe(None, "", before, problem)
+    return unreachable(before, problem.detail if problem is not None else "", refused)
+
+
+def _with_refused(status: ModelStatus, refused: str) -> ModelStatus:
+    """The status of a model that may be served by what was there before, and whose runtime lacks something now."""
+    if not refused or status.failure is not None:
+        return status
+    return replace(status, failure=Failure(UNHEALTHY, refused))
 
 
 def _clash() -> Failure:

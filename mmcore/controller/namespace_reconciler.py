@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
@@ -17,7 +17,7 @@ from mmcore.controller.api import Api, ApiError
 from mmcore.controller.deployment import CONSTRAINTS_MAP, Place, claims_of, deployment, deployment_name
 from mmcore.controller.events import Events
 from mmcore.controller.informer import Informer
-from mmcore.controller.known import Known
+from mmcore.controller.known import Known, Refusal
 from mmcore.controller.mesh import Mesh, NoInstance
 from mmcore.controller.mesh_tls import tls_of
 from mmcore.controller.objects import (
@@ -55,6 +55,10 @@ APPLIED: Final = "serving.kserve.io/applied"
 FILES: Final = "serving.kserve.io/files"
 
 
+#: The kind and the name of an object that the API server did not take, and why.
+_Refused = tuple[Kind, str, ApiError]
+
+
 @dataclass(slots=True)
 class _Plan:
     """What a namespace is to have: its objects by kind, names that stay as they are, and when to look again.
@@ -78,32 +82,58 @@ class _Plan:
 class NamespaceReconciler:
     """Works on one namespace at a time."""
 
-    def __init__(self, api: Api, known: Known, events: Events) -> None:
+    def __init__(self, api: Api, known: Known, events: Events, refused: Callable[[str], object]) -> None:
+        """``refused`` is told the namespace in which the API server takes other objects than before."""
         self._api = api
         self._known = known
         self._events = events
+        self._refused = refused
 
     async def reconcile(self, namespace: str, mesh: Mesh) -> float | None:
         """Bring a namespace to where it is to be; the seconds after which to look again."""
         known = self._known
         mesh.set_addresses(self._addresses(namespace))
         if known.ending(namespace):
+            known.refused.pop(namespace, None)
             return None
         plan = await self._plan(namespace) if known.enabled(namespace) else _Plan()
-        refused: list[ApiError] = []
+        refused: list[_Refused] = []
         for kind, informer in self._informers():
             refused += await self._settle(namespace, kind, informer, plan)
-        await self._etcd_secret(namespace)
+        try:
+            await self._etcd_secret(namespace)
+        except ApiError as error:
+            if not error.code:
+                raise
+            refused.append((SECRET, known.installation.etcd_secret, error))
         await self._refresh_files(namespace)
+        self._tell_refused(namespace, plan, refused)
         if refused:
             # All else is done; what was refused is tried again.
-            raise refused[0]
+            raise refused[0][-1]
         return plan.look_again_s
 
-    async def _settle(self, namespace: str, kind: Kind, informer: Informer, plan: _Plan) -> list[ApiError]:
+    def _tell_refused(self, namespace: str, plan: _Plan, refused: Iterable[_Refused]) -> None:
+        """Events on the runtimes that lack something, and word to the models that are to be served by them."""
+        found = []
+        for kind, name, error in refused:
+            # One that was changed meanwhile, or a server with too much to do, takes it the next time.
+            if error.conflict or error.code == 429 or error.code >= 500:
+                continue
+            told = f"The API server refuses the {kind.name} {name}: {error}"
+            runtime = plan.runtimes.get(name)
+            for one in [runtime] if runtime is not None else plan.runtimes.values():
+                self._events.warn(one, "Refused", told)
+            found.append(Refusal(runtime["metadata"]["name"] if runtime is not None else "", told))
+        if found != self._known.refused.pop(namespace, []):
+            self._refused(namespace)
+        if found:
+            self._known.refused[namespace] = found
+
+    async def _settle(self, namespace: str, kind: Kind, informer: Informer, plan: _Plan) -> list[_Refused]:
         """Delete and apply the objects of one kind; what the API server refused harms no other."""
         wanted = plan.wanted.get(kind, {})
-        refused: list[ApiError] = []
+        refused: list[_Refused] = []
         for item in list(informer.of(namespace)):
             name = item["metadata"]["name"]
             if name not in wanted and name not in plan.kept and not deleting(item):
@@ -114,10 +144,7 @@ class NamespaceReconciler:
             except ApiError as error:
                 if not error.code:
                     raise
-                refused.append(error)
-                runtime = plan.runtimes.get(item["metadata"]["name"])
-                if runtime is not None and not error.conflict:
-                    self._events.warn(runtime, "Refused", f"the API server refuses the {kind.name}: {error}")
+                refused.append((kind, item["metadata"]["name"], error))
         return refused
 
     async def validate(self, kind: Kind, informer: Informer, where: Ref) -> None:

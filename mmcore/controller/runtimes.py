@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mmcore.adapters import open_runtime
+from mmcore.controller import adapter_limits
 from mmcore.controller.objects import CLUSTER_SERVING_RUNTIME, SERVING_RUNTIME, Kind, Object, annotations_of, at
 from mmcore.controller.quantities import quantity
 from mmcore.controller.runtime_address import runtime_address, valid_endpoint
@@ -123,7 +124,12 @@ def effective_runtimes(namespaced: Iterable[Object], cluster: Iterable[Object]) 
 
 def problems(runtime: Runtime, config: ServingConfig) -> list[str]:
     """What forbids to run a runtime, each as a sentence that says what to change."""
-    found = [*_server_problems(runtime, config), *_name_problems(runtime), *_autoscaler_problems(runtime)]
+    found = [
+        *_server_problems(runtime, config),
+        *adapter_limits.problems(runtime),
+        *_name_problems(runtime),
+        *_autoscaler_problems(runtime),
+    ]
     taken = {config.grpc_port, config.metrics_port, PEER_PORT, *filter(None, [config.rest_port])}
     for container in runtime.containers:
         for port in container.get("ports") or []:

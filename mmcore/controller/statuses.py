@@ -124,9 +124,12 @@ def observe(
     )
 
 
-def unreachable(before: ModelStatus, detail: str) -> ModelStatus:
-    """The status while no instance can be asked: states are those last known, and nothing is available."""
-    failure = Failure(UNHEALTHY, "Waiting for runtime Pod to become available", detail)
+def unreachable(before: ModelStatus, detail: str, refused: str = "") -> ModelStatus:
+    """The status while no instance can be asked: states are those last known, and nothing is available.
+
+    ``refused`` is why there is none, where the API server does not take what instances need.
+    """
+    failure = Failure(UNHEALTHY, refused or "Waiting for runtime Pod to become available", detail)
     return ModelStatus(
         transition=before.transition,
         active=before.active,

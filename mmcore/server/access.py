@@ -109,7 +109,7 @@ class Addresses:
         """The caller of a call."""
         host = str(getattr(call, "peer", "")).rpartition(":")[0] or "unix"
         if ":" in host:
-            host = str(IPv6Network((host.partition("%")[0], 64), strict=False))
+            host = str(IPv6Network((host.strip("[]").partition("%")[0], 64), strict=False))
         caller = self._callers.get(host)
         if caller is None:
             if len(self._callers) >= _MOST_ADDRESSES:

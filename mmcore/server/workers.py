@@ -14,7 +14,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any, Final
 from mmcore import log as logs
 from mmcore.config import ServeSettings
 from mmcore.errors import Unavailable
+from mmcore.transport.listening import bound
 
 log = logging.getLogger(__name__)
 
@@ -219,13 +219,11 @@ def _reserved(host: str, port: int) -> Iterator[int]:
     Raises:
         Unavailable: it is in use.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            held.bind((host, port))
-        except OSError as error:
-            raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    try:
+        held = bound(host, port, reuse_port=True)
+    except OSError as error:
+        raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    with held:
         yield held.getsockname()[1]
 
 

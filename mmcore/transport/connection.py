@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 from mmcore._ext.h2 import Session, Stream
 from mmcore._ext.outbuf import Buffers
 from mmcore.config import TransportSettings
+from mmcore.transport.listening import named
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def peer_name(transport: asyncio.Transport) -> str:
     """Who is at the other end, ``host:port`` or ``unix``."""
     name = transport.get_extra_info("peername")
     if isinstance(name, tuple):
-        return f"{name[0]}:{name[1]}"
+        return named(name)
     return "unix"
 
 

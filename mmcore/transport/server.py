@@ -20,6 +20,7 @@ from mmcore._ext.h2server import ServerCall, ServerSession, Working
 from mmcore.config import TransportSettings
 from mmcore.errors import MmcoreError, RpcError, Status
 from mmcore.transport.connection import TICK_S, Connection, Message, loop_buffers, require_h2
+from mmcore.transport.listening import address_of, listen
 from mmcore.transport.streams import StreamCall
 
 log = logging.getLogger(__name__)
@@ -266,19 +267,12 @@ class Server:
         Raises:
             OSError: the address cannot be bound.
         """
-        loop = asyncio.get_running_loop()
-        listener = await loop.create_server(
-            partial(self._protocol, internal),
-            host,
-            port,
-            reuse_port=reuse_port or None,
-            backlog=4096,
-            ssl=ssl and require_h2(ssl),
+        listener = await listen(
+            partial(self._protocol, internal), host, port, reuse_port=reuse_port, ssl=ssl and require_h2(ssl)
         )
         self._listeners.append(listener)
-        self._start_ticker(loop)
-        bound = listener.sockets[0].getsockname()
-        return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+        self._start_ticker(asyncio.get_running_loop())
+        return address_of(listener)
 
     async def listen_unix(self, path: str, *, internal: bool = False) -> str:
         """Listen on a Unix socket, in place of a stale one; returns ``unix:PATH``. ``internal``: as for TCP.

@@ -327,16 +327,86 @@ async def test_what_others_tell_of_a_service_stays(cluster: Cluster) -> None:
 async def test_what_the_api_server_refuses_is_told(cluster: Cluster) -> None:
     wrong = runtime()
     wrong["spec"]["containers"][0]["env"] = [{"name": "NUMBER", "value": 5}]
+    refused = f"The API server refuses the Deployment {OWN}: "
+
+    def told(available: bool) -> Any:
+        def fits(item: Object) -> bool:
+            status = item.get("status") or {}
+            [ready] = status.get("conditions") or [{}]
+            info = status.get("lastFailureInfo") or {}
+            return (
+                info.get("reason") == "RuntimeUnhealthy"
+                and info["message"].startswith(refused)
+                and ready["message"].startswith(refused)
+                and (status["available"], ready["status"]) == (available, str(available))
+            )
+
+        return fits
+
     await cluster.apply(wrong)
-
-    async def told() -> bool:
-        return any(reason == "Refused" and "Deployment" in text for reason, text in await cluster.events("own"))
-
-    await until(told)
-    # It is in no other's way.
+    await cluster.apply(predictor("m", "scale-2", runtime={"name": "own"}))
+    service = {"modelFormat": {"name": "python"}, "storageUri": "pvc://models/scale-2", "runtime": "own"}
+    await cluster.apply(inference_service("s", {"model": service}))
+    await cluster.until(PREDICTOR, "m", told(available=False))
+    failure = lambda one: str(at(one, "status", "modelStatus", "lastFailureInfo", "message"))  # noqa: E731
+    await cluster.until(INFERENCE_SERVICE, "s", lambda one: failure(one).startswith(refused))
+    for name, reason in (("own", "Refused"), ("m", "RuntimeUnhealthy"), ("s", "RuntimeUnhealthy")):
+        events = await cluster.events(name)
+        assert [one for one, text in events if one == reason and text.startswith(refused)], events
+    # It is in no other's way, nor does another's pod hide it.
     await cluster.apply(runtime("other", "python"))
-    await cluster.apply(predictor("m", "scale-2", runtime={"name": "other"}))
+    await cluster.apply(predictor("n", "scale-2", runtime={"name": "other"}))
+    await cluster.until(PREDICTOR, "n", lambda one: state("Loaded")(one) and not failed("RuntimeUnhealthy")(one))
+    await cluster.until(PREDICTOR, "m", told(available=False))
+
+    clear = lambda one: state("Loaded")(one) and one["status"]["available"] and not failed("RuntimeUnhealthy")(one)  # noqa: E731
+    await cluster.apply(runtime())
+    await cluster.until(PREDICTOR, "m", clear)
+    await cluster.until(INFERENCE_SERVICE, "s", lambda one: failure(one) == "None")
+    # What runs goes on, and what it is not changed to is told.
+    await cluster.apply(wrong)
+    await cluster.until(PREDICTOR, "m", told(available=True))
+    assert await infer(cluster, "m", 2) == 4
+    await cluster.apply(runtime())
+    await cluster.until(PREDICTOR, "m", clear)
+
+
+async def test_what_the_controller_may_not_make_is_told_by_all_models_that_need_it(tmp_path: Path) -> None:
+    (tmp_path / "kubernetes").mkdir()
+    # One of its own, where the controller has no rights of other tests.
+    server = OwnApiServer(tmp_path / "kubernetes")
+    try:
+        async with running(server.start(), tmp_path) as cluster:
+            await may_not(cluster)
+    finally:
+        server.stop()
+
+
+async def may_not(cluster: Cluster) -> None:
+    write_model(cluster.models, "scale-2", SCALE.replace("FACTOR", "2"))
+    await cluster.apply(runtime())
+    await cluster.apply(predictor("m", "scale-2"))
     await cluster.until(PREDICTOR, "m", state("Loaded"))
+    role = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{cluster.namespace}/roles/modelmesh-controller"
+    found = await asyncio.to_thread(cluster.server.ask, "GET", role)
+
+    async def allow(rules: list[Object]) -> None:
+        body = {"rules": rules}
+        await asyncio.to_thread(cluster.server.ask, "PATCH", role, body, "application/merge-patch+json")
+
+    lesser = []
+    for rule in found["rules"]:
+        kept = rule if "networkpolicies" not in rule["resources"] else {**rule, "verbs": ["get", "list", "watch"]}
+        lesser.append(kept)
+    await allow(lesser)
+    await cluster.delete(NETWORK_POLICY, "modelmesh-serving")
+    refused = "The API server refuses the NetworkPolicy modelmesh-serving: "
+    message = lambda one: str(at(one, "status", "lastFailureInfo", "message"))  # noqa: E731
+    status = (await cluster.until(PREDICTOR, "m", lambda one: message(one).startswith(refused)))["status"]
+    assert (status["available"], status["activeModelState"]) == (True, "Loaded")
+    await allow(found["rules"])
+    await cluster.until(PREDICTOR, "m", lambda one: message(one) == "None")
+    assert await cluster.get(NETWORK_POLICY, "modelmesh-serving") is not None
 
 
 async def test_deployments_of_a_clusters_runtimes_are_watched_too(kubernetes: ApiServer, tmp_path: Path) -> None:

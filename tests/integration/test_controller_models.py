@@ -122,7 +122,9 @@ async def test_models_of_all_formats_are_loaded_updated_and_kept(cluster: Cluste
     body = {"inputs": [{"name": "X", "shape": [1], "datatype": "FP32", "data": [5]}]}
     url = f"http://{await cluster.instance()}:{cluster.rest_port}/v2/models/python/infer"
     found = await asyncio.to_thread(post, url, body)
-    assert found["model_name"].startswith("python") and found["outputs"][0]["data"] == [10]
+    assert (found["model_name"], found["outputs"][0]["data"]) == ("python", [10])
+    with urllib.request.urlopen(url.removesuffix("/infer"), timeout=10) as described:
+        assert json.loads(described.read())["name"] == "python"
     with pytest.raises(urllib.error.HTTPError):
         await asyncio.to_thread(post, url, {"inputs": []})
 

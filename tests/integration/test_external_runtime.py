@@ -73,11 +73,14 @@ def test_a_vmodels_request_gets_the_models_own_name(front: Start, runtime: Runti
 def test_rest_reaches_the_runtime_too(front: Start) -> None:
     mesh = front()
     mesh.register("m")
+    mesh.client.set_vmodel("alias", "m")
     body = {"inputs": [{"name": "X", "datatype": "UINT8", "shape": [3], "data": [1, 2, 3]}]}
-    url = f"http://{mesh.instance.rest}/v2/models/m/infer"
-    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=15) as answer:
-        content = json.load(answer)
-    assert (content["model_name"], content["outputs"][0]["data"]) == ("m", [1, 2, 3])
+    # Whoever asks for a vmodel is answered by that name.
+    for name in ("m", "alias"):
+        url = f"http://{mesh.instance.rest}/v2/models/{name}/infer"
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=15) as answer:
+            content = json.load(answer)
+        assert (content["model_name"], content["outputs"][0]["data"]) == (name, [1, 2, 3])
 
 
 def test_the_runtimes_own_services_are_reached_by_metadata_and_the_spi_is_not(front: Start) -> None:
@@ -179,6 +182,25 @@ def test_a_model_takes_no_more_requests_at_once_than_the_runtime_says(front: Sta
     calls = [infer.future(request("m"), timeout=15) for _ in range(8)]
     assert all(call.result() for call in calls)
     assert runtime.journal[-1] == "most 2"
+
+
+def test_what_the_instance_is_told_of_the_runtime_goes_before_what_it_says(front: Start, runtime: Runtime) -> None:
+    mesh = front(
+        "--runtime-load-timeout", "800ms", "--runtime-loads-at-once", 3, "--runtime-model-concurrency", 1,
+        loads=1, load_ms=60_000, limit=4,
+    )  # fmt: skip
+    mesh.register("m", "m-sleepy.onnx", load=True)
+    infer = mesh.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    asked = [infer.future(request("m"), timeout=15) for _ in range(6)]
+    assert all(call.result() for call in asked)
+    assert runtime.journal[-1] == "most 1"
+    for number in range(3):
+        mesh.register(f"s{number}", f"s{number}-slow.onnx")
+    slow = [infer.future(request(f"s{number}"), timeout=15) for number in range(3)]
+    assert all(call.result() for call in slow)
+    assert runtime.journal[-2] == "most loading 3"
+    mesh.register("stuck", "stuck-waits.onnx")
+    assert refused(lambda: mesh.infer("stuck"))[1] == "the runtime did not load it within 0.8 s"
 
 
 def test_a_forgotten_model_is_loaded_again_and_the_request_answered(front: Start, runtime: Runtime) -> None:

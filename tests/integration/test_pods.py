@@ -28,10 +28,11 @@ from mmcore.controller.objects import Object
 from mmcore.controller.serving_config import ServingConfig
 from mmcore.pb import model_mesh_pb2 as pb
 from tests.certificates import Authority, Signed, self_signed
-from tests.etcds import Etcd
+from tests.etcds import Etcd, free_port
 from tests.pods import Pod
 from tests.serving import IDENTITY, WAITING, write_model
 from tests.unit.controller.objects import own_runtime
+from tests.unit.server.test_listening import needs_ipv6
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,7 @@ def start(tmp_path: Path, etcd: Etcd) -> Iterator[Start]:
     connection = {"endpoints": f"http://{etcd.endpoint}", "root_prefix": tmp_path.name}
     pods: list[Pod] = []
 
-    def run(config: ServingConfig, tls: Mapping[str, bytes] | None = None) -> Pod:
+    def run(config: ServingConfig, tls: Mapping[str, bytes] | None = None, address: str = "", **more: str) -> Pod:
         data = constraints_map(config, "models", [RUNTIME])["data"]
         files: dict[str, Mapping[str, bytes]] = {
             CONSTRAINTS_MAP: {key: text.encode() for key, text in data.items()},
@@ -68,7 +69,7 @@ def start(tmp_path: Path, etcd: Etcd) -> Iterator[Start]:
         made = deployment(RUNTIME, config, Place("models", "etcd", ("models",)), 1)
         folder = tmp_path / f"pod-{len(pods)}"
         folder.mkdir()
-        pods.append(Pod(made, folder, files, claims))
+        pods.append(Pod(made, folder, files, claims, address=address, **more))
         return pods[-1]
 
     yield run
@@ -159,6 +160,25 @@ def test_pods_without_tls_serve_what_the_controller_registers(start: Start) -> N
     assert infer(pod.target("grpc")) == [[1, 2]]
     assert get(f"http://{pod.target('http')}/v2/models/identity")[0] == 200
     assert b"mmcore_" in get(f"http://{pod.target('prometheus')}/metrics")[1]
+
+
+@needs_ipv6
+def test_pods_of_ipv6_alone_are_one_mesh(start: Start) -> None:
+    pods = []
+    for _ in range(2):
+        config = ServingConfig.read(
+            f"inferenceServicePort: {free_port()}\nrestProxy: {{port: {free_port()}}}\nmetrics: {{port: {free_port()}}}"
+        )
+        # One address for both, and so a port of each one's own for the other.
+        pods.append(start(config, address="::1", MMCORE_HOST="::", MMCORE_PEER_PORT="0"))
+    for pod in pods:
+        assert pod.ready().probe("readinessProbe") == 200
+    asyncio.run(register(pods, None))
+    # One of them has the model and the other passes the request on.
+    assert [infer(pod.target("grpc")) for pod in pods] == [[[1, 2]]] * 2
+    for pod in pods:
+        assert get(f"http://{pod.target('http')}/v2/models/identity")[0] == 200
+        assert infer(f"127.0.0.1:{pod.port('grpc')}") == [[1, 2]]
 
 
 @pytest.mark.parametrize("kind", ["signed by an authority", "self-signed"])

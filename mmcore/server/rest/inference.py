@@ -51,13 +51,14 @@ Describe = Callable[[Request, str, str], Awaitable[inference_pb2.ModelMetadataRe
 
 
 class InferAnswer(HttpAnswer):
-    """Where the answer to one inference goes."""
+    """Where the answer to one inference goes; ``name`` is the model's as it was asked for."""
 
-    __slots__ = ("_waiting", "wanted")
+    __slots__ = ("_name", "_waiting", "wanted")
 
-    def __init__(self, request: Request, waiting: Waiting) -> None:
+    def __init__(self, request: Request, waiting: Waiting, name: str) -> None:
         super().__init__(request)
         self._waiting = waiting
+        self._name = name
         self.wanted: Wanted = {}
 
     def reply(self, message: Body) -> None:
@@ -68,12 +69,12 @@ class InferAnswer(HttpAnswer):
             if _takes_long(self._request, response, len(encoding), self.wanted):
                 self._waiting.start(self, self._reply_from_thread(response), "infer")
             else:
-                self._send(*document_of(response, self.wanted))
+                self._send(*document_of(self._name, response, self.wanted))
         except Exception as error:
             refuse(self, error, "infer")
 
     async def _reply_from_thread(self, response: InferResponse) -> None:
-        document, binary = await asyncio.to_thread(document_of, response, self.wanted)
+        document, binary = await asyncio.to_thread(document_of, self._name, response, self.wanted)
         coding = encoded(self._request)
         if coding is None:
             self._send(document, binary)
@@ -110,7 +111,7 @@ class RestInference:
 
     def serve(self, request: Request, name: str, version: str) -> None:
         """Answer one request."""
-        call = InferAnswer(request, self._waiting)
+        call = InferAnswer(request, self._waiting, name)
         try:
             document_bytes, bare = _document_bytes(request, request.length)
             if (
@@ -258,8 +259,11 @@ def _requested(document: Mapping[str, Any], wanted: dict[str, bool]) -> tuple[li
     return names, parameters
 
 
-def document_of(response: InferResponse, wanted: Wanted) -> tuple[list[bytes], list[Part]]:
-    """The JSON document of an answer, in pieces, and its binary tensors."""
+def document_of(asked: str, response: InferResponse, wanted: Wanted) -> tuple[list[bytes], list[Part]]:
+    """The JSON document of an answer, in pieces, and its binary tensors.
+
+    ``asked`` is the name that the model was asked for by: a vmodel's is not that of the model that answered.
+    """
     writing = Writing()
     binary: list[Part] = []
     outputs = []
@@ -284,7 +288,7 @@ def document_of(response: InferResponse, wanted: Wanted) -> tuple[list[bytes], l
             if parameters:
                 told["parameters"] = parameters
         outputs.append(told)
-    document: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
+    document: dict[str, Any] = {"model_name": asked, "model_version": response.model_version}
     if response.id:
         document["id"] = response.id
     if response.parameters:

@@ -14,6 +14,7 @@ from mmcore.config import TransportSettings
 from mmcore.server.rest.connection import Connection
 from mmcore.server.rest.request import Request
 from mmcore.transport.connection import TICK_S
+from mmcore.transport.listening import address_of, listen
 
 
 class Listener:
@@ -64,12 +65,9 @@ class Listener:
             OSError: the address cannot be bound.
         """
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: Connection(self), host, port, reuse_port=reuse_port or None, backlog=4096, ssl=ssl
-        )
+        self._server = await listen(lambda: Connection(self), host, port, reuse_port=reuse_port, ssl=ssl)
         self._ticker = loop.call_later(TICK_S, self._tick, loop)
-        bound = self._server.sockets[0].getsockname()
-        return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+        return address_of(self._server)
 
     async def drain(self, grace_s: float) -> None:
         """Stop accepting, let requests under way finish for up to ``grace_s`` seconds, then close everything."""

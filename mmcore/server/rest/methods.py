@@ -90,8 +90,8 @@ class Methods:
         return told
 
     async def model_metadata(self, request: Request, name: str, version: str = "") -> Answered:
-        """GET /v2/models/NAME."""
-        return plain(await self.describe(request, name, version))
+        """GET /v2/models/NAME; a vmodel goes by its own name."""
+        return {**plain(await self.describe(request, name, version)), "name": name}
 
     async def describe(self, request: Request, name: str, version: str = "") -> pb.ModelMetadataResponse:
         """A model's metadata as a message."""

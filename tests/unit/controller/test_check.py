@@ -69,13 +69,22 @@ def test_every_object_is_judged() -> None:
     assert "'odd'" in findings["Secret storage-config", "error"]
 
 
-def test_what_was_for_the_adapters_container_has_no_effect() -> None:
-    adapter = {"serverType": "triton", "modelLoadingTimeoutMillis": 90000, "env": [{"name": "DEFAULT_MODELSIZE"}]}
-    item = serving_runtime(builtInAdapter=adapter)
-    item["metadata"]["annotations"] = {"maxLoadingConcurrency": "2"}
+def test_of_what_was_for_the_adapters_container_the_limits_have_an_effect() -> None:
+    env = [{"name": "DEFAULT_MODELSIZE", "value": "1"}, {"name": "LOADING_CONCURRENCY", "value": "3"}]
+    item = serving_runtime(builtInAdapter={"serverType": "triton", "modelLoadingTimeoutMillis": 90000, "env": env})
+    item["metadata"]["annotations"] = {"maxLoadingConcurrency": "2", "productConfig": "x"}
     notes = [one.text for one in check([item]) if one.level == "note"]
-    for told in ("modelLoadingTimeoutMillis has no", "maxLoadingConcurrency has no", "env DEFAULT_MODELSIZE has no"):
-        assert [note for note in notes if told in note], notes
+    assert [note.partition(":")[0] for note in notes] == [
+        "productConfig has no effect", "builtInAdapter.env DEFAULT_MODELSIZE has no effect"
+    ]  # fmt: skip
+
+
+def test_limits_that_instances_have_not_themselves_are_told() -> None:
+    adapter = {"serverType": "mmcore", "modelLoadingTimeoutMillis": 90000}
+    item = serving_runtime(builtInAdapter=adapter, containers=[{"name": "mmcore"}])
+    item["metadata"]["annotations"] = {"maxLoadingConcurrency": "2"}
+    [note] = [one.text for one in check([item]) if one.level == "note"]
+    assert note.startswith("builtInAdapter.modelLoadingTimeoutMillis has no effect")
 
 
 def test_the_command_fails_where_something_will_not_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,51 @@ def test_a_runtime_of_our_formats_is_one_container() -> None:
     assert "MMCORE_RUNTIME" not in environment(spec)
 
 
+LIMITS = ("LOAD_TIMEOUT", "LOADS_AT_ONCE", "MODEL_CONCURRENCY")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "env", "annotations", "told"),
+    [
+        ({}, {}, {}, (None, None, None)),
+        ({"modelLoadingTimeoutMillis": 90000}, {}, {"maxLoadingConcurrency": "2"}, ("90000ms", "2", None)),
+        ({}, {}, {"perModelConcurrencyLimit": "0"}, (None, None, "0")),
+        # Variables of the adapter go before.
+        (
+            {"modelLoadingTimeoutMillis": 90000},
+            {"LOADTIME_TIMEOUT": "500", "LOADING_CONCURRENCY": "3", "LIMIT_PER_MODEL_CONCURRENCY": "4"},
+            {"maxLoadingConcurrency": "2", "perModelConcurrencyLimit": "5"},
+            ("500ms", "3", "4"),
+        ),
+        # And ours where nothing of theirs says otherwise.
+        ({}, {"MMCORE_RUNTIME_LOAD_TIMEOUT": "7s"}, {}, ("7s", None, None)),
+    ],
+)
+def test_limits_of_loads_and_requests_are_the_instances(
+    adapter: Object, env: dict[str, str], annotations: dict[str, str], told: tuple[str | None, ...]
+) -> None:
+    entries = [{"name": name, "value": value} for name, value in env.items()]
+    item = runtime(builtInAdapter={"serverType": "triton", "memBufferBytes": 1, "env": entries, **adapter})
+    item.resource["metadata"]["annotations"] = annotations
+    found = environment(pod(item))
+    assert tuple(found.get(f"MMCORE_RUNTIME_{name}") for name in LIMITS) == told
+    assert not {"LOADTIME_TIMEOUT", "LOADING_CONCURRENCY", "LIMIT_PER_MODEL_CONCURRENCY"} & found.keys()
+
+
+def test_instances_that_hold_models_themselves_load_as_many_at_once() -> None:
+    item = own_runtime()
+    item.resource["metadata"]["annotations"] = {"maxLoadingConcurrency": "5", "perModelConcurrencyLimit": "4"}
+    found = environment(pod(item))
+    assert found["MMCORE_LOADER_THREADS"] == "5"
+    assert not [name for name in found if name.startswith("MMCORE_RUNTIME")]
+
+
+def test_a_buffer_that_the_adapter_was_told_by_a_variable_goes_before_the_field() -> None:
+    env = [{"name": "MEM_BUFFER_BYTES", "value": str(2**20)}]
+    item = runtime(builtInAdapter={"serverType": "triton", "memBufferBytes": 5, "env": env})
+    assert environment(pod(item))["MMCORE_CAPACITY"] == str(2**30 - 2**20)
+
+
 def test_another_server_has_one_instance_beside_it_and_nothing_else() -> None:
     spec = pod(runtime())
     assert [one["name"] for one in spec["containers"]] == ["triton", "mmcore"]
@@ -157,7 +202,7 @@ def test_what_the_user_sets_goes_into_the_pods() -> None:
     assert [one["name"] for one in spec["imagePullSecrets"]] == ["one", "two", "three"]
     assert spec["nodeSelector"] == {"gpu": "yes"} and spec["serviceAccountName"] == "models"
     # Ours go before, so that an old setting cannot cut an instance off.
-    assert environment(spec)["A"] == "b" and environment(spec)["MMCORE_HOST"] == "0.0.0.0"
+    assert environment(spec)["A"] == "b" and environment(spec)["MMCORE_HOST"] == "::"
 
 
 def test_what_a_runtime_says_of_its_pods_is_so() -> None:

@@ -46,6 +46,14 @@ def test_what_is_right() -> None:
         ({"builtInAdapter": {"serverType": "mmcore"}}, "needs no other container"),
         ({"builtInAdapter": None}, "grpcEndpoint is missing"),
         ({"builtInAdapter": None, "grpcEndpoint": "8085"}, "must be port:NUMBER or unix:PATH"),
+        (
+            {"builtInAdapter": {"serverType": "triton", "modelLoadingTimeoutMillis": 0}},
+            "builtInAdapter.modelLoadingTimeoutMillis must be a whole number from 1, not '0'",
+        ),
+        (
+            {"builtInAdapter": {"serverType": "triton", "env": [{"name": "LOADING_CONCURRENCY", "value": "many"}]}},
+            "builtInAdapter.env LOADING_CONCURRENCY must be a whole number from 1, not 'many'",
+        ),
         ({"containers": [{"name": "triton", "image": "t"}]}, "container 'triton' states no memory"),
         ({"containers": [CONTAINER, CONTAINER]}, "two containers are named 'triton'"),
         ({"volumes": [{"name": "tc-config"}]}, "volume name 'tc-config'"),

@@ -50,7 +50,7 @@ async def validated(error: ApiError | None, **spec: Any) -> tuple[list[Object], 
     item = serving_runtime("r", **spec)
     item["metadata"] |= {"resourceVersion": "1", "generation": 3}
     known.runtimes._take([item])
-    reconciler = NamespaceReconciler(api, known, events)
+    reconciler = NamespaceReconciler(api, known, events, lambda namespace: None)
     await reconciler.validate(SERVING_RUNTIME, known.runtimes, Ref("models", "r"))
     return server.told, warnings.told
 
