@@ -82,7 +82,7 @@ def test_an_instance_starts_with_what_its_pod_says(name: str, config: str, start
     item = RUNTIMES[name]
     assert problems(item, ServingConfig()) == []
     settings = start(item, CONFIGS[config])
-    assert (settings.grpc_port, settings.peer_port, settings.advertise) == (8033, 8043, "10.0.0.1:8043")
+    assert (settings.grpc_port, settings.peer_port, settings.advertise) == (8033, 8043, "10.0.0.1")
     assert item.label in settings.labels and settings.vmodel_owner == "ksp"
     assert (settings.runtime is None) == (not item.containers)
     if settings.runtime is not None:
