@@ -449,7 +449,7 @@ def _key_of(source: ModelSource) -> dict[str, Any]:
     """The key that a runtime is given: of files that are here, without the way they came. Blocking."""
     key: dict[str, Any] = {}
     if source.info is not None and source.info.key:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             read = json.loads(source.info.key)
             key = read if isinstance(read, dict) else {}
     for gone in ("storage_key", "storage_params", "bucket", "schema_path"):

@@ -45,7 +45,7 @@ class ModelFolders:
         try:
             key: dict[str, Any] = json.loads(request.modelKey or "{}")
             stated = key.get("model_type", request.modelType)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise InvalidModel("the model's key is not a JSON object") from None
         if isinstance(stated, dict):
             stated = stated.get("name", "")

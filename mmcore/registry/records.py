@@ -139,8 +139,11 @@ def decode(kind: type[R], name: str, value: bytes) -> R:
         CorruptRecord: the value is no JSON object, or a field has another type.
     """
     try:
-        content = json.loads(value)
-    except ValueError as error:
+        content = json.loads(value.decode())
+        if b"\\u" in value:
+            # Half of a pair of surrogates is no text: neither a message of protobuf nor this record could be written.
+            json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise CorruptRecord(f"the registry's {kind.__name__} of '{name}' is not JSON: {error}") from None
     return _record(kind, name, content)
 

@@ -71,7 +71,7 @@ def _without_copies(key: str) -> object:
 def _object(key: str) -> dict[str, Any]:
     try:
         content = json.loads(key or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -16,6 +16,7 @@ from mmcore.routing.copies_wanted import CopiesWanted, copies_wanted, same_model
     [
         ("", CopiesWanted(), 0),
         ("no JSON", CopiesWanted(), 0),
+        ("[" * 5000, CopiesWanted(), 0),
         ("[1]", CopiesWanted(), 0),
         ('{"storage_key": "copies"}', CopiesWanted(), 0),
         ('{"copies": {}}', CopiesWanted(), 0),
