@@ -121,6 +121,8 @@ class ModelSettings:
     isolation: str = "none"
     #: Private memory that a worker process may have, in bytes.
     isolation_memory_bytes: int | None = None
+    #: Processor cores that it may run on, all together.
+    isolation_cpus: int | None = None
     #: How long an inference in a worker process may take, in seconds.
     timeout_s: float | None = None
     #: Whether requests may be put together; None where nothing is said: by the format and the shapes.

@@ -43,7 +43,7 @@ _IMPLEMENTATIONS: Final = {
 _YAML_FIELDS: Final = (
     *("name", "format", "version", "file", "max_batch_size", "inputs", "outputs"),
     *("device_bytes", "preload", "pinned", "min_residency", "idle_timeout"),
-    *("execution", "size_bytes", "isolation", "isolation_memory", "timeout"),
+    *("execution", "size_bytes", "isolation", "isolation_memory", "isolation_cpus", "timeout"),
     *("parameters", "max_queue_delay_us", "queue_limit", "response_cache", "instances"),
 )
 
@@ -186,6 +186,7 @@ def _read_mmcore_yaml(text: str, folder: Path) -> Stated:
         idle_timeout_s=_duration(reader, "idle_timeout", zero=True),
         isolation=_isolation(reader),
         isolation_memory_bytes=_size(reader, "isolation_memory"),
+        isolation_cpus=_cpus(reader),
         timeout_s=_duration(reader, "timeout"),
         merges=None if most_rows is None else most_rows > 0,
         instances=_instances(reader),
@@ -205,6 +206,13 @@ def _instances(reader: Reader) -> int | None:
     stated = reader.count("instances")
     if stated is not None and not 1 <= stated <= MOST_INSTANCES:
         raise InvalidModel(f"{reader.where('instances')}: must be from 1 to {MOST_INSTANCES}, got {stated}")
+    return stated
+
+
+def _cpus(reader: Reader) -> int | None:
+    stated = reader.count("isolation_cpus")
+    if stated == 0:
+        raise InvalidModel(f"{reader.where('isolation_cpus')}: must be at least 1, got 0")
     return stated
 
 

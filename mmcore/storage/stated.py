@@ -75,6 +75,7 @@ class Stated:
     idle_timeout_s: float | None = None
     isolation: str | None = None
     isolation_memory_bytes: int | None = None
+    isolation_cpus: int | None = None
     timeout_s: float | None = None
     policy: VersionPolicy | None = None
     merges: bool | None = None
@@ -109,6 +110,7 @@ class Stated:
             idle_timeout_s=self.idle_timeout_s,
             isolation=self._isolation(),
             isolation_memory_bytes=self.isolation_memory_bytes,
+            isolation_cpus=self.isolation_cpus,
             timeout_s=self.timeout_s,
             merges=self.merges,
             instances=self.instances or 0,

@@ -1,7 +1,7 @@
 """Starts a worker process that has first given up what a model does not need; run by its path, not imported.
 
-``confined.py CONFINEMENT WORKER'S ARGUMENTS…``: a JSON object (``user``, ``read``, ``home``, ``network``) and what
-``worker.py`` wants. Only the standard library is imported before: nothing else runs with more than is left, and there
+``confined.py CONFINEMENT WORKER'S ARGUMENTS…``: a JSON object (``user``, ``read``, ``home``, ``network``, ``cpus``) and
+what ``worker.py`` wants. Only the standard library is imported before: nothing else runs with more than is left, and there
 is one thread, for which alone the kernel's filters would hold. Each step that the kernel does not offer is passed over
 and told in a line of the log.
 
@@ -12,6 +12,7 @@ and told in a line of the log.
   model's; files to be written those of a folder that goes with the worker. No signal leaves for another process.
 - seccomp (seccomp(2)): no sockets but Unix ones unless allowed, no ptrace, mounts, namespaces, keys, BPF, io_uring.
 - limits: no core file, 1 GiB a file, 1,024 descriptors, and 512 processes and threads where the user is its own.
+- where the model's settings name a number of cores, only so many, and sched_setaffinity(2) is refused from then on.
 - a lower priority (nice(2)) than the serving process, which is to have its processor when a model takes all there are.
 """
 
@@ -122,6 +123,7 @@ _REFUSED: dict[str, tuple[int, int | None]] = {
     "sethostname": (170, 161),
     "setdomainname": (171, 162),
 }  # fmt: skip
+_SET_AFFINITY = (203, 122)
 _MACHINES = ("x86_64", "aarch64")
 _SOCKET, _CLONE, _CLONE3 = (41, 198), (56, 220), 435
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
@@ -135,6 +137,8 @@ def confine(wanted: dict[str, Any]) -> list[str]:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     os.nice(_NICE)
+    if wanted["cpus"] is not None:
+        _keep_to(wanted["cpus"])
     _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for limit, most in ((resource.RLIMIT_FSIZE, _FILE_BYTES), (resource.RLIMIT_NOFILE, _DESCRIPTORS)):
@@ -151,9 +155,16 @@ def confine(wanted: dict[str, Any]) -> list[str]:
         if _LIBC.syscall(_RESTRICT_SELF, rules, 0) != 0:
             missing.append(f"Landlock: {os.strerror(ctypes.get_errno())}")
         os.close(rules)
-    if not _filter(network=wanted["network"]):
+    if not _filter(network=wanted["network"], pinned=wanted["cpus"] is not None):
         missing.append("seccomp: it may use all system calls and the network")
     return missing
+
+
+def _keep_to(count: int) -> None:
+    """Run on so many processor cores at most, other ones than the worker started before."""
+    cores = sorted(os.sched_getaffinity(0))
+    first = os.getpid() % len(cores)
+    os.sched_setaffinity(0, [*cores[first:], *cores[:first]][:count])
 
 
 def _become(user: int, paths: list[str], *, reads_all: bool) -> list[str]:
@@ -218,7 +229,7 @@ def _allow(rules: int, path: str, rights: int) -> None:
     os.close(place)
 
 
-def _filter(*, network: bool) -> bool:
+def _filter(*, network: bool, pinned: bool) -> bool:
     """Install the filter of system calls; whether there is one."""
     if platform.machine() not in _MACHINES:
         return False
@@ -240,6 +251,8 @@ def _filter(*, network: bool) -> bool:
     for numbers in _REFUSED.values():
         if (number := numbers[machine]) is not None:
             answer_if(equal, number, _EPERM)
+    if pinned:
+        answer_if(equal, _SET_AFFINITY[machine], _EPERM)
     program.append((equal, 0, 3, _CLONE[machine]))
     load(16)
     answer_if(any_bit, _NEW_NAMESPACES, _EPERM)

@@ -103,6 +103,7 @@ class WorkerProcess:
                 os.chown(self._home, self._user, self._user)
             confinement = {
                 "user": self._user, "read": _readable(source), "home": self._home, "network": network,
+                "cpus": source.settings.isolation_cpus,
             }  # fmt: skip
             self._process = _start((theirs.fileno(), self.inputs.fd, self.outputs.fd), confinement)
             handed_over.close()

@@ -8,13 +8,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from mmcore.errors import LoadFailed
-from mmcore.model import ModelSource
+from mmcore.model import ModelSettings, ModelSource
 from mmcore.runtimes.isolation import IsolatedModel
 
 pytestmark = [
@@ -49,10 +50,11 @@ def secret(tmp_path: Path) -> Path:
     return file
 
 
-def start(folder: Path, *, network: bool = False) -> IsolatedModel:
+def start(folder: Path, *, network: bool = False, **settings: Any) -> IsolatedModel:
     folder.mkdir()
     (folder / "model.py").write_text(OBEDIENT)
-    return IsolatedModel(ModelSource("m", "1", "python", folder / "model.py", folder=folder), network=network)
+    source = ModelSource("m", "1", "python", folder / "model.py", ModelSettings(**settings), folder=folder)
+    return IsolatedModel(source, network=network)
 
 
 def run_in(model: IsolatedModel, code: str) -> str:
@@ -154,6 +156,29 @@ def test_there_is_no_network_unless_allowed(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the number of processes is counted by user")
+def test_it_gets_no_more_processor_cores_than_its_settings_say(tmp_path: Path) -> None:
+    made = start(tmp_path / "m", isolation_cpus=1)
+    assert run_in(made, "import os; result = len(os.sched_getaffinity(0))") == "1"
+    widened = "import os; os.sched_setaffinity(0, range(os.cpu_count())); result = 'more'"
+    assert run_in(made, widened).startswith("PermissionError")
+    # Nor do its processes: what they take together is the time that has passed, at most.
+    busy = """
+import os, time
+began, spun = time.monotonic(), []
+for _ in range(3):
+    if not os.fork():
+        while time.process_time() < 0.1:
+            pass
+        os._exit(0)
+for _ in range(3):
+    os.wait()
+took = os.times()
+result = (took.children_user + took.children_system) / (time.monotonic() - began)
+"""
+    assert float(run_in(made, busy)) < 1.2
+    made.close()
+
+
 def test_a_fork_bomb_is_bounded_and_ends_with_the_worker(tmp_path: Path) -> None:
     made = start(tmp_path / "m")
     bomb = """

@@ -44,13 +44,17 @@ def settings(folder: Path, name: str, text: str) -> ModelSettings:
 
 
 def test_the_settings_of_a_folder_are_read(tmp_path: Path) -> None:
-    read = settings(tmp_path, "mmcore.yaml", "isolation: process\nisolation_memory: 2GiB\ntimeout: 30s\n")
+    read = settings(
+        tmp_path, "mmcore.yaml", "isolation: process\nisolation_memory: 2GiB\nisolation_cpus: 3\ntimeout: 30s\n"
+    )
     assert (read.isolation, read.isolation_memory_bytes, read.timeout_s) == ("process", 2 * 2**30, 30.0)
+    assert read.isolation_cpus == 3
 
 
 def test_nothing_stated_is_no_isolation_and_no_limits(tmp_path: Path) -> None:
     read = settings(tmp_path, "mmcore.yaml", "")
     assert (read.isolation, read.isolation_memory_bytes, read.timeout_s) == ("none", None, None)
+    assert read.isolation_cpus is None
 
 
 def test_mmcore_yaml_goes_before_the_parameter_of_another_servers_file(tmp_path: Path) -> None:
@@ -63,6 +67,7 @@ def test_mmcore_yaml_goes_before_the_parameter_of_another_servers_file(tmp_path:
     [
         ("mmcore.yaml", "isolation: thread", r"mmcore.yaml: isolation: expected one of none, process, got 'thread'"),
         ("mmcore.yaml", "isolation_memory: lots", r"mmcore.yaml: isolation_memory: 'lots' is not a size"),
+        ("mmcore.yaml", "isolation_cpus: 0", r"mmcore.yaml: isolation_cpus: must be at least 1, got 0"),
         ("mmcore.yaml", "timeout: soon", r"mmcore.yaml: timeout: 'soon' is not a duration"),
         ("mmcore.yaml", "timeout: 0", r"mmcore.yaml: timeout: expected a time such as 30s, got 0"),
         ("mmcore.yaml", "timeout: [1]", r"mmcore.yaml: timeout: expected a time such as 30s"),
