@@ -39,7 +39,7 @@ TIMES_CAPACITY: Final = 3.0
 #: What the sleeping model takes, and what may wait for it.
 SERVICE_S: Final = 0.004
 QUEUE: Final = 32
-MODEL: Final = f"""
+MODEL: Final = """
 import time
 
 class Model:
@@ -47,8 +47,8 @@ class Model:
     outputs = [("Y", "INT32", [1])]
 
     def predict(self, inputs):
-        time.sleep({SERVICE_S})
-        return {{"Y": inputs["X"] + 1}}
+        time.sleep(SERVICE_S)
+        return {"Y": inputs["X"] + 1}
 """
 SETTINGS: Final = f"queue_limit: {QUEUE}\nexecution: thread\n"
 #: More callers than the model has threads, and fewer than would be refused.
@@ -112,11 +112,11 @@ def run(console: Console, plan: Plan) -> dict[str, object]:
     return {"crowd": asdict(crowd), "overload": asdict(found)}
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, service_s: float = SERVICE_S) -> None:
     """The model that sleeps, as ``sleeper``."""
     made = folder / "sleeper"
     made.mkdir()
-    (made / "model.py").write_text(MODEL)
+    (made / "model.py").write_text(MODEL.replace("SERVICE_S", str(service_s)))
     (made / "mmcore.yaml").write_text(SETTINGS)
 
 

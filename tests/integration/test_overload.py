@@ -6,24 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from bench.overload import QUEUE, SERVICE_S, crowd_of, overload, write_model
+from bench.overload import QUEUE, crowd_of, overload, write_model
 from bench.soak import soak
 from tests.serving import Serve
 
 pytestmark = pytest.mark.slow
 
+#: So long that its threads are what a request waits for, and not processors that other programs have.
+SERVICE_S = 0.02
+
 
 async def test_three_times_too_many_requests_leave_as_many_answers_and_are_refused_at_once(
     serve: Serve, tmp_path: Path
 ) -> None:
-    write_model(tmp_path)
+    write_model(tmp_path, SERVICE_S)
     instance = serve(tmp_path, "--preload", "all", "--log-level", "warning")
     found = await overload(instance.grpc, 2.0)
     assert found.refused_per_s > 0.5 * found.peak_per_s
     # 0.9 on a quiet machine; here the callers take the processor from the server.
-    assert found.goodput_per_s > 0.7 * found.peak_per_s
-    assert found.accepted_p99_s < 20 * (QUEUE + 2) * SERVICE_S
-    assert found.refused_p99_s < 1.0
+    assert found.goodput_per_s > 0.8 * found.peak_per_s
+    # Times in those of the same machine: a full queue's at the peak, and what the accepted wait.
+    assert found.accepted_p99_s < 10 * (QUEUE + 1) / found.peak_per_s
+    assert found.refused_p99_s < found.accepted_p99_s
 
 
 async def test_a_crowd_of_connections_and_streams_is_answered_and_cheap(serve: Serve, tmp_path: Path) -> None:

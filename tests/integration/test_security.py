@@ -152,22 +152,44 @@ def test_a_renewed_certificate_counts_from_the_next_connection_on(
     certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
     certificate.write_bytes(server_files.certificate.read_bytes())
     key.write_bytes(server_files.key.read_bytes())
-    instance = serve(models, "--tls-cert", certificate, "--tls-key", key)
+    instance = serve(
+        models, "--tls-cert", certificate, "--tls-key", key, "--metrics-tls", "--management-port", "0",
+    )  # fmt: skip
+    ports = [instance.ready[kind] for kind in ("grpc", "rest", "metrics", "management")]
 
-    def shown() -> bytes:
-        host, port = instance.rest.split(":")
-        return ssl.get_server_certificate((host, int(port))).encode()
+    def shown() -> list[bytes]:
+        return [ssl.get_server_certificate(split_port(port), timeout=20).encode().strip() for port in ports]
 
-    first = shown()
-    assert first.strip() == server_files.certificate.read_bytes().strip()
+    first = [server_files.certificate.read_bytes().strip()] * len(ports)
+    assert shown() == first
     renewed = authority.sign("127.0.0.1", "IP:127.0.0.1")
     # Between the two files they do not fit each other: what was read before stays.
     _replace(certificate, renewed.certificate)
     assert shown() == first
     _replace(key, renewed.key)
-    assert shown().strip() == renewed.certificate.read_bytes().strip()
+    assert shown() == [renewed.certificate.read_bytes().strip()] * len(ports)
     assert rest(instance, "GET", "/v2/health/live", trusting(authority))[0] == 200
     assert "stays in force" in instance.log_text()
+
+
+def split_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+def test_the_clients_of_a_replaced_authority_count_from_the_next_connection_on(
+    serve: Serve, models: Path, authority: Authority, server_files: Signed, client_files: Signed, tmp_path: Path
+) -> None:
+    (tmp_path / "others").mkdir()
+    new, trusted = Authority(tmp_path / "others"), tmp_path / "clients.crt"
+    theirs = new.sign("client")
+    trusted.write_bytes(authority.certificate.read_bytes())
+    instance = serve(models, *tls_flags(server_files, "--tls-client-ca", trusted))
+    for known, goes_in, stays_out in ((authority, client_files, theirs), (new, theirs, client_files)):
+        _replace(trusted, known.certificate)
+        assert rest(instance, "GET", "/v2/health/live", trusting(authority, goes_in))[0] == 200
+        with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
+            rest(instance, "GET", "/v2/health/live", trusting(authority, stays_out))
 
 
 def _replace(file: Path, by: Path) -> None:

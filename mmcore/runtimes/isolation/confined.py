@@ -1,9 +1,9 @@
 """Starts a worker process that has first given up what a model does not need; run by its path, not imported.
 
 ``confined.py CONFINEMENT WORKER'S ARGUMENTS…``: a JSON object (``user``, ``read``, ``home``, ``network``, ``cpus``) and
-what ``worker.py`` wants. Only the standard library is imported before: nothing else runs with more than is left, and there
-is one thread, for which alone the kernel's filters would hold. Each step that the kernel does not offer is passed over
-and told in a line of the log.
+what ``worker.py`` wants. Only the standard library is imported before: nothing else runs with more than is left, and
+there is one thread, for which alone the kernel's filters would hold. Each step that the kernel does not offer is passed
+over and told in a line of the log.
 
 - no new privileges (prctl(2)): a setuid program gives none.
 - another user where the server is root, and no capability; to read files without being their owner is kept only where
