@@ -260,18 +260,19 @@ class Stall:
     """Send the head and so many bytes of the body, and then nothing until the client leaves.
 
     Attributes:
-        count: so many bytes.
+        count: so many bytes; None: not even the head.
         begun, left: whether a client waits, or waited, for the rest, and whether it has gone.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int | None) -> None:
         self.count = count
         self.begun = threading.Event()
         self.left = threading.Event()
 
     def __call__(self, client: socket.socket, answer: bytes) -> None:
         head, _, body = answer.partition(b"\r\n\r\n")
-        client.sendall(head + b"\r\n\r\n" + body[: self.count])
+        if self.count is not None:
+            client.sendall(head + b"\r\n\r\n" + body[: self.count])
         self.begun.set()
         client.settimeout(60)
         with contextlib.suppress(ConnectionError):

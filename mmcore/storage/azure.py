@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any, Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -25,6 +26,7 @@ from azure.identity import (
 from azure.storage.blob import BlobSasPermissions, ContainerClient, generate_blob_sas
 
 from mmcore.errors import LoadFailed
+from mmcore.storage.cancellation import apart
 from mmcore.storage.connections import Connections, trusted_file
 from mmcore.storage.digests import Digest
 from mmcore.storage.places import Place
@@ -85,10 +87,9 @@ class AzureRemote:
 
     def _listing(self, prefix: str, most: int | None) -> Iterator[Blob]:
         with self._translated(f"{self.where}/{prefix}"):
-            for number, listed in enumerate(self._client.list_blobs(prefix, results_per_page=most), 1):
-                yield _blob(listed)
-                if number == most:
-                    return
+            yield from apart(
+                lambda: [_blob(one) for one in islice(self._client.list_blobs(prefix, results_per_page=most), most)]
+            )
 
     def request(self, blob: Blob) -> Request:
         """The object as listed, see :class:`mmcore.storage.remote.Remote`."""

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import ssl
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
@@ -29,6 +31,7 @@ from urllib3.exceptions import (
 )
 
 from mmcore.errors import LoadFailed
+from mmcore.storage.cancellation import ended_by
 from mmcore.storage.remote import Interrupted, Request, refusal
 
 CHUNK_BYTES: Final = 2**20
@@ -98,6 +101,38 @@ def _place(status: int, headers: Mapping[str, str], start: int, what: str) -> tu
     return start - int(first), int(total) if total.isdigit() else None
 
 
+class _Ending(HTTPConnection):
+    """A connection on which nobody waits for an answer whose work is to end."""
+
+    def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]  # as urllib3 does itself
+        with ended_by(self._end):
+            return super().getresponse()
+
+    def _end(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class _EndingTls(_Ending, HTTPSConnection):
+    """The same with TLS."""
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Ending
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _EndingTls
+
+
+ManagerT = TypeVar("ManagerT", bound=urllib3.PoolManager)
+
+
+def _ending(manager: ManagerT) -> ManagerT:
+    manager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+    return manager
+
+
 class Connections:
     """The connections to one store, for any number of threads.
 
@@ -119,7 +154,7 @@ class Connections:
     ) -> None:
         self._timeout = urllib3.Timeout(connect=connect_s, read=silence_s)
         self._context = _context(ca, certificate, private_key)
-        self._direct = urllib3.PoolManager(maxsize=_KEPT, ssl_context=self._context)
+        self._direct = _ending(urllib3.PoolManager(maxsize=_KEPT, ssl_context=self._context))
         self._proxies = getproxies()
         self._proxied: dict[str, urllib3.ProxyManager] = {}
 
@@ -172,7 +207,7 @@ class Connections:
     def read(self, request: Request, what: str, limit: int) -> bytes:
         """The whole body of a small answer; raises as :meth:`get` does, LoadFailed when it is above ``limit``."""
         body = bytearray()
-        with self.get(request, what) as answer:
+        with self.get(request, what) as answer, ended_by(answer.end):
             for chunk in answer.chunks():
                 body += chunk
                 if len(body) > limit:
@@ -198,7 +233,8 @@ class Connections:
         if not proxy or not parts.hostname or proxy_bypass(parts.hostname):
             return self._direct
         if proxy not in self._proxied:
-            self._proxied[proxy] = urllib3.ProxyManager(proxy, maxsize=_KEPT, ssl_context=self._context)
+            made = urllib3.ProxyManager(proxy, maxsize=_KEPT, ssl_context=self._context)
+            self._proxied[proxy] = _ending(made)
         return self._proxied[proxy]
 
 

@@ -31,6 +31,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as ConnectionFailed
 
 from mmcore.errors import LoadFailed
+from mmcore.storage.cancellation import apart
 from mmcore.storage.connections import Connections, trusted_file
 from mmcore.storage.digests import ALGORITHMS, Digest
 from mmcore.storage.places import Place
@@ -127,14 +128,12 @@ class S3Remote:
             if most is not None or not page[1]:
                 return
             query["continuation-token"] = page[1]
+        options = {"ContinuationToken": query["continuation-token"]} if "continuation-token" in query else {}
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=prefix, PaginationConfig={"MaxItems": most, "PageSize": most}, **options
+        )
         with self._translated(what):
-            options = {"ContinuationToken": query["continuation-token"]} if "continuation-token" in query else {}
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=prefix, PaginationConfig={"MaxItems": most, "PageSize": most}, **options
-            )
-            for listed in pages:
-                for one in listed.get("Contents", []):
-                    yield _blob(one)
+            yield from apart(lambda: [_blob(one) for page in pages for one in page.get("Contents", [])])
 
     def request(self, blob: Blob) -> Request:
         """The object as listed, see :class:`mmcore.storage.remote.Remote`."""
@@ -172,7 +171,9 @@ class S3Remote:
         """What the store tells of an object without its bytes; nothing where it cannot."""
         try:
             with self._translated(f"{self.where}/{blob.key}"):
-                head: Mapping[str, Any] = self._client.head_object(Bucket=self._bucket, Key=blob.key, **asked)
+                head: Mapping[str, Any] = apart(
+                    lambda: self._client.head_object(Bucket=self._bucket, Key=blob.key, **asked)
+                )
                 return head
         except (LoadFailed, Interrupted):
             return {}

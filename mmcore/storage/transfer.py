@@ -13,19 +13,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from mmcore.errors import Cancelled, LoadFailed
-from mmcore.storage.cancellation import Cancellation
+from mmcore.storage.cancellation import Cancellation, ended_by, heeding
 from mmcore.storage.digests import Digest, begin, joined, of_pieces
 from mmcore.storage.remote import Blob, Changed, Interrupted, Remote
 
 if TYPE_CHECKING:
     # It needs a package that is there for those alone who pull from a remote store.
-    from mmcore.storage.connections import Answer, Connections
+    from mmcore.storage.connections import Connections
 
 ResultT = TypeVar("ResultT")
 
@@ -116,11 +116,9 @@ class Watch:
         self.progress.received(count)
 
     @contextmanager
-    def ending(self, answer: Answer) -> Iterator[None]:
-        """Inside the block no read of an answer waits once the pull is cancelled."""
-        with ExitStack() as calls:
-            for one in self._cancelled:
-                calls.enter_context(one.calling(answer.end))
+    def heeded(self) -> Iterator[None]:
+        """Inside the block this thread waits for no store once the pull is cancelled."""
+        with heeding(*self._cancelled):
             yield
 
     def again(self, call: Callable[[], ResultT]) -> ResultT:
@@ -133,7 +131,8 @@ class Watch:
         while True:
             self.check()
             try:
-                return call()
+                with self.heeded():
+                    return call()
             except Interrupted as error:
                 failed += 1
                 self.back_off(failed, error)
@@ -422,8 +421,9 @@ class Transfer:
         # Without a range an old server's whole object is as good.
         stop = None if part.whole and part.at == 0 else part.stop
         with (
+            watch.heeded(),
             self._connections.get(self._remote.request(blob), what, start=part.at, stop=stop) as answer,
-            watch.ending(answer),
+            ended_by(answer.end),
         ):
             if blob.size is not None and answer.size not in (None, blob.size):
                 raise Changed(f"{what} was changed while it was pulled")

@@ -479,7 +479,7 @@ def test_cancelled_and_closed_pulls_end_between_chunks(bucket: Bucket, proxy: Pr
         spoiled("m")
 
 
-def give_up(pulling: Pulling, path: str, stall: Stall) -> None:
+def give_up(pulling: Pulling, path: str, stall: Stall, *, of_object: bool = True, leaves: bool = True) -> None:
     """Pull, and cancel that when the store has fallen silent; fails unless both ends notice soon."""
     cancelled = Cancellation()
     errors: list[BaseException] = []
@@ -494,13 +494,13 @@ def give_up(pulling: Pulling, path: str, stall: Stall) -> None:
     thread.start()
     assert stall.begun.wait(10)
     deadline = time.monotonic() + 10
-    while pulling.progress.count < stall.count:
+    while of_object and pulling.progress.count < (stall.count or 0):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     cancelled.set()
     thread.join(10)
     assert len(errors) == 1
-    assert stall.left.wait(10)
+    assert not leaves or stall.left.wait(10)
 
 
 @pytest.mark.parametrize("upload", ["whole", "parts"])
@@ -520,6 +520,31 @@ def test_pull_given_up_ends_in_a_silent_store_and_the_next_goes_on_from_there(
     # Hardly a byte was asked for twice.
     assert patient.puller.received_bytes == pytest.approx(sum(map(len, parts)), abs=MIB)
     assert patient.left() == []
+
+
+@pytest.mark.parametrize("count", [None, 100])
+@pytest.mark.parametrize("listing", ["of the library", "ours"])
+def test_pull_given_up_while_the_store_lists_ends(
+    bucket: Bucket, server: str, tmp_path: Path, listing: str, count: int | None
+) -> None:
+    bucket.put("m/model.onnx", b"one")
+    proxy = Proxy(server.removeprefix("http://"), lambda line: "list-type" in line)
+    entry = {**bucket.entry, "endpoint_url": proxy.address}
+    pulling = Pulling(tmp_path, entry, limits=replace(LIMITS, silence_s=60))
+    if listing == "ours":
+        pulling("m")
+    proxy.faults = [stall := Stall(count)]
+    # The library's request is left to its own time limit.
+    give_up(pulling, "m", stall, of_object=False, leaves=listing == "ours")
+    assert tree(pulling("m").path) == {"model.onnx": b"one"}
+    pulling.puller.close()
+
+
+def test_pull_given_up_before_the_store_sends_anything_ends(bucket: Bucket, proxy: Proxy, patient: Pulling) -> None:
+    bucket.put("m/model.onnx", b"one")
+    proxy.faults = [stall := Stall(None)]
+    give_up(patient, "m", stall)
+    assert tree(patient("m").path) == {"model.onnx": b"one"}
 
 
 def test_files_that_were_whole_when_a_pull_was_given_up_are_kept(bucket: Bucket, server: str, tmp_path: Path) -> None:
