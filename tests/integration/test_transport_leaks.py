@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import psutil
@@ -22,8 +22,10 @@ pytestmark = pytest.mark.slow
 CALLS = 50_000  # on each kind of loop: 100,000
 CONNECTIONS = 5_000
 AT_ONCE = 256
-#: What the allocator may keep of a run after one that warmed it up; a leak of 100 bytes a call would be 5 MB.
+#: What the allocator may keep of a run after one that warmed it up; a leak of 100 bytes a call would be 5 MB, in each
+#: of the runs. Other tests' threads, which frameworks keep in this process, allocate too at times.
 SLACK_BYTES = 4_000_000
+RUNS = 3
 
 
 def handler(call: ServerCall, body: bytes) -> bytes | None:
@@ -82,8 +84,18 @@ async def settled(before: dict[str, int]) -> None:
             gc.collect()
 
 
-def grown(process: psutil.Process, work: int) -> int:
-    return process.memory_info().rss - work
+async def least_growth(run: Callable[[], Awaitable[object]]) -> int:
+    """The bytes that the process grows by in the best of some runs; runs end with the first that shows no leak."""
+    process = psutil.Process()
+    least = SLACK_BYTES
+    for _ in range(RUNS):
+        before = process.memory_info().rss
+        await run()
+        gc.collect()
+        least = min(least, process.memory_info().rss - before)
+        if least < SLACK_BYTES:
+            break
+    return least
 
 
 async def test_calls_leave_nothing_behind() -> None:
@@ -93,19 +105,23 @@ async def test_calls_leave_nothing_behind() -> None:
     server = Server()
     server.add_unary("/leak.Leak/Unary", handler)
     channel = Channel(await server.listen_tcp("127.0.0.1", 0), connections=4)
-    await channel.connect()
-    await many_calls(channel, 5_000)
-    gc.collect()
-    descriptors, memory, objects = process.num_fds(), process.memory_info().rss, len(gc.get_objects())
-    statuses = await many_calls(channel, CALLS)
-    gc.collect()
-    assert statuses == {0: CALLS * 3 // 4, 3: CALLS // 8, 4: CALLS // 16, 1: CALLS // 16}
-    assert grown(process, memory) < SLACK_BYTES
-    assert process.num_fds() <= descriptors
-    assert len(gc.get_objects()) - objects < 1000
-    assert live_objects()["sessions"] == before["sessions"] + 8
-    await channel.close()
-    await server.close()
+
+    async def run() -> None:
+        statuses = await many_calls(channel, CALLS)
+        assert statuses == {0: CALLS * 3 // 4, 3: CALLS // 8, 4: CALLS // 16, 1: CALLS // 16}
+
+    try:
+        await channel.connect()
+        await many_calls(channel, 5_000)
+        gc.collect()
+        descriptors, objects = process.num_fds(), len(gc.get_objects())
+        assert await least_growth(run) < SLACK_BYTES
+        assert process.num_fds() <= descriptors
+        assert len(gc.get_objects()) - objects < 1000
+        assert live_objects()["sessions"] == before["sessions"] + 8
+    finally:
+        await channel.close()
+        await server.close()
     await settled(before)
 
 
@@ -154,13 +170,17 @@ async def test_connections_leave_nothing_behind() -> None:
                 await asyncio.sleep(0.005)
         gc.collect()
 
-    await many(500)
-    await none_open()
-    descriptors, memory = process.num_fds(), process.memory_info().rss
-    await many(CONNECTIONS)
-    await none_open()
-    assert process.num_fds() <= descriptors
-    assert grown(process, memory) < SLACK_BYTES
-    await settled(before)
-    await server.close()
+    async def run() -> None:
+        await many(CONNECTIONS)
+        await none_open()
+
+    try:
+        await many(500)
+        await none_open()
+        descriptors = process.num_fds()
+        assert await least_growth(run) < SLACK_BYTES
+        assert process.num_fds() <= descriptors
+        await settled(before)
+    finally:
+        await server.close()
     await settled(before)
