@@ -46,11 +46,13 @@ class CuttingProxy:
         return self
 
     async def cut(self) -> None:
-        """Close every connection, and take no new ones."""
+        """Close every connection, and take no new ones; what was kept back goes with them."""
         if self._server is not None:
             self._server.close()
             self._server = None
+        self._silent = False
         for passage in list(self._passages):
+            passage.silent = False
             for writer in passage.writers:
                 writer.transport.abort()
         self._mended.set()

@@ -127,6 +127,14 @@ class InstanceRecord(Record):
 _EXTRA: Final = "extra"
 
 
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+#: Python's own takes NaN and infinities, which no other reader of a registry does.
+_DECODER: Final = json.JSONDecoder(parse_constant=_no_constant)
+
+
 def encode(record: Record) -> bytes:
     """The stored form: compact JSON, UTF-8."""
     return json.dumps(_plain(record), separators=(",", ":"), ensure_ascii=False).encode()
@@ -139,7 +147,7 @@ def decode(kind: type[R], name: str, value: bytes) -> R:
         CorruptRecord: the value is no JSON object, or a field has another type.
     """
     try:
-        content = json.loads(value.decode())
+        content = _DECODER.decode(value.decode())
         if b"\\u" in value:
             # Half of a pair of surrogates is no text: neither a message of protobuf nor this record could be written.
             json.dumps(content, ensure_ascii=False).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 import subprocess
 from collections.abc import Callable, Iterator
@@ -101,6 +102,8 @@ def test_grpc_and_rest_are_served_over_tls(
     assert rest(instance, "POST", "/v2/models/open-1/infer", context)[0] == 200
     with pytest.raises(OSError):
         rest(instance, "GET", "/v2/health/live", None)
+    for port, protocol in ((instance.grpc, "h2"), (instance.rest, "http/1.1")):
+        assert agreed(port, authority) == protocol
     # Probes and Prometheus go on without.
     connection = http.client.HTTPConnection(instance.metrics, timeout=20)
     connection.request("GET", "/live")
@@ -117,6 +120,17 @@ def test_grpc_and_rest_are_served_over_tls(
     for version, code in (("-tls1_2", 0), ("-tls1_1", 1)):
         call = ["openssl", "s_client", "-connect", instance.rest, version, "-cipher", "ALL:@SECLEVEL=0"]
         assert subprocess.run(call, input=b"", capture_output=True, check=False, timeout=60).returncode == code
+
+
+def agreed(port: str, authority: Authority) -> str | None:
+    """What a listener chooses of both versions of HTTP (ALPN)."""
+    context = trusting(authority)
+    context.set_alpn_protocols(["http/1.1", "h2"])
+    with (
+        socket.create_connection(split_port(port), timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as secure,
+    ):
+        return secure.selected_alpn_protocol()
 
 
 def test_clients_without_a_certificate_of_the_authority_are_refused(
@@ -326,6 +340,14 @@ def test_instances_know_each_other_by_their_authority(
         plain.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=5)
     with grpc.secure_channel(first.ready["peer"], trusted) as anonymous, pytest.raises(grpc.RpcError):
         anonymous.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=5)
+    (tmp_path / "others").mkdir()
+    stranger = Authority(tmp_path / "others").sign("instance")
+    shown = grpc.ssl_channel_credentials(
+        authority.certificate.read_bytes(), stranger.key.read_bytes(), stranger.certificate.read_bytes()
+    )
+    with grpc.secure_channel(first.ready["peer"], shown) as other, pytest.raises(grpc.RpcError) as refused:
+        other.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=5)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_an_address_may_send_so_many_requests_over_grpc_and_rest_together(serve: Serve, models: Path) -> None:

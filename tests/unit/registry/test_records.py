@@ -65,6 +65,7 @@ def test_fields_that_a_newer_version_wrote_survive_a_change() -> None:
         (b'{"tier\xed\xbb\xbf":1}', "'m' is not JSON"),
         (b'{"path":"\\udeff"}', "'m' is not JSON"),
         (b'{"type":' + b"[" * 5000, "'m' is not JSON"),
+        (b'{"tier":NaN}', "'m' is not JSON: NaN"),
         (b"[]", "'m' is no JSON object"),
         (b'{"type":1}', "type is a int, not a str"),
         (b'{"references":true}', "references is a bool, not a int"),
