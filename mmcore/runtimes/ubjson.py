@@ -22,6 +22,7 @@ _CONSTANTS: Final = {ord("Z"): None, ord("T"): True, ord("F"): False}
 _LENGTH: Final = struct.Struct(">q")
 _length_at: Final = _LENGTH.unpack_from
 _TEXT: Final = ord("S")
+_LONG: Final = ord("L")
 _OBJECT, _OBJECT_END = b"{}"
 _ARRAY, _ARRAY_END = b"[]"
 _OF_KIND, _COUNTED = b"$#"
@@ -42,7 +43,7 @@ def _value(content: bytes, at: int, kind: int) -> tuple[Any, int]:
         return _array(content, at)
     if kind == _TEXT:
         begin = at + 9
-        end = begin + _length_at(content, at + 1)[0]
+        end = begin + _length(content, at)
         return content[begin:end].decode(), end
     if kind == _OBJECT:
         return _object(content, at)
@@ -56,32 +57,50 @@ def _value(content: bytes, at: int, kind: int) -> tuple[Any, int]:
 
 def _object(content: bytes, at: int) -> tuple[dict[str, Any], int]:
     """Keys are texts without their kind: a length of eight bytes that follows its own kind."""
-    found = {}
+    found: dict[str, Any] = {}
     while content[at] != _OBJECT_END:
         begin = at + 9
-        at = begin + _length_at(content, at + 1)[0]
+        at = begin + _length(content, at)
         key = content[begin:at].decode()
-        found[key], at = _value(content, at + 1, content[at])
+        if content[at] == _ARRAY and content[at + 1] == _OF_KIND:
+            # Most of what there is, without two calls.
+            found[key], at = _numbers(content, at + 2)
+        else:
+            found[key], at = _value(content, at + 1, content[at])
     return found, at + 1
 
 
 def _array(content: bytes, at: int) -> tuple[Any, int]:
-    dtype = None
     if content[at] == _OF_KIND:
-        dtype = _NUMBERS[content[at + 1]]
-        at += 2
+        return _numbers(content, at + 1)
     if content[at] != _COUNTED:
         found = []
         while content[at] != _ARRAY_END:
             value, at = _value(content, at + 1, content[at])
             found.append(value)
         return found, at + 1
-    length = _length_at(content, at + 2)[0]
+    length = _length(content, at + 1)
     at += 2 + _LENGTH.size
-    if dtype is not None:
-        return np.frombuffer(content, dtype, length, at), at + length * dtype.itemsize
     values = []
     for _ in range(length):
         value, at = _value(content, at + 1, content[at])
         values.append(value)
     return values, at
+
+
+def _numbers(content: bytes, at: int) -> tuple[Any, int]:
+    """An array of the kind that stands at ``at``, and where it ends."""
+    dtype = _NUMBERS[content[at]]
+    if content[at + 1] != _COUNTED:
+        raise ValueError(f"byte {at + 1}: an array of one kind has no length")
+    length = _length(content, at + 2)
+    at += 3 + _LENGTH.size
+    return np.frombuffer(content, dtype, length, at), at + length * dtype.itemsize
+
+
+def _length(content: bytes, at: int) -> int:
+    """The length whose kind stands at ``at``."""
+    length: int = _length_at(content, at + 1)[0]
+    if content[at] != _LONG or length < 0:
+        raise ValueError(f"byte {at}: no length as XGBoost writes it")
+    return length

@@ -11,13 +11,15 @@ around it, ``Booster.inplace_predict``, takes three times as long for a small mo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
+import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import xgboost
@@ -25,7 +27,7 @@ from xgboost.libpath import find_lib_path
 
 from mmcore.errors import LoadFailed
 from mmcore.model import NUMPY_DTYPES, ModelSource, TensorSpec
-from mmcore.runtimes import trees
+from mmcore.runtimes import trees, ubjson
 from mmcore.runtimes.builtin import BuiltinModel
 from mmcore.runtimes.declared import method_outputs, single_input
 from mmcore.runtimes.interface import NUMERIC_DATATYPES, Array, LoadedModel, OutputTensor
@@ -103,28 +105,28 @@ class _Booster:
         values: FP32 [n, columns], what the objective makes of the trees' sum.
         margins: FP32 [n, classes], the sum itself.
 
-    ``direct`` lets the trees be walked without the library, which is let go of then.
+    ``direct`` lets the trees be walked without the library, which is let go of then. ``file`` is what it was read from.
     """
 
-    def __init__(self, booster: xgboost.Booster, *, direct: bool = True) -> None:
-        config = json.loads(booster.save_config())["learner"]
-        shape = config["learner_model_param"]
-        self.width = booster.num_features()
-        self.objective: str = config["objective"]["name"]
+    def __init__(self, booster: xgboost.Booster, *, direct: bool = True, file: bytes = b"") -> None:
+        learner = _learner(booster, file)
+        shape, attributes = learner["learner_model_param"], learner["attributes"]
+        self.width = int(shape["num_feature"])
+        self.objective: str = learner["objective"]["name"]
         self.columns = max(int(shape["num_class"]), int(shape.get("num_target", "1")), 1)
-        self.classifier = _estimator_type(booster) == "classifier"
+        self.classifier = _estimator_type(attributes.get("scikit_learn")) == "classifier"
         self._booster = booster
         self._handle = booster.handle
-        best = booster.attr("best_iteration")
+        best = attributes.get("best_iteration")
         # The linear booster has no in-place prediction, nor iterations to choose from.
-        self._linear = config["gradient_booster"]["name"] == "gblinear"
+        self._linear = learner["gradient_booster"]["name"] == "gblinear"
         self._iterations = 0 if best is None or self._linear else int(best) + 1
         self._value_config = self._config(_VALUE)
         self._margin_config = self._config(_MARGIN)
         self.values: Prediction = self._library_values
         self.margins: Prediction = self._library_margins
-        saved = bytes(booster.save_raw("ubj")) if direct and not self._linear else None
-        found = saved and forest(saved, iterations=self._iterations, values=self.values, margins=self.margins)
+        walks = direct and not self._linear
+        found = walks and forest(learner, iterations=self._iterations, values=self.values, margins=self.margins)
         if found:
             self.values, self.margins = found.values, found.margins
             del self._booster, self._handle
@@ -186,7 +188,8 @@ def load(source: ModelSource) -> LoadedModel:
     warnings.filterwarnings("always", message=r"\[\d\d:\d\d:\d\d\] WARNING", category=UserWarning)
     threads = source.settings.parameters.get("nthread", "1")
     # Who asks for threads has batches worth them.
-    booster = _Booster(_read(source.path, threads), direct=threads == "1")
+    content = source.path.read_bytes()
+    booster = _Booster(_read(source.path, content, threads), direct=threads == "1", file=content)
     backend = trees.TreeBackend.configured(source.settings.parameters)
     if backend is None:
         input_name, default = _INPUT, "predict"
@@ -206,8 +209,7 @@ def load(source: ModelSource) -> LoadedModel:
     )
 
 
-def _read(path: Path, nthread: str) -> xgboost.Booster:
-    content = path.read_bytes()
+def _read(path: Path, content: bytes, nthread: str) -> xgboost.Booster:
     if content[:4] == b"tree":
         raise LoadFailed(f"{path.name!r} is a LightGBM model, not one of XGBoost")
     # Both of XGBoost's formats are one object; on less than two bytes the library ends the process.
@@ -232,9 +234,26 @@ def _read(path: Path, nthread: str) -> xgboost.Booster:
     return booster
 
 
-def _estimator_type(booster: xgboost.Booster) -> str:
+def _learner(booster: xgboost.Booster, file: bytes) -> dict[str, Any]:
+    """A model as the library would write it; what ``file`` has, if the library has written it as it is."""
+    global _own_end
+    if _own_end and file.endswith(_own_end):
+        # Another's may hold what only the library understands.
+        with contextlib.suppress(ValueError, LookupError, TypeError, struct.error, RecursionError):
+            learner: dict[str, Any] = ubjson.read(file)["learner"]
+            return learner
+    saved = bytes(booster.save_raw("ubj"))
+    _own_end = saved[saved.rindex(b"version") :]
+    written: dict[str, Any] = ubjson.read(saved)["learner"]
+    return written
+
+
+#: How UBJSON ends that this release has written: with its version.
+_own_end = b""
+
+
+def _estimator_type(saved: str | None) -> str:
     """``classifier`` or ``regressor`` where the model was saved from a scikit-learn estimator, else nothing."""
-    saved = booster.attr("scikit_learn")
     return str(json.loads(saved).get("_estimator_type", "")) if saved else ""
 
 

@@ -15,7 +15,6 @@ from typing import Any, Final
 import numpy as np
 
 from mmcore._ext.trees import Forest
-from mmcore.runtimes import ubjson
 from mmcore.runtimes.interface import Array
 
 log = logging.getLogger(__name__)
@@ -44,13 +43,12 @@ _SEED: Final = 5
 
 
 def forest(
-    saved: bytes, *, iterations: int, values: Callable[[Array], Array], margins: Callable[[Array], Array]
+    learner: dict[str, Any], *, iterations: int, values: Callable[[Array], Array], margins: Callable[[Array], Array]
 ) -> Forest | None:
     """The model's first ``iterations`` (0: all) as a forest that answers as ``values`` and ``margins`` do, or None.
 
-    ``saved`` is what the library writes as UBJSON; the functions are the library's own, FP32 [n, columns].
+    ``learner`` is what the library writes as UBJSON; the functions are the library's own, FP32 [n, columns].
     """
-    learner = ubjson.read(saved)["learner"]
     transform = _TRANSFORMS.get(learner["objective"]["name"])
     booster = learner["gradient_booster"]
     if transform is None or booster["name"] != "gbtree":

@@ -76,6 +76,26 @@ def test_answers_are_the_librarys_own(name: str, data: st.DataObject) -> None:
     assert ours.margins(rows).tobytes() == library.margins(rows).tobytes()
 
 
+def test_file_is_read_as_it_is_where_this_release_has_written_it() -> None:
+    written = bytes(BOOSTERS["reg:squarederror"].save_raw("ubj"))
+    end = written[written.rindex(b"version") :]
+    other = BOOSTERS["binary:logistic"]
+    library = _Booster(other, direct=False)
+    # Told by giving it the file of another model.
+    assert _Booster(other, file=written).objective == "reg:squarederror"
+    for file in (
+        written[: -len(end)] + end.replace(b"\x03", b"\x01", 1),
+        b"{L\0\0\0\0\0\0\0\x07learnerZ" + b"U\x01" + end,
+        b"{L" + b"\xff" * 8 + end,
+        b"{i" + b"\0" * 8 + end,
+        b"{" * 5000 + end,
+        bytes(other.save_raw("json")),
+    ):
+        ours = _Booster(other, file=file)
+        assert ours.objective == "binary:logistic"
+        assert ours.values(ROWS).tobytes() == library.values(ROWS).tobytes()
+
+
 def test_values_that_a_tree_compares_with_go_the_librarys_way() -> None:
     booster = BOOSTERS["reg:squarederror"]
     trees = ubjson.read(bytes(booster.save_raw("ubj")))["learner"]["gradient_booster"]["model"]["trees"]
