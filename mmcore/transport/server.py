@@ -46,6 +46,8 @@ def status_of(error: BaseException) -> tuple[Status, str]:
         return error.status, str(error)
     if isinstance(error, RpcError):
         return error.status, error.details
+    if isinstance(error, MemoryError):
+        return Status.RESOURCE_EXHAUSTED, "there is no memory for this request"
     return Status.INTERNAL, f"{type(error).__name__}: {error}"
 
 

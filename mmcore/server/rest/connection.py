@@ -113,7 +113,10 @@ class Connection(asyncio.Protocol):
             self._ready[-1].keep_alive = False
             self._deaf = True
         except httptools.HttpParserError as error:
-            self._refuse(self._refusal or Refused(400, f"malformed HTTP: {error}"))
+            if isinstance(error.__context__, MemoryError):
+                self._refuse(Refused(429, "there is no memory for this request"))
+            else:
+                self._refuse(self._refusal or Refused(400, f"malformed HTTP: {error}"))
         self._next()
 
     def eof_received(self) -> None:

@@ -26,6 +26,7 @@ _CODES: Final[dict[int, Status]] = {
     200: Status.OK,
     400: Status.INVALID_ARGUMENT,
     413: Status.RESOURCE_EXHAUSTED,
+    429: Status.RESOURCE_EXHAUSTED,
     500: Status.INTERNAL,
     503: Status.UNAVAILABLE,
 }

@@ -10,6 +10,7 @@ import pytest
 
 from mmcore.config import TransportSettings
 from mmcore.server.rest import Listener, Request
+from mmcore.server.rest.connection import Connection
 
 EVERY_LOOP = True
 
@@ -127,6 +128,17 @@ async def test_a_connection_ends_where_the_client_wants_it_to(served: Served, da
 async def test_an_upgrade_is_answered_as_if_it_were_none(served: Served) -> None:
     status, _, body = await ask(served, b"GET /u HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
     assert (status, body) == (200, b"GET /u ")
+
+
+async def test_a_body_that_there_is_no_memory_for_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(connection: Connection, body: bytes) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "on_body", no_memory)
+        status, _, text = await ask(served, b"POST /x HTTP/1.1\r\ncontent-length: 3\r\n\r\nabc")
+    assert (status, b"no memory" in text) == (429, True)
+    assert (await ask(served, b"GET /y HTTP/1.1\r\n\r\n"))[0] == 200
 
 
 async def test_a_head_request_gets_the_length_and_no_body(served: Served) -> None:
