@@ -142,10 +142,19 @@ class RpcError(Exception):
         status: the gRPC status, an unknown number mapped to UNKNOWN.
         details: ``grpc-message``, decoded.
         trailers: the trailing metadata, names lower case, ``-bin`` values as bytes.
+        lost: the connection ended before the answer, when the other side may have begun.
     """
 
-    def __init__(self, status: Status, details: str, trailers: tuple[tuple[str, str | bytes], ...] = ()) -> None:
+    def __init__(
+        self,
+        status: Status,
+        details: str,
+        trailers: tuple[tuple[str, str | bytes], ...] = (),
+        *,
+        lost: bool = False,
+    ) -> None:
         super().__init__(f"{status.name}: {details}")
         self.status = status
         self.details = details
         self.trailers = trailers
+        self.lost = lost

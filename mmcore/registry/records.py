@@ -52,12 +52,14 @@ class ModelRecord(Record):
     Attributes:
         type, path, key: as registered; the key is a JSON text of its own.
         copies, failures: by instance.
+        losses: the instances that ended while they loaded it.
         size_bytes: what a copy takes, as measured where one was loaded last; 0 while none was.
         references: vmodels that have it as their active or target model.
         auto_delete: whether it goes with its last reference.
         last_used_ms: written rarely; instances know better for the copies they hold.
         min_copies, max_copies: bounds on its copies; 0 for none.
         everywhere: whether there is to be a copy at each instance that may host it.
+        static: the file of static models that alone has registered it; empty where somebody else has.
     """
 
     type: str = ""
@@ -65,6 +67,7 @@ class ModelRecord(Record):
     key: str = ""
     copies: dict[str, CopyRecord] = field(default_factory=dict, metadata={"of": CopyRecord})
     failures: dict[str, FailureRecord] = field(default_factory=dict, metadata={"of": FailureRecord})
+    losses: dict[str, FailureRecord] = field(default_factory=dict, metadata={"of": FailureRecord})
     size_bytes: int = 0
     references: int = 0
     auto_delete: bool = False
@@ -72,19 +75,22 @@ class ModelRecord(Record):
     min_copies: int = 0
     max_copies: int = 0
     everywhere: bool = False
+    static: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class VModelRecord(Record):
     """A name that stands for the model ``active``, and is to stand for ``target``.
 
-    ``failed`` tells that the target could not be loaded; the transition goes on when that changes.
+    ``failed`` tells that the target could not be loaded; the transition goes on when that changes. ``static`` is the
+    file of static models that alone has set it; empty where somebody else has.
     """
 
     owner: str = ""
     active: str = ""
     target: str = ""
     failed: bool = False
+    static: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ class Forwarding(Forwards):
     Attributes:
         choose: given the usable ones of several holders, returns the one to be asked; None: by requests in flight.
         on_not_here: told (model, instance) when a holder has no copy any more, so that the table is corrected.
+        on_lost: told (model, instance) when an instance was lost that was to load the model for a request.
         passed_over: holders that were asked and have not answered a request, so that another one had to be found.
         unanswered: requests for which no holder was left.
 
@@ -88,6 +89,7 @@ class Forwarding(Forwards):
         self.first_hop = hop_headers(Mode.HIT, 1, (instance,))
         self.instance = instance
         self.on_not_here = on_not_here
+        self.on_lost: Callable[[str, str], object] | None = None
         self._on_down = on_down
         self._settings = settings
         self._ssl = ssl
@@ -151,6 +153,8 @@ class Forwarding(Forwards):
         peer = request.peer
         assert isinstance(peer, Peer)
         not_loaded = request.mode == Mode.LOAD and answer.status in _NOT_LOADED
+        if request.mode == Mode.LOAD and answer.lost and not answer.refused and self.on_lost is not None:
+            self.on_lost(request.model, peer.instance)
         if not self._has_done_nothing(request.model, peer, answer) and not not_loaded:
             if answer.status not in _OTHERS_MAY_ANSWER:
                 request.refuse(answer)

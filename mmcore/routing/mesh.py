@@ -25,6 +25,7 @@ from mmcore.routing.filling import SETTLE_S, Filling
 from mmcore.routing.forwarding import Forwarding, Unanswered
 from mmcore.routing.handover import hand_over
 from mmcore.routing.hops import Mode, arrival_of, not_here
+from mmcore.routing.losses import Barred, Losses
 from mmcore.routing.members import Members, model_of
 from mmcore.routing.peers import Peer
 from mmcore.routing.registered import Loads, Registered, wall_ms
@@ -47,6 +48,10 @@ HOP_COUNTS: Final = 2
 LEAST_LATENCY_S: Final = 0.0005
 
 
+class _Lost(Unavailable):
+    """The instance that was told to do something ended, or its connection did, before it said that it had."""
+
+
 class _Asked(NamedTuple):
     """A request that is to be answered somewhere, and what is called when that is here; None: here it cannot be."""
 
@@ -65,6 +70,7 @@ class Mesh(Loads):
         members: who there is; their :class:`mmcore.placement.Cluster` is what is decided on.
         upkeep: what is done every few seconds.
         filling: what is loaded ahead into instances that have room.
+        losses: models that end the instances which load them.
         forwarding: passes requests on.
     """
 
@@ -84,6 +90,8 @@ class Mesh(Loads):
         self.upkeep: Final = Upkeep(registry, router, self, members.cluster, interval_s=upkeep_s, clock_ms=clock_ms)
         self.filling: Final = Filling(registry, members, self, settle_s=settle_s, clock_ms=clock_ms)
         self._evictions = Evictions(registry, registered, members, self, clock_ms=clock_ms)
+        self.losses: Final = Losses(registry, self._is_lost, clock_ms)
+        registered.barred = self.losses.barred
         self._registry = registry
         self._router = router
         self._registered = registered
@@ -94,6 +102,7 @@ class Mesh(Loads):
         router.cache.on_evicted.append(self._evictions.evicted)
         forwarding.choose = self._choose
         forwarding.on_not_here = self._not_there
+        forwarding.on_lost = self.losses.note
 
     async def start(self) -> None:
         """Join the others.
@@ -117,6 +126,7 @@ class Mesh(Loads):
         await self._evictions.close()
         await self.filling.close()
         await self.upkeep.close()
+        await self.losses.close()
         await self.members.close()
         await self._forwarding.close()
 
@@ -279,13 +289,16 @@ class Mesh(Loads):
             # One that is on its way here is as good a place as any, and the last one where the others are gone.
             if self._registry.instance not in tried and self._has(asked.model):
                 return False
-            # Nor is it loaded once more where it has been loaded since it was asked for.
-            serving = placement.serving(self.members.cluster, model_of(asked.model, record, self._clock_ms()))
-            if holders := self._heard(one for one in serving if one not in tried):
+            # Nor is it loaded once more where it has been loaded since it was asked for, or is on its way to another.
+            others = replace(record, copies={one: copy for one, copy in record.copies.items() if one not in tried})
+            serving = placement.serving(self.members.cluster, model_of(asked.model, others, self._clock_ms()))
+            if holders := self._heard(serving):
                 self._ask(asked, holders, Mode.HIT, tried, ran)
                 return True
             try:
                 target = self._target(asked.model, record, tried)
+            except Barred:
+                raise
             except (LoadFailed, Overloaded):
                 # Who has a moment's other work is better than nobody.
                 if ran or not silent:
@@ -318,6 +331,9 @@ class Mesh(Loads):
         try:
             if self._place(asked, tried, unanswered.ran):
                 return
+        except Barred as error:
+            call.fail(error.status, str(error))
+            return
         except (LoadFailed, Overloaded):
             call.fail(unanswered.status, unanswered.details)
             return
@@ -326,13 +342,25 @@ class Mesh(Loads):
         else:
             call.fail(unanswered.status, unanswered.details)
 
+    def _is_lost(self, instance: str) -> bool:
+        """Whether another instance has ended without leaving, as far as is known here."""
+        if instance == self._registry.instance:
+            return False
+        record = self._registry.instances.get(instance)
+        if record is None:
+            return True
+        peer = self._forwarding.peers.get(instance)
+        return not record.draining and peer is not None and not peer.usable
+
     def _target(self, model: str, record: ModelRecord, exclude: Collection[str] = ()) -> str:
         """Where a further copy goes; its room is reserved.
 
         Raises:
             Overloaded: nowhere.
-            LoadFailed: nowhere, since it failed to load.
+            LoadFailed: nowhere, since it failed to load, or ended the instances that did.
         """
+        if (why := self.losses.barred(model, record)) is not None:
+            raise Barred(why)
         self.members.refresh()
         cluster, now_ms = self.members.cluster, self._clock_ms()
         own = cluster.get(self._registry.instance)
@@ -375,7 +403,8 @@ class Mesh(Loads):
             except (LoadFailed, Overloaded) as error:
                 if loaded:
                     return
-                raise failure or error from None
+                # What it does to those that load it says more than that one is gone.
+                raise (error if isinstance(failure, _Lost) else failure or error) from None
             try:
                 await self.load_at(target, model, Haste.ANEW if anew else Haste.NOW)
             except (LoadFailed, Overloaded, Unavailable) as error:
@@ -385,10 +414,17 @@ class Mesh(Loads):
 
     async def load_at(self, instance: str, model: str, haste: Haste = Haste.NOW) -> None:
         """See :class:`mmcore.routing.actions.Actions`."""
+        record = self._registry.models.get(model)
+        if record is not None and (why := self.losses.barred(model, record)) is not None:
+            raise Barred(why)
         if instance == self._registry.instance:
             await self._registered.load_here(model, haste)
-        else:
+            return
+        try:
             await self._tell(instance, haste.value, model, LOAD_WAIT_S)
+        except _Lost:
+            self.losses.note(model, instance)
+            raise
 
     async def move(self, model: str, source: str, target: str) -> None:
         """See :class:`mmcore.routing.actions.Actions`."""
@@ -409,7 +445,7 @@ class Mesh(Loads):
         try:
             await peers[0].unary(path, model.encode(), timeout_s=timeout_s)
         except RpcError as error:
-            kind = _ERRORS.get(error.status, Unavailable)
+            kind = _Lost if error.lost else _ERRORS.get(error.status, Unavailable)
             raise kind(error.details) from None
 
     async def _wait_for(self, model: str) -> None:

@@ -80,6 +80,7 @@ class Registered(Catalog):
     Attributes:
         origin: gives their files. ``make_origin`` makes it of :meth:`info`, which loader threads call.
         loads: what has them loaded.
+        barred: tells why a model, with its record, is not to be loaded now; None where it may be.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Registered(Catalog):
     ) -> None:
         self.origin = make_origin(self.info)
         self.loads: Loads = loads or LocalLoads(router)
+        self.barred: Callable[[str, ModelRecord], str | None] = lambda name, record: None
         self._registry = registry
         self._router = router
         self._clock_ms = clock_ms
@@ -116,17 +118,26 @@ class Registered(Catalog):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        self._reports.give_up_loads()
         await self._reports.close()
 
     # What callers ask.
 
     async def register(
-        self, name: str, info: ModelInfo, *, load_now: bool = False, sync: bool = False, last_used_ms: int = 0
+        self,
+        name: str,
+        info: ModelInfo,
+        *,
+        load_now: bool = False,
+        sync: bool = False,
+        last_used_ms: int = 0,
+        static: str = "",
     ) -> ModelStatus:
         """Register a model; the same again changes nothing but the copies asked for and, after an hour, its last use.
 
         ``last_used_ms`` orders it among others before it is used; 0: a while ago, longer if it is not to be loaded.
-        ``sync`` waits for its load. The status tells of a failed load; that is no error.
+        ``sync`` waits for its load. The status tells of a failed load; that is no error. ``static`` is the file of
+        static models that registers it; a model that others register as well is the file's no more.
 
         Raises:
             InvalidRequest: the name or the type is empty, or the key asks for copies in a way that cannot be.
@@ -152,7 +163,7 @@ class Registered(Catalog):
             nonlocal new
             new = record is None
             if record is None:
-                return replace(new_record(info), last_used_ms=used_ms)
+                return replace(new_record(info), last_used_ms=used_ms, static=static)
             if not same_model(info_of(record), info):
                 raise AlreadyExists(f"Model already exists with different attribute values: {name}")
             record = replace(
@@ -161,6 +172,7 @@ class Registered(Catalog):
                 min_copies=wanted.min_copies,
                 max_copies=wanted.max_copies,
                 everywhere=wanted.everywhere,
+                static=record.static if static else "",
             )
             if used_ms > record.last_used_ms + LAST_USED_STALE_MS:
                 return replace(record, last_used_ms=used_ms)
@@ -247,7 +259,9 @@ class Registered(Catalog):
     def status(self, name: str) -> ModelStatus:
         """The state of a model and its copies, by what this instance knows."""
         record = self._registry.models.get(name)
-        return status_of(self._reports.merge(name, record) if record is not None else None, self.lives)
+        if record is None:
+            return ABSENT
+        return status_of(self._reports.merge(name, record), self.lives, self.barred(name, record))
 
     async def find(self, name: str) -> ModelStatus:
         """The same, with a look into the store where this instance knows of none.

@@ -67,6 +67,13 @@ class Reports:
             own.failure = None
         self._due(name)
 
+    def give_up_loads(self) -> None:
+        """The loads that have not ended will not: who finds them in a record would think that they ended us."""
+        for name, own in self._own.items():
+            if own.copy is not None and own.copy.state != CopyState.LOADED:
+                own.copy = None
+                self._due(name)
+
     def failed(self, name: str, message: str) -> None:
         """A load here has failed."""
         own = self._own.setdefault(name, _Own())

@@ -50,8 +50,11 @@ _STATES: Final[dict[str, ModelState]] = {
 }
 
 
-def status_of(record: ModelRecord | None, lives: Callable[[str], bool]) -> ModelStatus:
-    """The status that a record tells, of the instances that ``lives`` says are there."""
+def status_of(record: ModelRecord | None, lives: Callable[[str], bool], barred: str | None = None) -> ModelStatus:
+    """The status that a record tells, of the instances that ``lives`` says are there.
+
+    ``barred`` tells why the model is loaded nowhere now, though it may have failed at none of them.
+    """
     if record is None:
         return ABSENT
     copies = [
@@ -63,12 +66,12 @@ def status_of(record: ModelRecord | None, lives: Callable[[str], bool]) -> Model
     failures = [one for one in record.failures.items() if lives(one[0])]
     failures.sort(key=lambda one: one[1].at_ms, reverse=True)
     state = max((copy.state for copy in copies), default=ModelState.NOT_LOADED)
-    if not copies and failures:
+    if not copies and (failures or barred):
         state = ModelState.LOADING_FAILED
     failed = [CopyStatus(instance, ModelState.LOADING_FAILED, failure.at_ms) for instance, failure in failures]
     return ModelStatus(
         state,
-        tuple(failure.message for _, failure in failures),
+        (*([barred] if barred else []), *(failure.message for _, failure in failures)),
         tuple(sorted([*copies, *failed], key=lambda copy: copy.since_ms, reverse=True)),
     )
 

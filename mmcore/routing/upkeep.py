@@ -18,6 +18,7 @@ from mmcore.errors import MmcoreError
 from mmcore.placement.leaving import MISSING_MS
 from mmcore.registry import ModelRecord, Registry
 from mmcore.routing.actions import Actions, Haste
+from mmcore.routing.losses import loading_at
 from mmcore.routing.members import model_of
 from mmcore.routing.registered import wall_ms
 from mmcore.routing.router import Router
@@ -218,7 +219,8 @@ def _without(records: list[ModelRecord | None], instances: set[str]) -> list[Mod
         return [None]
     copies = {name: copy for name, copy in record.copies.items() if name not in instances}
     failures = {name: failure for name, failure in record.failures.items() if name not in instances}
-    return [replace(record, copies=copies, failures=failures)]
+    losses = {**loading_at(record, instances.__contains__), **record.losses}
+    return [replace(record, copies=copies, failures=failures, losses=losses)]
 
 
 def _told(action: placement.Load | placement.Drop | placement.Move) -> str:

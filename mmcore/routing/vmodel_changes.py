@@ -36,6 +36,7 @@ class Wanted:
         force: whether it shall be the active model at once, loaded or not.
         expected: the target that the vmodel must have, unless it is the wanted one; empty for any.
         owner: who must own the vmodel; empty for anyone.
+        static: the file of static models that says so; empty for anyone else.
     """
 
     target: str
@@ -46,6 +47,7 @@ class Wanted:
     force: bool = False
     expected: str = ""
     owner: str = ""
+    static: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +113,18 @@ def set_vmodel(
         target = _new_model(wanted, models.get(before.active) if before is not None else None, now_ms)
     elif wanted.info is not None and not same_model(info_of(target), wanted.info):
         raise AlreadyExists(f"Target model {wanted.target} already exists with different attribute values")
+    elif wanted.info is not None and not wanted.static:
+        target = replace(target, static="")
     if before is None:
-        after = VModelRecord(owner=wanted.owner or default_owner, active=wanted.target, target=wanted.target)
+        owner = wanted.owner or default_owner
+        after = VModelRecord(owner=owner, active=wanted.target, target=wanted.target, static=wanted.static)
     elif before.target == wanted.target and not (wanted.force and in_transition(before)):
-        after = before
+        after = before if wanted.static else replace(before, static="")
     else:
         enough = loaded(wanted.target, target) >= loaded(before.active, models.get(before.active))
         active = wanted.target if wanted.force or enough else before.active
-        after = replace(before, active=active, target=wanted.target, failed=False)
+        static = before.static if wanted.static else ""
+        after = replace(before, active=active, target=wanted.target, failed=False, static=static)
     return Changes(after, _referred(before, after, {**models, wanted.target: target}, models))
 
 
@@ -151,7 +157,8 @@ def _new_model(wanted: Wanted, active: ModelRecord | None, now_ms: int) -> Model
         raise NotFound(f"target model not found: {wanted.target}")
     age_ms = AGE_WHEN_LOADED_NOW_MS if wanted.load_now else AGE_WHEN_REGISTERED_MS
     last_used_ms = active.last_used_ms if active is not None else now_ms - age_ms
-    return replace(new_record(wanted.info), auto_delete=wanted.auto_delete, last_used_ms=last_used_ms)
+    record = new_record(wanted.info)
+    return replace(record, auto_delete=wanted.auto_delete, last_used_ms=last_used_ms, static=wanted.static)
 
 
 def _referred(before: VModelRecord | None, after: VModelRecord | None, models: Models, stored: Models) -> Models:

@@ -133,7 +133,7 @@ class Node:
             self._registered.loads = self._mesh
         self._vmodels = VModels(self._registry, self._registered, default_owner=settings.vmodel_owner)
         self._transitions = Transitions(self._registry, self._vmodels, self._registered.loads)
-        self._static = StaticModels(self._registered, self._vmodels)
+        self._static = StaticModels(self._registry, self._registered, self._vmodels, str(settings.static_models or ""))
         self._static_file = self._watched(settings.static_models, parse_static_models)
         names = Names(self._router.table, self._registry, self._router.knows)
         self._service = V2Service(

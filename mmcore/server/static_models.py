@@ -3,7 +3,8 @@
 The file is ModelMesh's: a list of ``{"modelId": …, "modelInfo": {"type": …, "path": …, "key": …}, "vModelId": …,
 "retainAfterTransition": …, "ensureLoaded": …}``. They are registered before the instance takes requests, and whenever
 the file changes. What a change takes out of the file is unregistered, unless vmodels refer to it: all instances of a
-mesh should have the same file. What is taken out while no instance runs stays.
+mesh should have the same file. What was taken out while no instance ran is unregistered at the next start, if nobody
+but the file of that path has registered it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from mmcore.errors import LoadFailed, MmcoreError
+from mmcore.errors import Conflict, LoadFailed, MmcoreError
 from mmcore.model import ModelInfo
+from mmcore.registry import ModelRecord, Registry, VModelRecord
+from mmcore.registry.table import Table
 from mmcore.routing import ModelState, Registered, VModels, Wanted
 
 log = logging.getLogger(__name__)
@@ -90,16 +93,18 @@ def _checked(value: object, known: dict[str, type], what: str) -> dict[str, Any]
 
 
 class StaticModels:
-    """Registers the models of a file."""
+    """Registers the models of a file; ``file`` is its path, by which records tell whose they are."""
 
-    def __init__(self, registered: Registered, vmodels: VModels) -> None:
+    def __init__(self, registry: Registry, registered: Registered, vmodels: VModels, file: str) -> None:
+        self._registry = registry
+        self._file = file
         self._registered = registered
         self._vmodels = vmodels
         self._applying: asyncio.Task[None] | None = None
         self._known: tuple[StaticModel, ...] = ()
 
     async def apply(self, models: Sequence[StaticModel]) -> None:
-        """Register them, and wait for those that must be loaded.
+        """Register them, and wait for those that must be loaded; let go of what an earlier file had more than this.
 
         Raises:
             MmcoreError: one could not be registered, or loaded in time; the text names it.
@@ -107,6 +112,14 @@ class StaticModels:
         self._known = tuple(models)
         for model in models:
             await self._named(model, self._apply)
+        vmodels, names = {model.vmodel for model in models}, {model.name for model in models}
+        for name in _left(self._registry.vmodels, self._file, vmodels):
+            await self._vmodels.delete(name)
+        for name in _left(self._registry.models, self._file, names):
+            try:
+                await self._unregister(name)
+            except Conflict as error:
+                log.error("static model %s: %s", name, error)
 
     async def _named(self, model: StaticModel, work: Callable[[StaticModel], Awaitable[None]]) -> None:
         """Do something about an entry, with its name in the error."""
@@ -117,10 +130,12 @@ class StaticModels:
 
     async def _apply(self, model: StaticModel) -> None:
         if model.vmodel:
-            wanted = Wanted(model.name, model.info, auto_delete=not model.retained, load_now=model.loaded)
+            wanted = Wanted(
+                model.name, model.info, auto_delete=not model.retained, load_now=model.loaded, static=self._file
+            )
             await self._vmodels.assign(model.vmodel, wanted)
         else:
-            await self._registered.register(model.name, model.info)
+            await self._registered.register(model.name, model.info, static=self._file)
         if not model.loaded:
             return
         try:
@@ -161,11 +176,28 @@ class StaticModels:
             if status is not None and status.record.target == model.name:
                 await self._vmodels.delete(model.vmodel)
         if model.name not in names:
-            await self._registered.unregister(model.name)
-            log.info("model %s is in the file of static models no more", model.name)
+            await self._unregister(model.name)
+
+    async def _unregister(self, name: str) -> None:
+        await self._registered.unregister(name)
+        log.info("model %s is in the file of static models no more", name)
 
     async def close(self) -> None:
         """Leave what has not been registered yet."""
         if self._applying is not None:
             self._applying.cancel()
             await asyncio.wait([self._applying])
+
+
+def _left(table: Table[ModelRecord] | Table[VModelRecord], file: str, wanted: set[str]) -> list[str]:
+    """The records that the file of that path has registered and does not want any more."""
+    found = []
+    for name in table:
+        # A hundred thousand are not decoded for the few.
+        entry = table.entry(name)
+        if entry is None or b'"static"' not in entry.value or name in wanted:
+            continue
+        record = table.get(name)
+        if record is not None and record.static == file:
+            found.append(name)
+    return found

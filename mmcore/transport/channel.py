@@ -172,7 +172,8 @@ class Channel:
             if not call.refused or last_try:
                 break
         if call.status != Status.OK:
-            raise RpcError(Status(call.status), call.details, call.trailers)
+            lost = call.lost and not call.refused
+            raise RpcError(Status(call.status), call.details, call.trailers, lost=lost)
         answer = call.message
         assert answer is not None
         return answer

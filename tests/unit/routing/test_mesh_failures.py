@@ -13,7 +13,9 @@ import pytest
 
 from mmcore.errors import LoadFailed, Status
 from mmcore.registry import CopyRecord, InstanceRecord, MemoryStore, ModelRecord, Registry
+from mmcore.routing.actions import Haste
 from mmcore.routing.hops import not_here
+from mmcore.routing.status import ModelState
 from mmcore.transport import Server, ServerCall
 from tests.etcds import free_port
 from tests.unit.routing.instances_in_memory import until
@@ -110,7 +112,8 @@ class Others:
             self.asked.append(name)
             return answer(call, server)
 
-        server.add_unary(PATH, handle)
+        for path in (PATH, *(haste.value for haste in Haste)):
+            server.add_unary(path, handle)
         record = InstanceRecord(await server.listen_tcp("127.0.0.1", 0, internal=True), capacity_bytes=2**40)
         self.servers.append(server)
         await self.registry.instances.update(name, lambda _: record)
@@ -150,6 +153,85 @@ async def test_a_request_that_ends_whoever_runs_it_ends_two_instances_and_no_mor
     await until(lambda: call.outcome)
     assert len(others.asked) == 2
     assert "here" not in call.outcome
+
+
+@no_room_here
+@pytest.mark.parametrize("sent", ["for a request", "ahead"])
+async def test_a_model_that_ends_whoever_loads_it_ends_two_and_later_one_at_a_time(
+    member: MeshMember, others: Others, sent: str
+) -> None:
+    for number in range(5):
+        await others.add(f"other{number}", others.die)
+    await member.registry.instances.update("dead", lambda _: None)
+    await until(lambda: len(member.mesh.forwarding.peers) == 5)
+
+    async def load() -> str:
+        """What becomes of it, and how many were asked."""
+        before = len(others.asked)
+        call = Call()
+        try:
+            if sent == "ahead":
+                await member.mesh.ensure("m", anew=True)
+            elif member.mesh.pass_on(call, b"", "m", call.here, path=PATH):
+                await until(lambda: call.outcome)
+        except LoadFailed as failed:
+            call.outcome.append(str(failed))
+        assert "here" not in call.outcome
+        asked = others.asked[before:]
+        for name in asked:
+            await member.registry.instances.update(name, lambda _: None)
+            await until(lambda name=name: name not in member.mesh.forwarding.peers)
+        return f"{len(asked)}; {call.outcome[0]}"
+
+    now_ms = member.now_ms()
+    member.now_ms = lambda: now_ms
+    assert (await load()).startswith("2; ")
+    assert (await load()).startswith("0; 2 instances ended while they loaded the model")
+    # All are told, by the record, and those who ask for its state.
+    await until(lambda: len((member.registry.models.get("m") or ModelRecord()).losses) == 2)
+    status = member.registered.status("m")
+    assert status.state is ModelState.LOADING_FAILED
+    assert "it is not loaded again for 60 s" in status.errors[0]
+    member.now_ms = lambda: now_ms + 60_001
+    assert (await load()).startswith("1; ")
+    assert "3 instances ended" in (message := await load())
+    assert "it is not loaded again for 120 s" in message
+    # One that is registered anew may be another.
+    await member.registered.unregister("m")
+    await member.add("m")
+    assert (await load()).startswith("2; ")
+
+
+async def test_loads_of_instances_that_are_gone_count(member: MeshMember) -> None:
+    for gone in ("one", "two"):
+        assert member.registered.status("m").errors == ()
+
+        def loads(record: ModelRecord | None, gone: str = gone) -> ModelRecord:
+            assert record is not None
+            return replace(record, copies={**record.copies, gone: CopyRecord("LOADING", member.now_ms())})
+
+        await member.registry.models.update("m", loads)
+    assert "2 instances ended" in member.registered.status("m").errors[0]
+    with pytest.raises(LoadFailed, match="2 instances ended"):
+        await member.mesh.load_at("alive", "m")
+
+
+async def test_a_load_that_an_instance_gives_up_as_it_leaves_does_not_count() -> None:
+    store = MemoryStore()
+    leaving, staying = await MeshMember("leaving", store).start(), await MeshMember("staying", store).start()
+    await leaving.add("m")
+    leaving.loader.gate("m")
+    load = leaving.router.load("m")
+
+    def copies() -> set[str]:
+        return set((staying.registry.models.get("m") or ModelRecord()).copies)
+
+    await until(lambda: copies() == {"leaving"})
+    await leaving.registered.close()
+    await until(lambda: copies() == set())
+    load.cancel()
+    for one in (leaving, staying):
+        await one.close()
 
 
 @pytest.mark.parametrize(("member", "end"), [(2**30, "here"), (2**20, str(FAILED))], indirect=["member"])

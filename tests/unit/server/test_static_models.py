@@ -25,6 +25,10 @@ async def member() -> AsyncIterator[Member]:
     await made.close()
 
 
+def static_models(member: Member, file: str = "/static.json") -> StaticModels:
+    return StaticModels(member.registry, member.registered, member.vmodels, file)
+
+
 def test_entries_are_read() -> None:
     more = {
         "modelId": "n",
@@ -57,7 +61,7 @@ def test_what_the_file_cannot_say(content: Any, text: str) -> None:
 
 
 async def test_they_are_registered_and_loaded_as_they_say(member: Member) -> None:
-    static = StaticModels(member.registered, member.vmodels)
+    static = static_models(member)
     info = ModelInfo("fake", "/m")
     models = [StaticModel("a", info), StaticModel("b", info, loaded=True), StaticModel("c", info, "v", loaded=True)]
     await static.apply(models)
@@ -74,7 +78,7 @@ async def test_they_are_registered_and_loaded_as_they_say(member: Member) -> Non
 
 
 async def test_one_that_cannot_be_registered_or_loaded_is_named(member: Member) -> None:
-    static = StaticModels(member.registered, member.vmodels)
+    static = static_models(member)
     await static.apply([StaticModel("a", ModelInfo("fake", "/a"))])
     with pytest.raises(AlreadyExists, match="static model a: Model already exists"):
         await static.apply([StaticModel("a", ModelInfo("fake", "/b"))])
@@ -86,7 +90,7 @@ async def test_one_that_cannot_be_registered_or_loaded_is_named(member: Member) 
 async def test_changes_of_the_file_are_registered_one_after_the_other(
     member: Member, caplog: pytest.LogCaptureFixture
 ) -> None:
-    static = StaticModels(member.registered, member.vmodels)
+    static = static_models(member)
     static.changed([StaticModel("a", ModelInfo("fake", "/a"), "v")])
     static.changed([StaticModel("v", ModelInfo("", "/a")), StaticModel("b", ModelInfo("fake", "/b"), "v")])
     await until(lambda: "v" in member.registry.vmodels and member.names.model("v") == "b")
@@ -98,7 +102,7 @@ async def test_changes_of_the_file_are_registered_one_after_the_other(
 async def test_what_a_change_takes_out_of_the_file_goes_unless_it_is_referred_to(
     member: Member, caplog: pytest.LogCaptureFixture
 ) -> None:
-    static = StaticModels(member.registered, member.vmodels)
+    static = static_models(member)
     kept = StaticModel("kept", ModelInfo("fake", "/kept"))
     alone = StaticModel("alone", ModelInfo("fake", "/alone"))
     aliased = StaticModel("aliased", ModelInfo("fake", "/aliased"), "v", retained=True)
@@ -118,3 +122,40 @@ async def test_what_a_change_takes_out_of_the_file_goes_unless_it_is_referred_to
     await until(lambda: "kept" not in member.registry.models and "new" not in member.registry.models)
     assert "alone" in member.registry.models
     await static.close()
+
+
+async def test_what_was_taken_out_while_no_instance_ran_goes_at_the_next_start_if_only_the_file_had_it(
+    member: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = ModelInfo("fake", "/m")
+    entries = [
+        StaticModel("kept", info), StaticModel("gone", info), StaticModel("by both", info), StaticModel("used", info),
+        StaticModel("aliased", info, "v", retained=True), StaticModel("went with it", info, "w"),
+        StaticModel("moved", info, "by hand"),
+    ]  # fmt: skip
+    await member.registered.register("by both", info)
+    await member.registered.register("by hand", info)
+    await static_models(member).apply(entries)
+    await static_models(member, "/another.json").apply([StaticModel("another's", info)])
+    await member.registered.register("adopted", info)
+    await static_models(member).apply([*entries, StaticModel("adopted later", info)])
+    await member.registered.register("adopted later", info)
+    await member.vmodels.assign("x", Wanted("used"))
+    await member.vmodels.assign("by hand", Wanted("kept"))
+    # The next start.
+    await static_models(member).apply([StaticModel("kept", info)])
+    assert sorted(member.registry.models) == [
+        "adopted",
+        "adopted later",
+        "another's",
+        "by both",
+        "by hand",
+        "kept",
+        "used",
+    ]
+    assert sorted(member.registry.vmodels) == ["by hand", "x"]
+    assert "static model used: Model used has referents" in caplog.text
+    # And nothing at a start without changes.
+    before = {name: member.registry.models.get(name) for name in member.registry.models}
+    await static_models(member).apply([StaticModel("kept", info)])
+    assert {name: member.registry.models.get(name) for name in member.registry.models} == before
