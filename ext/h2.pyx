@@ -51,8 +51,16 @@ cdef extern from *:
         if (nghttp2_option_set_stream_reset_rate_limit)
             nghttp2_option_set_stream_reset_rate_limit(option, (uint64_t)1 << 40, (uint64_t)1 << 20);
     }
+    /* In nghttp2 since 1.50, which began to check then. */
+    extern void nghttp2_option_set_no_rfc9113_leading_and_trailing_ws_validation(nghttp2_option *, int)
+        __attribute__((weak));
+    static void take_spaces_around_values(nghttp2_option *option) {
+        if (nghttp2_option_set_no_rfc9113_leading_and_trailing_ws_validation)
+            nghttp2_option_set_no_rfc9113_leading_and_trailing_ws_validation(option, 1);
+    }
     """
     void leave_resets_to_us(nghttp2_option *option)
+    void take_spaces_around_values(nghttp2_option *option)
 
 cdef long live_streams = 0
 cdef long live_sessions = 0
@@ -608,6 +616,8 @@ cdef class Session:
         nghttp2_option_set_no_closed_streams(option, 1)
         leave_resets_to_us(option)
         if client:
+            # gRPC's servers send a message that ends in a space as it is: Triton's for a wrong shape does.
+            take_spaces_around_values(option)
             status = nghttp2_session_client_new3(&self.h2, callbacks, <void *>self, option, &memory)
         else:
             status = nghttp2_session_server_new3(&self.h2, callbacks, <void *>self, option, &memory)

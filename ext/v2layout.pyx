@@ -299,7 +299,8 @@ cdef int scan_message(Layout* layout, const uint8_t* base, Py_ssize_t size, bint
 cdef void align_raw(Layout* layout, bint response) noexcept:
     """Give each tensor that carries its data in the message its raw contents, in order.
 
-    In a response a tensor in shared memory has raw contents too, empty ones.
+    In a response a tensor in shared memory has raw contents too, empty ones, and one with raw contents may have others
+    without elements, which MLServer sends.
     """
     cdef TensorPlace* place
     cdef int i, used = 0
@@ -311,7 +312,7 @@ cdef void align_raw(Layout* layout, bint response) noexcept:
         if place.flags & IN_SHARED_MEMORY:
             used += placeholders
             continue
-        if place.flags & HAS_CONTENTS:
+        if place.flags & HAS_CONTENTS and (place.kinds or not response):
             layout.problem = MIXED_CONTENTS
             layout.culprit = i
             return

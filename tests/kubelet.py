@@ -47,7 +47,9 @@ class Kubelet:
         self._numbers = iter(range(2, 250))
         self._dirty = asyncio.Event()
         self._deployments = Informer(api, DEPLOYMENT, lambda before, after: self._dirty.set())
-        self._pods = Informer(api, POD, lambda before, after: self._dirty.set())
+        self._pods = Informer(api, POD, self._pod_changed)
+        #: Pods that were made and that the watch has not brought yet.
+        self._made: dict[Ref, Object] = {}
         self._running: dict[Ref, Pod] = {}
         self._started: list[Pod] = []
         self._annotations: dict[Ref, Any] = {}
@@ -86,6 +88,12 @@ class Kubelet:
         """As a machine that dies."""
         self._running[pod].process.kill()
 
+    def _pod_changed(self, before: Object | None, after: Object | None) -> None:
+        found = after if after is not None else before
+        assert found is not None
+        self._made.pop(ref(found), None)
+        self._dirty.set()
+
     async def _step(self) -> None:
         owned: set[Ref] = set()
         for deployment in list(self._deployments.items.values()):
@@ -111,7 +119,7 @@ class Kubelet:
         digest = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:8]
         pods = {
             where: pod
-            for where, pod in self._pods.items.items()
+            for where, pod in {**self._made, **self._pods.items}.items()
             if where.namespace == namespace and pod["metadata"]["name"].startswith(f"{name}-{digest}-")
         }
         wanted = int(deployment["spec"].get("replicas", 1))
@@ -129,6 +137,8 @@ class Kubelet:
             }
             made = await self._api.create(POD, item)
             kept[ref(made)] = made
+            if ref(made) not in self._pods.items:
+                self._made[ref(made)] = made
             task = asyncio.get_running_loop().create_task(self._start(ref(made), made, name))
             self._starting.add(task)
             task.add_done_callback(self._starting.discard)

@@ -65,7 +65,8 @@ def stated(runtime: Runtime, limit: Limit) -> tuple[str, str]:
         if entry.get("name") == limit.variable and "value" in entry:
             return f"builtInAdapter.env {limit.variable}", str(entry["value"])
     adapter: Object = runtime.spec.get("builtInAdapter") or {}
-    if limit.field and adapter.get(limit.field) is not None:
+    # As where these objects come from, a field of 0 says nothing.
+    if limit.field and adapter.get(limit.field):
         return f"builtInAdapter.{limit.field}", str(adapter[limit.field])
     if limit.annotation and limit.annotation in annotations_of(runtime.resource):
         return f"annotation {limit.annotation}", annotations_of(runtime.resource)[limit.annotation]

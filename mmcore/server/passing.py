@@ -64,7 +64,7 @@ class _Method(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """What is needed to ask once more."""
+    """What is needed to ask once more; ``name`` is the one in the message, of a vmodel too, empty where it has none."""
 
     method: _Method
     name: str
@@ -173,7 +173,7 @@ class PassThrough(Passing):
             name, kind = arrival.model, Kind.MODEL
         elif not name:
             name, kind = _named_by_metadata(call)
-        request = request._replace(name=request.name and name, kind=kind)
+        request = request._replace(kind=kind)
         try:
             model = self._names.model(name, kind)
         except NotFound:

@@ -60,7 +60,7 @@ LIMITS = ("LOAD_TIMEOUT", "LOADS_AT_ONCE", "MODEL_CONCURRENCY")
 @pytest.mark.parametrize(
     ("adapter", "env", "annotations", "told"),
     [
-        ({}, {}, {}, (None, None, None)),
+        ({"modelLoadingTimeoutMillis": 0}, {}, {}, (None, None, None)),
         ({"modelLoadingTimeoutMillis": 90000}, {}, {"maxLoadingConcurrency": "2"}, ("90000ms", "2", None)),
         ({}, {}, {"perModelConcurrencyLimit": "0"}, (None, None, "0")),
         # Variables of the adapter go before.

@@ -47,8 +47,8 @@ def test_what_is_right() -> None:
         ({"builtInAdapter": None}, "grpcEndpoint is missing"),
         ({"builtInAdapter": None, "grpcEndpoint": "8085"}, "must be port:NUMBER or unix:PATH"),
         (
-            {"builtInAdapter": {"serverType": "triton", "modelLoadingTimeoutMillis": 0}},
-            "builtInAdapter.modelLoadingTimeoutMillis must be a whole number from 1, not '0'",
+            {"builtInAdapter": {"serverType": "triton", "modelLoadingTimeoutMillis": -5}},
+            "builtInAdapter.modelLoadingTimeoutMillis must be a whole number from 1, not '-5'",
         ),
         (
             {"builtInAdapter": {"serverType": "triton", "env": [{"name": "LOADING_CONCURRENCY", "value": "many"}]}},

@@ -203,6 +203,15 @@ def test_limits_keep_a_small_message_from_taking_much_memory() -> None:
         ).inputs[0].array()
 
 
+def test_an_answers_contents_without_elements_are_none() -> None:
+    tensor = wire.message(5, wire.text(1, "x"), wire.text(2, "INT32"), wire.message(3, b"\x02"), wire.message(5))
+    [output] = decode_infer_response(tensor + wire.message(6, b"\x01\0\0\0\x02\0\0\0")).outputs
+    assert output.array().tolist() == [1, 2]
+    request = decode_infer_request(tensor + wire.message(7, b"\x01\0\0\0\x02\0\0\0"))
+    with pytest.raises(InvalidRequest, match="contents field must not be specified"):
+        request.inputs[0].array()
+
+
 def test_mixed_raw_and_typed_contents_get_tritons_words() -> None:
     body = encode_infer_request("simple", [("INPUT0", "INT32", int32(1, 16))], raw=False)
     decoded = decode_infer_request(body + wire.message(7, b"\x00" * 64))

@@ -219,6 +219,12 @@ async def test_interim_answers_are_passed_over(scene: Scene) -> None:
     assert await scene.call == b"answer"
 
 
+async def test_a_message_may_end_in_a_space(scene: Scene) -> None:
+    """As Triton's of a wrong shape does, which HTTP/2 forbids."""
+    scene.answer([*OPENED, ("grpc-status", "3"), ("grpc-message", "got [2,3]. ")], end=True)
+    assert await outcome(scene.call) == (Status.INVALID_ARGUMENT, "got [2,3]. ")
+
+
 async def test_a_trailers_only_answer_carries_its_status(scene: Scene) -> None:
     scene.answer([*OPENED, ("grpc-status", "7"), ("grpc-message", "not %C3%BC")], end=True)
     assert await outcome(scene.call) == (Status.PERMISSION_DENIED, "not ü")
