@@ -57,19 +57,19 @@ def run(console: Console, plan: Plan) -> list[Row]:
             try:
                 url = f"etcd://{etcd.endpoint}/bench"
                 console.print(f"registering {MODELS} models in etcd")
-                _register(EtcdStore(parse_address(url)), MODELS)
+                register(EtcdStore(parse_address(url)), MODELS)
                 rows += _shared("etcd", url, etcd)
             finally:
                 etcd.kill()
         if plan.wants_case("sqlite"):
             console.print(f"registering {MODELS} models in a file")
             path = Path(folder) / "registry.db"
-            _register(SqliteStore(path), MODELS)
+            register(SqliteStore(path), MODELS)
             rows += _shared("sqlite", f"sqlite:{path}", None)
         if plan.wants_case("million"):
             console.print(f"registering {MANY} models in a file")
             path = Path(folder) / "million.db"
-            _register(SqliteStore(path), MANY)
+            register(SqliteStore(path), MANY)
             rows += _million(f"sqlite:{path}")
     return rows
 
@@ -120,7 +120,7 @@ def _million(url: str) -> list[Row]:
         ]
 
 
-def _register(store: Store, count: int) -> None:
+def register(store: Store, count: int) -> None:
     """Write so many models."""
     chunk = CHUNK[type(store)]
 
