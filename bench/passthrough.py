@@ -3,7 +3,7 @@
 The runtime is an echo of ours, which shares a core with the generator; `mmcore serve` and the proxy have the other.
 With `direct` the echo itself is measured, on the generator's core. In the cases `mlserver` and `triton` the runtime is
 that server with its identity, loaded by `mmcore serve`, which shares a core with the generator; the server has the
-other.
+other. `mlserver-large` and `triton-large` are the same with a tensor of 602 KB from one caller.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ DIRECT: Final = "direct"
 
 
 _PORTS: Final = ("--grpc-port", "0", "--rest-port", "0", "--metrics-port", "0")
-_IDENTITY: Final = ServedModel("identity", "identity", "none", "INPUT0", "FP32", (4,), (("OUTPUT0", "FP32"),))
+_IDENTITY: Final = ServedModel("identity", "identity", "none", "INPUT0", "FP32", (-1,), (("OUTPUT0", "FP32"),))
+#: Behind a server's name; and the values of its tensors, those of an image of [3, 224, 224].
+_LARGE: Final = "-large"
+_LARGE_VALUES: Final = 3 * 224 * 224
 #: A server with its frameworks, and the load of the model.
 READY_S: Final = 110.0
 
@@ -59,7 +62,9 @@ def run(console: Console, plan: Plan) -> list[Row]:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="mmcore-bench-passthrough-")))
         generator = running.enter_context(Generator(load_core))
         found = _before_echo(console, plan, generator, folder) if any(map(plan.wants_case, ("small", "large"))) else []
-        for name in filter(plan.wants_case, _SERVERS):
+        for name in _SERVERS:
+            if not (plan.wants_case(name) or plan.wants_case(name + _LARGE)):
+                continue
             try:
                 found += _before_server(name, console, plan, generator, folder)
             except NotMeasured as missing:
@@ -90,7 +95,7 @@ def _before_echo(console: Console, plan: Plan, generator: Generator, folder: Pat
 
 
 def _before_server(name: str, console: Console, plan: Plan, generator: Generator, folder: Path) -> list[Row]:
-    """An identity of 64 callers through an instance before a server, and sent to the server itself."""
+    """An identity of 64 callers, and of one, through an instance before a server, and sent to the server itself."""
     server_core, load_core = cores()
     environment, write_model = _SERVERS[name]
     place, repository = environment(console), folder / f"{name}-repository"
@@ -105,11 +110,16 @@ def _before_server(name: str, console: Console, plan: Plan, generator: Generator
         static = ("--static-models", str(folder / f"{name}.json"))
         ours = running.enter_context(Process(OURS, [*argv, *static], core=load_core, ready_s=READY_S))
         servers = {OURS: ours, DIRECT: server}
-        values = np.arange(4, dtype=np.float32).reshape(1, 4)
-        body = infer_request("identity", "INPUT0", "FP32", values, request_id="0123456789ab")
-        exchanges = {one: Exchange(body, _answer(one, process.target, body)) for one, process in servers.items()}
-        case = Case(name, exchanges, 4, 16, ("throughput", "p50", "p99"))
-        return rows([case], (DIRECT,), measure([case], servers, generator, plan, console))
+        cases = []
+        for case, values, connections, streams in ((name, 4, 4, 16), (name + _LARGE, _LARGE_VALUES, 1, 1)):
+            if plan.wants_case(case):
+                array = np.arange(values, dtype=np.float32).reshape(1, values)
+                body = infer_request("identity", "INPUT0", "FP32", array, request_id="0123456789ab")
+                exchanges = {
+                    one: Exchange(body, _answer(one, process.target, body)) for one, process in servers.items()
+                }
+                cases.append(Case(case, exchanges, connections, streams, ("throughput", "p50", "p99")))
+        return rows(cases, (DIRECT,), measure(cases, servers, generator, plan, console))
 
 
 def _register(file: Path, kind: str, path: Path) -> None:
