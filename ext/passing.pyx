@@ -13,12 +13,13 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from mmcore._ext.h2 cimport CANCELLED, OK, RESOURCE_EXHAUSTED, Method, encode_metadata
 from mmcore._ext.h2client cimport ClientCall, ClientSession
 from mmcore._ext.h2server cimport ServerCall
+from mmcore._ext.lru cimport Entry
 from mmcore._ext.onward cimport encodings, open_stream, pass_answer, pass_refusal
 
 import base64
 from collections import deque
 
-from mmcore._ext.pbwire import replace_string
+from mmcore._ext.pbwire import find_string, replace_string
 from mmcore.errors import Overloaded
 
 #: Requests that may wait for a model that answers only so many at once.
@@ -49,12 +50,21 @@ def kept_pairs(list pairs not None):
     ]
 
 
+cdef inline int give_back(object copy) except -1:
+    """Return a lease; the copy itself looks at the last one alone."""
+    if (<Entry?> copy).pins > 1:
+        copy.unpin()
+    else:
+        copy.release()
+    return 0
+
+
 @cython.final
 cdef class Target:
     """A copy as its runtime knows it.
 
     Attributes:
-        copy: what requests take a lease of.
+        copy: what requests take a lease of, which is a pin of the entry.
         id: the runtime's name for it.
         headers: encoded metadata that tell the runtime which model is asked for, as ModelMesh writes them.
         limit: requests that may be there at once; 0: any number.
@@ -82,19 +92,132 @@ cdef class Target:
 
 
 @cython.final
+cdef class Way:
+    """How requests of one method are passed through.
+
+    Attributes:
+        name, path: the method, ``package.Service/Method`` and with a slash before it.
+        extraction: the fields that lead to the model's name in its requests; empty: it is not there.
+        injection: those that lead to where the model's id is to be; None: nowhere.
+        versioned: whether the second field is the model's version.
+    """
+
+    cdef readonly str name
+    cdef readonly str path
+    cdef readonly tuple extraction
+    cdef readonly tuple injection
+    cdef readonly bint versioned
+    cdef bint same            # where the name is and where the id is to be
+
+    def __init__(self, str name not None, tuple extraction not None, tuple injection, bint versioned):
+        self.name = name
+        self.path = f"/{name}"
+        self.extraction = extraction
+        self.injection = injection
+        self.versioned = versioned
+        self.same = extraction == injection
+
+
+@cython.final
+@cython.freelist(256)
+cdef class Asked:
+    """What is known of a request, to ask once more where that is needed.
+
+    Attributes:
+        way: its method.
+        name: what its message says of the model, a vmodel's name too; empty: nothing.
+        kind: what kind of name that is.
+        version: the model's, as the message says.
+        began: nanoseconds of the monotonic clock when it came.
+        sent: how often it was sent to the runtime.
+    """
+
+    cdef readonly Way way
+    cdef readonly str name
+    cdef readonly object kind
+    cdef readonly str version
+    cdef readonly int64_t began
+    cdef public int sent
+
+
+@cython.final
+cdef class Quick:
+    """Answers a unary method: requests for a copy that is here are sent at once, all others go to ``otherwise``.
+
+    ``kind`` is that of a name in a message, ``lookup(name, version)`` gives the copy or None, and ``otherwise`` gets
+    the call, the message and an :class:`Asked`. A copy at whose runtime ``shared_from`` requests are is another one's
+    to think of; 0: none is. ``way`` is where the names of methods lead, which may be cleared.
+    """
+
+    cdef Passing owner
+    cdef str method
+    cdef object kind
+    cdef object lookup
+    cdef object otherwise
+    cdef Py_ssize_t shared_from
+
+    def __init__(
+        self, Passing owner not None, str method not None, kind, lookup not None, otherwise not None,
+        Py_ssize_t shared_from=0,
+    ):
+        self.owner = owner
+        self.method = method
+        self.kind = kind
+        self.lookup = lookup
+        self.otherwise = otherwise
+        self.shared_from = shared_from
+
+    def __call__(self, call not None, bytes body not None):
+        cdef int64_t began = now()
+        cdef Way way = self.owner.ways.get(self.method) or self.owner.describe(self.method)
+        cdef Asked asked = asked_by(way, body, self.kind, began)
+        cdef Target target
+        if asked.name:
+            copy = self.lookup(asked.name, asked.version)
+            if copy is not None:
+                target = copy.prepared
+                if target is None:
+                    target = self.owner.target(copy)
+                if not self.shared_from or target.running < self.shared_from:
+                    asked.sent = 1
+                    self.owner.pass_on(call, body, target, asked)
+                    return None
+        self.otherwise(call, body, asked)
+
+
+cdef tuple VERSION = (2,)
+
+
+cpdef Asked asked_by(Way way, bytes body, object kind, int64_t began):
+    """What a message says.
+
+    Raises:
+        InvalidRequest: it is malformed.
+    """
+    cdef Asked asked = Asked.__new__(Asked)
+    asked.way = way
+    asked.name = find_string(body, way.extraction) if way.extraction else ""
+    asked.version = find_string(body, VERSION) if way.versioned else ""
+    asked.kind = kind
+    asked.began = began
+    return asked
+
+
+@cython.final
 @cython.freelist(256)
 cdef class Passed:
     """One unary request on its way to the runtime. Made by :class:`Passing` only.
 
     Attributes:
-        call, body, target, again: as they were given.
+        call, body, target: as they were given.
+        again: what :meth:`Passing.failed` needs to ask once more.
         over: it is answered, or nobody waits for the answer any more.
     """
 
     cdef readonly object call
     cdef readonly bytes body
     cdef readonly Target target
-    cdef readonly object again
+    cdef readonly Asked again
     cdef readonly bint over
     cdef Passing owner
     cdef ServerCall asked     # the call, where the transport itself has it
@@ -147,59 +270,59 @@ cdef class Passing:
     Attributes:
         session: the connection to it; None while there is none.
         in_flight: requests sent and not answered.
+        ways: those that are known, by the methods' names.
     """
 
     cdef public ClientSession session
     cdef readonly Py_ssize_t in_flight
+    cdef readonly dict ways
     cdef dict methods
 
     def __init__(self):
+        self.ways = {}
         self.methods = {}
 
-    def unary(
-        self, call not None, bytes body not None, Target target not None, str path not None, *,
-        tuple injection=None, str named=None, again=None, int64_t began=0,
-    ):
+    def unary(self, call not None, bytes body not None, Target target not None, Asked asked not None):
         """Have a request answered by the runtime; the answer comes later through ``call``.
 
         Args:
             call: a ServerCall, or what has its metadata, deadline, cancelled, on_cancel, reply and fail.
             body: the message.
             target: the copy that answers.
-            path: the method, ``/package.Service/Method``.
-            injection: the fields that lead to where the model's id is to be; None: nowhere.
-            named: what the message holds there, where that is known.
-            again: what :meth:`failed` needs to ask once more.
-            began: nanoseconds of the monotonic clock when it came; 0: now.
+            asked: what is known of it.
 
         Raises:
             Overloaded: too many wait for this model already.
             InvalidRequest: the message is malformed.
         """
+        self.pass_on(call, body, target, asked)
+
+    cdef int pass_on(self, object call, bytes body, Target target, Asked asked) except -1:
+        cdef Way way = asked.way
         cdef Passed passed = Passed.__new__(Passed)
         passed.owner = self
         passed.call = call
         passed.body = passed.message = body
         passed.target = target
-        passed.again = again
-        passed.began = began or now()
+        passed.again = asked
+        passed.began = asked.began
         if isinstance(call, ServerCall):
             passed.asked = <ServerCall>call
-        if injection is not None and (named is None or named != target.id):
-            passed.message = replace_string(body, injection, target.id)
+        if way.injection is not None and not (way.same and asked.name == target.id):
+            passed.message = replace_string(body, way.injection, target.id)
         elif passed.asked is not None and passed.asked.packed is not None and body is passed.asked.body:
             passed.message = passed.asked.packed
             passed.flag = 1
-        passed.method = self.method(path)
+        passed.method = self.method(way.path)
         if target.limit and target.running >= target.limit:
             if len(target.waiting) >= MOST_WAITING:
                 raise Overloaded(f"Model queue overload: {MOST_WAITING} requests wait for model '{target.id}'")
-            target.copy.acquire()
+            target.copy.pin()
             call.on_cancel = passed.cancel
             target.waiting.append(passed)
-            return
-        target.copy.acquire()
-        self.start(passed)
+            return 0
+        target.copy.pin()
+        return self.start(passed)
 
     cdef int start(self, Passed passed) except -1:
         passed.target.running += 1
@@ -262,11 +385,11 @@ cdef class Passing:
         passed.running = False
         target.running -= 1
         self.in_flight -= 1
-        target.copy.release()
+        give_back(target.copy)
         while target.waiting and target.running < target.limit:
             other = <Passed>target.waiting.popleft()
             if other.over:
-                target.copy.release()
+                give_back(target.copy)
             else:
                 self.start(other)
         return 0
@@ -283,6 +406,14 @@ cdef class Passing:
         if not passed.over:
             passed.over = True
             passed.call.fail(status, details)
+
+    def describe(self, str method not None):
+        """The way of a method that is not among :attr:`ways` yet, which it is put into; raises if there is none."""
+        raise NotImplementedError
+
+    def target(self, copy not None):
+        """A copy as its runtime knows it, which is ``copy.prepared`` from then on."""
+        raise NotImplementedError
 
     def connect(self, Passed passed not None):
         """There is no connection that takes it: get one and call its ``send``, or :meth:`give_up`."""

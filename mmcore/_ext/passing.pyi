@@ -1,5 +1,6 @@
 """A unary request passed through to the runtime that holds its model."""
 
+from collections.abc import Callable
 from typing import Any, final
 
 from mmcore._ext.h2client import ClientCall, ClientSession
@@ -22,11 +23,46 @@ class Target:
     def close(self) -> None: ...
 
 @final
+class Way:
+    name: str
+    path: str
+    extraction: tuple[int, ...]
+    injection: tuple[int, ...] | None
+    versioned: bool
+    def __init__(
+        self, name: str, extraction: tuple[int, ...], injection: tuple[int, ...] | None, versioned: bool
+    ) -> None: ...
+
+@final
+class Asked:
+    way: Way
+    name: str
+    kind: Any
+    version: str
+    began: int
+    sent: int
+
+@final
+class Quick:
+    def __init__(
+        self,
+        owner: Passing,
+        method: str,
+        kind: Any,
+        lookup: Callable[..., Any],
+        otherwise: Callable[[Any, bytes, Asked], object],
+        shared_from: int = 0,
+    ) -> None: ...
+    def __call__(self, call: Any, body: bytes) -> None: ...
+
+def asked_by(way: Way, body: bytes, kind: Any, began: int) -> Asked: ...
+
+@final
 class Passed:
     call: Any
     body: bytes
     target: Target
-    again: Any
+    again: Asked | None
     over: bool
     def cancel(self) -> None: ...
     def send(self) -> None: ...
@@ -36,19 +72,11 @@ class Passed:
 class Passing:
     session: ClientSession | None
     in_flight: int
+    ways: dict[str, Way]
     def __init__(self) -> None: ...
-    def unary(
-        self,
-        call: Any,
-        body: bytes,
-        target: Target,
-        path: str,
-        *,
-        injection: tuple[int, ...] | None = None,
-        named: str | None = None,
-        again: Any = None,
-        began: int = 0,
-    ) -> None: ...
+    def unary(self, call: Any, body: bytes, target: Target, asked: Asked) -> None: ...
+    def describe(self, method: str) -> Way: ...
+    def target(self, copy: Any) -> Target: ...
     def give_up(self, passed: Passed, status: int, details: str) -> None: ...
     def connect(self, passed: Passed) -> None: ...
     def failed(self, passed: Passed, answer: ClientCall) -> None: ...

@@ -10,10 +10,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from mmcore._ext.h2client import ClientCall
-from mmcore._ext.passing import Passed, Passing, Target
+from mmcore._ext.passing import Asked, Passed, Passing, Quick, Target, Way, asked_by
 from mmcore._ext.pbwire import find_string, replace_string
 from mmcore._ext.rates import now_ns
 from mmcore.adapters import SERVICE as SPI
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 V2: Final = "inference.GRPCInferenceService"
 _NAME: Final = (1,)
-_VERSION: Final = (2,)
 #: Where requests of well-known services name their model. They are unary, which others may be or not.
 KNOWN: Final = {
     f"{V2}/ModelInfer": _NAME,
@@ -52,26 +51,6 @@ _SENT_AT_MOST: Final = 3
 #: A model that is said to be unknown again so soon after it was loaded for that reason is not loaded again for it.
 _FORGOTTEN_AGAIN_S: Final = 10.0
 _RELOADS_KEPT: Final = 1000
-
-
-class _Method(NamedTuple):
-    """One method: where its requests name the model, where the id is to be put (None: nowhere)."""
-
-    name: str
-    path: str
-    extraction: tuple[int, ...]
-    injection: tuple[int, ...] | None
-
-
-class _Request(NamedTuple):
-    """What is needed to ask once more; ``name`` is the one in the message, of a vmodel too, empty where it has none."""
-
-    method: _Method
-    name: str
-    kind: Kind
-    version: str
-    began: int
-    sent: int
 
 
 class PassThrough(Passing):
@@ -99,7 +78,6 @@ class PassThrough(Passing):
         self._config = config
         self._mesh = mesh
         self.tracer: Tracer | None = None
-        self._described: dict[str, _Method] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         #: When models were loaded again because the runtime did not know them.
         self._reloaded: dict[str, float] = {}
@@ -115,30 +93,28 @@ class PassThrough(Passing):
 
     def handler(self, method: str) -> UnaryHandler:
         """What answers a unary method."""
+        if self._config is None:
+            shared_from = SHARED_FROM if self._mesh is not None else 0
+            return Quick(self, method, Kind.ANY, self._router.lookup, self._find, shared_from)
 
         def handle(call: Any, body: bytes) -> None:
             began = now_ns()
-            described = self._described.get(method) or self._describe(method)
-            kind = Kind.ANY
-            if self._config is not None:
-                rpc = self._config().of(method)
-                kind = rpc.kind
-                if rpc.path:
-                    described = described._replace(extraction=rpc.path)
-            name = find_string(body, described.extraction) if described.extraction else ""
-            version = find_string(body, _VERSION) if method in _VERSIONED else ""
-            if name and kind is Kind.ANY:
-                copy = self._router.lookup(name, version)
-                if copy is not None:
-                    request = _Request(described, name, kind, version, began, 1)
-                    if self._mesh is None or not self._shared(call, body, copy, request):
-                        self._send(call, body, copy, request)
-                    return
-            self._ask(call, body, _Request(described, name, kind, version, began, 0))
+            way, kind = self._way_of(method)
+            self._find(call, body, asked_by(way, body, kind, began))
 
         return handle
 
-    def _describe(self, method: str) -> _Method:
+    def _way_of(self, method: str) -> tuple[Way, Kind]:
+        """How a method's requests are passed through, and what kind of name is in them."""
+        way = self.ways.get(method) or self.describe(method)
+        if self._config is None:
+            return way, Kind.ANY
+        rpc = self._config().of(method)
+        if rpc.path:
+            way = Way(method, rpc.path, way.injection, way.versioned)
+        return way, rpc.kind
+
+    def describe(self, method: str) -> Way:
         """What is known of a method; from the runtime, which may be another one after its return.
 
         Raises:
@@ -150,22 +126,30 @@ class PassThrough(Passing):
         injection = self._external.injection(method)
         if injection is None and method not in self._external.status.methodInfos:
             injection = extraction or None
-        described = self._described[method] = _Method(method, f"/{method}", extraction or injection or (), injection)
-        return described
+        way = self.ways[method] = Way(method, extraction or injection or (), injection, method in _VERSIONED)
+        return way
+
+    def target(self, copy: Copy) -> Target:
+        """See :func:`target_of`."""
+        return target_of(copy)
 
     def forget_methods(self) -> None:
         """The runtime has come back and may have said something else of its methods."""
-        self._described.clear()
+        self.ways.clear()
 
-    def _send(self, call: Any, body: bytes, copy: Copy, request: _Request) -> None:
-        method = request.method
-        named = request.name if method.extraction == method.injection and request.name else None
-        self.unary(
-            call, body, target_of(copy), method.path,
-            injection=method.injection, named=named, again=request, began=request.began,
-        )  # fmt: skip
+    def _send(self, call: Any, body: bytes, copy: Copy, request: Asked) -> None:
+        request.sent += 1
+        self.unary(call, body, target_of(copy), request)
 
-    def _ask(self, call: Any, body: bytes, request: _Request) -> None:
+    def _find(self, call: Any, body: bytes, request: Asked) -> None:
+        """A request that was not sent at once."""
+        copy = self._router.lookup(request.name, request.version) if request.name and request.kind is Kind.ANY else None
+        if copy is None:
+            self._ask(call, body, request)
+        elif self._mesh is None or not self._shared(call, body, copy, request):
+            self._send(call, body, copy, request)
+
+    def _ask(self, call: Any, body: bytes, request: Asked) -> None:
         """A request whose copy is not here, or that names its model in the metadata."""
         name, kind = request.name, request.kind
         arrival = arrival_of(call) if self._mesh is not None else None
@@ -173,7 +157,6 @@ class PassThrough(Passing):
             name, kind = arrival.model, Kind.MODEL
         elif not name:
             name, kind = _named_by_metadata(call)
-        request = request._replace(kind=kind)
         try:
             model = self._names.model(name, kind)
         except NotFound:
@@ -181,23 +164,23 @@ class PassThrough(Passing):
         else:
             copy = self._router.lookup_model(model, request.version)
             if copy is not None:
-                self._send(call, body, copy, request._replace(sent=request.sent + 1))
+                self._send(call, body, copy, request)
                 return
             if self._passed_on(call, body, model, request):
                 return
-        self._waiting.start(call, self._find_and_send(call, body, name, kind, request), request.method.name)
+        self._waiting.start(call, self._find_and_send(call, body, name, kind, request), request.way.name)
 
-    def _passed_on(self, call: Any, body: bytes, model: str, request: _Request) -> bool:
+    def _passed_on(self, call: Any, body: bytes, model: str, request: Asked) -> bool:
         """Whether another instance answers, or has been asked to."""
         if self._mesh is None or self._router.in_folder(model):
             return False
 
         def here() -> None:
-            self._waiting.start(call, self._load_and_send(call, body, model, request), request.method.name)
+            self._waiting.start(call, self._load_and_send(call, body, model, request), request.way.name)
 
-        return self._mesh.pass_on(call, body, model, here, resolved=model != request.name, path=request.method.path)
+        return self._mesh.pass_on(call, body, model, here, resolved=model != request.name, path=request.way.path)
 
-    def _shared(self, call: Any, body: bytes, copy: Copy, request: _Request) -> bool:
+    def _shared(self, call: Any, body: bytes, copy: Copy, request: Asked) -> bool:
         """Whether another instance, which has less to do, has been asked to answer."""
         model = copy.name
         if self._mesh is None or copy.in_flight < SHARED_FROM or self._router.in_folder(model):
@@ -206,20 +189,20 @@ class PassThrough(Passing):
             return False
 
         def here() -> None:
-            self._waiting.start(call, self._load_and_send(call, body, model, request), request.method.name)
+            self._waiting.start(call, self._load_and_send(call, body, model, request), request.way.name)
 
-        return self._mesh.share(call, body, model, here, resolved=model != request.name, path=request.method.path)
+        return self._mesh.share(call, body, model, here, resolved=model != request.name, path=request.way.path)
 
-    async def _find_and_send(self, call: Any, body: bytes, name: str, kind: Kind, request: _Request) -> Body | None:
+    async def _find_and_send(self, call: Any, body: bytes, name: str, kind: Kind, request: Asked) -> Body | None:
         model = await self._names.find(name, kind)
         if not self._passed_on(call, body, model, request):
             await self._load_and_send(call, body, model, request)
         return None
 
-    async def _load_and_send(self, call: Any, body: bytes, model: str, request: _Request) -> Body | None:
+    async def _load_and_send(self, call: Any, body: bytes, model: str, request: Asked) -> Body | None:
         """The way of a request whose model is to be loaded here, unless the runtime is away and others are there."""
         mesh = None if self._router.in_folder(model) else self._mesh
-        path, resolved = request.method.path, model != request.name
+        path, resolved = request.way.path, model != request.name
         away = None if self._external.up else mesh
         if away is not None and away.answer_elsewhere(call, body, model, path=path, resolved=resolved):
             return None
@@ -229,7 +212,7 @@ class PassThrough(Passing):
             if mesh is None or not mesh.load_elsewhere(call, body, model, failure, path=path, resolved=resolved):
                 raise
             return None
-        self._send(call, body, copy, request._replace(sent=request.sent + 1))
+        self._send(call, body, copy, request)
         return None
 
     # When the runtime does not answer.
@@ -261,7 +244,7 @@ class PassThrough(Passing):
             return
         call, body, model = passed.call, passed.body, passed.target.copy.name
         self._leave(passed)
-        self._waiting.start(call, self._once_more(call, body, model, request), request.method.name)
+        self._waiting.start(call, self._once_more(call, body, model, request), request.way.name)
 
     def _leave(self, passed: Passed) -> None:
         """Take back a request that was not sent, without an answer."""
@@ -282,7 +265,7 @@ class PassThrough(Passing):
         if answer.lost:
             self.session = None
         self._waiting.start(
-            passed.call, self._once_more(passed.call, passed.body, copy.name, request), request.method.name
+            passed.call, self._once_more(passed.call, passed.body, copy.name, request), request.way.name
         )
 
     def _may_reload(self, copy: Copy) -> bool:
@@ -304,7 +287,7 @@ class PassThrough(Passing):
     def _model_of(copy: Copy) -> object:
         return copy.model if copy.state == "LOADED" else None
 
-    async def _once_more(self, call: Any, body: bytes, model: str, request: _Request) -> Body | None:
+    async def _once_more(self, call: Any, body: bytes, model: str, request: Asked) -> Body | None:
         await self._external.decided()
         return await self._load_and_send(call, body, model, request)
 
@@ -342,13 +325,7 @@ class PassThrough(Passing):
         trace.end(Status.OK, "")
 
     async def _stream(self, call: StreamCall, method: str, trace: RequestTrace | None) -> None:
-        kind = Kind.ANY
-        described = self._described.get(method) or self._describe(method)
-        if self._config is not None:
-            rpc = self._config().of(method)
-            kind = rpc.kind
-            if rpc.path:
-                described = described._replace(extraction=rpc.path)
+        described, kind = self._way_of(method)
         first: bytes | None = None
         async for message in call:
             first = message
@@ -381,7 +358,7 @@ class PassThrough(Passing):
                 copy.release()
 
     async def _lease(
-        self, call: StreamCall, method: _Method, kind: Kind, message: bytes, leases: dict[str, Copy]
+        self, call: StreamCall, method: Way, kind: Kind, message: bytes, leases: dict[str, Copy]
     ) -> tuple[Copy, bytes]:
         """The copy that a message is for, with a lease that is kept in ``leases``, and the message for the runtime."""
         name = find_string(message, method.extraction) if method.extraction else ""
