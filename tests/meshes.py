@@ -231,17 +231,24 @@ class Mesh:
 
         await until(agreed)
 
-    async def place(self, model: int, *holders: Member) -> None:
-        """Have copies of a model at these instances and no others, and wait until all know."""
-        for member in holders:
-            await member.peer_call("Load", model)
-        for member in self.members:
-            if member not in holders:
-                await member.peer_call("Unload", model)
+    async def place(self, model: int, *holders: Member, among: Sequence[Member] = ()) -> None:
+        """Have copies of a model at these instances and no others, and wait until all know; ``among``: all that run.
+
+        Where requests for it go on, another may load it meanwhile, and is told again to give it up.
+        """
         ids = {member.id for member in holders}
+        running = among or self.members
 
         async def placed() -> bool:
-            return all([await member.client.locations(model) == ids for member in self.members])
+            found = [await member.client.locations(model) for member in running]
+            if all(one == ids for one in found):
+                return True
+            for member in holders:
+                await member.peer_call("Load", model)
+            for member in running:
+                if member not in holders:
+                    await member.peer_call("Unload", model)
+            return False
 
         await until(placed)
 

@@ -16,10 +16,14 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from mmcore._ext.v2codec import decode_infer_response
+from mmcore.errors import RpcError, Status
+from mmcore.pb import inference_pb2
 from mmcore.pb import model_mesh_pb2 as pb
+from mmcore.transport import Channel, ClientStream
 from tests.etcds import Etcd
 from tests.management import files
-from tests.meshes import CALLERS, MODELS, WITHIN_S, Client, Load, Member, Mesh, Registrar, name_of, until
+from tests.meshes import CALLERS, MODELS, PACE_S, WITHIN_S, Client, Load, Member, Mesh, Registrar, name_of, until
 from tests.serving import Instances
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -30,6 +34,7 @@ FOUND_OUT_S = 10.0
 PROMPTLY_S = 5.0
 #: Clocks are off by this much to either side: by more than anything that is timed in a test.
 OFF_S = 1200.0
+STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 #: Multiplies by FACTOR; its load ends when the file named in its settings exists.
 SLOW_SCALE = """
@@ -283,6 +288,97 @@ async def _loading_at(member: Member, model: int) -> set[str]:
     request = pb.GetStatusRequest(modelId=name_of(model))
     status = await member.client.manage("getModelStatus", request, pb.ModelStatusInfo)
     return {copy.location for copy in status.modelCopyInfos if copy.copyStatus == pb.ModelStatusInfo.LOADING}
+
+
+class Talk:
+    """A stream of requests for one model, each with its number as its id; the answers are checked as they come.
+
+    Attributes:
+        sent, answered: how many requests, and answers, each of which was for the next request and right.
+        status: the stream's, once it has ended.
+    """
+
+    def __init__(self, member: Member, model: int) -> None:
+        self._channel = Channel(member.address)
+        self._model = model
+        self._stopped = False
+        self.sent = self.answered = 0
+        self.status: Status | None = None
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        stream = await self._channel.stream(STREAM_INFER, timeout_s=3 * WITHIN_S)
+        sending = asyncio.create_task(self._send(stream))
+        try:
+            async for message in stream:
+                answer = inference_pb2.ModelStreamInferResponse.FromString(message)
+                assert answer.error_message == ""
+                assert answer.infer_response.id == str(self.answered)
+                found = decode_infer_response(answer.infer_response.SerializeToString()).outputs[0].array().tolist()
+                assert found == [self.answered * (self._model + 1)]
+                self.answered += 1
+            self.status = Status.OK
+        except RpcError as error:
+            self.status = error.status
+        finally:
+            sending.cancel()
+            await asyncio.wait([sending])
+            await self._channel.close()
+
+    async def _send(self, stream: ClientStream) -> None:
+        tensor = inference_pb2.ModelInferRequest.InferInputTensor(name="X", datatype="FP32", shape=[1])
+        while not self._stopped:
+            tensor.contents.fp32_contents[:] = [float(self.sent)]
+            request = inference_pb2.ModelInferRequest(
+                model_name=name_of(self._model), id=str(self.sent), inputs=[tensor]
+            )
+            await stream.send(request.SerializeToString())
+            self.sent += 1
+            await asyncio.sleep(PACE_S)
+        await stream.end()
+
+    async def more(self, answers: int) -> None:
+        """Wait until so many more requests were answered."""
+        wanted = self.answered + answers
+        await until(lambda: _is(self.answered >= wanted or self._task.done()))
+        assert self.answered >= wanted
+
+    async def ended(self) -> Status | None:
+        """How it has ended, which it does soon."""
+        await asyncio.wait_for(self._task, WITHIN_S)
+        return self.status
+
+    async def stop(self) -> None:
+        """End it, when all is answered."""
+        self._stopped = True
+        assert await self.ended() is Status.OK
+        assert self.answered == self.sent
+
+
+async def test_streams_go_on_when_the_holder_is_killed_or_leaves_and_end_with_their_own_instance(mesh: Mesh) -> None:
+    """Each request is answered once and rightly, in its turn; none is answered with an error."""
+    holder, asked, other = mesh.members
+    await mesh.place(6, holder)
+    talks = [Talk(asked, 6) for _ in range(4)]
+    await asyncio.gather(*(talk.more(50) for talk in talks))
+    holder.instance.signal(signal.SIGTERM)
+    await asyncio.gather(*(talk.more(50) for talk in talks))
+    assert await holder.ended() == 0
+    await asyncio.gather(*(talk.more(50) for talk in talks))
+    await mesh.place(6, other, among=(asked, other))
+    other.instance.process.kill()
+    await asyncio.gather(*(talk.more(50) for talk in talks))
+    await talks[0].stop()
+    await other.ended()
+    await holder.start(mesh.serve)
+    # Those that would go on for ever are told to begin anew elsewhere.
+    asked.instance.signal(signal.SIGTERM)
+    assert {await talk.ended() for talk in talks[1:]} == {Status.UNAVAILABLE}
+    assert await asked.ended() == 0
+    again = Talk(holder, 6)
+    await again.more(20)
+    await again.stop()
+    await asyncio.gather(*(member.start(mesh.serve) for member in (asked, other)))
 
 
 #: Kills its process when the file named in its settings exists, which goes with it.
