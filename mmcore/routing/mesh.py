@@ -443,6 +443,8 @@ class Mesh(Loads):
         if not peers:
             raise Unavailable(f"instance {instance} is not known")
         try:
+            # One that is gone already, whatever still takes connections for it, is not lost by this.
+            await peers[0].connect()
             await peers[0].unary(path, model.encode(), timeout_s=timeout_s)
         except RpcError as error:
             kind = _Lost if error.lost else _ERRORS.get(error.status, Unavailable)

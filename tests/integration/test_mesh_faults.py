@@ -290,6 +290,63 @@ async def _loading_at(member: Member, model: int) -> set[str]:
     return {copy.location for copy in status.modelCopyInfos if copy.copyStatus == pb.ModelStatusInfo.LOADING}
 
 
+#: Kills its process when the file named in its settings exists, which goes with it.
+DEADLY = """
+import os, signal, time
+
+class Model:
+    inputs = [("X", "FP32", [-1])]
+    outputs = [("Y", "FP32", [-1])]
+
+    def load(self, path, parameters):
+        while not os.path.exists(parameters["release"]):
+            time.sleep(0.005)
+        os.unlink(parameters["release"])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def predict(self, inputs):
+        return {"Y": inputs["X"]}
+"""
+
+
+async def test_a_model_that_kills_whoever_loads_it_kills_two_instances_and_no_more(mesh: Mesh) -> None:
+    deadly, name = 2 * MODELS, name_of(2 * MODELS)
+    release = mesh.files / "kill"
+    info = files(mesh.files, name, DEADLY, settings=f"parameters: {{release: {release}}}")
+    await mesh.members[0].client.register(name, info)
+    asked: list[asyncio.Task[bool]] = []
+    for count in (1, 2):
+        asked.append(asyncio.create_task(_alive(mesh)[0].client.ask(deadly, 1)))
+        await until(lambda: _is_coming_alive(mesh, deadly))
+        release.touch()
+        await until(lambda count=count: _is(len(_alive(mesh)) == len(mesh.members) - count))
+    outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), WITHIN_S)
+    assert all(isinstance(outcome, grpc.aio.AioRpcError) for outcome in outcomes)
+    (left,) = _alive(mesh)
+    for _ in range(3):
+        with pytest.raises(grpc.aio.AioRpcError, match="2 instances ended while they loaded the model") as raised:
+            await left.client.ask(deadly, 1)
+        assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    status = await left.client.manage("getModelStatus", pb.GetStatusRequest(modelId=name), pb.ModelStatusInfo)
+    assert "it is not loaded again for" in status.errors[0]
+    # It harms no other model.
+    for number in range(MODELS):
+        assert await left.client.ask(number, number)
+    await left.client.unregister(name)
+    await asyncio.gather(*(member.start(mesh.serve) for member in mesh.members if member is not left))
+
+
+def _alive(mesh: Mesh) -> list[Member]:
+    return [member for member in mesh.members if member.instance.process.poll() is None]
+
+
+async def _is_coming_alive(mesh: Mesh, model: int) -> bool:
+    """Whether an instance that has not ended is loading it, as all of those tell."""
+    alive = _alive(mesh)
+    ids = {member.id for member in alive}
+    return all([ids & await _loading_at(member, model) for member in alive])
+
+
 class Talk:
     """A stream of requests for one model, each with its number as its id; the answers are checked as they come.
 
@@ -379,60 +436,3 @@ async def test_streams_go_on_when_the_holder_is_killed_or_leaves_and_end_with_th
     await again.more(20)
     await again.stop()
     await asyncio.gather(*(member.start(mesh.serve) for member in (asked, other)))
-
-
-#: Kills its process when the file named in its settings exists, which goes with it.
-DEADLY = """
-import os, signal, time
-
-class Model:
-    inputs = [("X", "FP32", [-1])]
-    outputs = [("Y", "FP32", [-1])]
-
-    def load(self, path, parameters):
-        while not os.path.exists(parameters["release"]):
-            time.sleep(0.005)
-        os.unlink(parameters["release"])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def predict(self, inputs):
-        return {"Y": inputs["X"]}
-"""
-
-
-async def test_a_model_that_kills_whoever_loads_it_kills_two_instances_and_no_more(mesh: Mesh) -> None:
-    deadly, name = 2 * MODELS, name_of(2 * MODELS)
-    release = mesh.files / "kill"
-    info = files(mesh.files, name, DEADLY, settings=f"parameters: {{release: {release}}}")
-    await mesh.members[0].client.register(name, info)
-    asked: list[asyncio.Task[bool]] = []
-    for count in (1, 2):
-        asked.append(asyncio.create_task(_alive(mesh)[0].client.ask(deadly, 1)))
-        await until(lambda: _is_coming_alive(mesh, deadly))
-        release.touch()
-        await until(lambda count=count: _is(len(_alive(mesh)) == len(mesh.members) - count))
-    outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), WITHIN_S)
-    assert all(isinstance(outcome, grpc.aio.AioRpcError) for outcome in outcomes)
-    (left,) = _alive(mesh)
-    for _ in range(3):
-        with pytest.raises(grpc.aio.AioRpcError, match="2 instances ended while they loaded the model") as raised:
-            await left.client.ask(deadly, 1)
-        assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    status = await left.client.manage("getModelStatus", pb.GetStatusRequest(modelId=name), pb.ModelStatusInfo)
-    assert "it is not loaded again for" in status.errors[0]
-    # It harms no other model.
-    for number in range(MODELS):
-        assert await left.client.ask(number, number)
-    await left.client.unregister(name)
-    await asyncio.gather(*(member.start(mesh.serve) for member in mesh.members if member is not left))
-
-
-def _alive(mesh: Mesh) -> list[Member]:
-    return [member for member in mesh.members if member.instance.process.poll() is None]
-
-
-async def _is_coming_alive(mesh: Mesh, model: int) -> bool:
-    """Whether an instance that has not ended is loading it, as all of those tell."""
-    alive = _alive(mesh)
-    ids = {member.id for member in alive}
-    return all([ids & await _loading_at(member, model) for member in alive])
