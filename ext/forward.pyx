@@ -230,6 +230,7 @@ cdef class Forwards:
     def unary(
         self, call not None, bytes body not None, str model not None, holders not None, *,
         mode="hit", bint resolved=False, bint idempotent=True, instead=None, str path=None, int ran=0,
+        tuple tried=(),
     ):
         """Have a request answered by one of the holders; the answer, or ``instead``, comes later through ``call``.
 
@@ -243,6 +244,7 @@ cdef class Forwards:
             instead: called with (call, body, Unanswered) when no holder answers; None: its status is the answer.
             path: the method to call, where it is not the call's own.
             ran: how many instances may have run it already.
+            tried: ids of the instances that were asked already.
         """
         cdef Forwarded request = Forwarded.__new__(Forwarded)
         cdef Traffic peer
@@ -256,7 +258,7 @@ cdef class Forwards:
         request.idempotent = idempotent
         request.instead = instead
         request.ran = ran
-        request.tried = ()
+        request.tried = tried
         if isinstance(call, ServerCall):
             request.asked = <ServerCall>call
             request.method = request.asked.target
@@ -264,7 +266,7 @@ cdef class Forwards:
                 request.packed = request.asked.packed
         if path is not None:
             request.method = self.method(path)
-        if request.asked is not None and not resolved and mode == "hit" and not request.asked.internal:
+        if request.asked is not None and not resolved and mode == "hit" and not tried and not request.asked.internal:
             peer = self.one_of(request.holders)
             if peer is not None and peer.session is not None and peer.session.takes_calls():
                 request.send(peer, peer.session, self.first_hop)

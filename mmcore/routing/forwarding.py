@@ -142,7 +142,7 @@ class Forwarding(Forwards):
         """Send a request to the first holder, unless it has come so far already."""
         request.arrival = arrival = arrival_of(request.call)
         if arrival is not None:
-            request.tried = arrival.tried
+            request.tried = (*arrival.tried, *request.tried)
             if not arrival.goes_on:
                 not_here(request.call, self.instance)
                 return

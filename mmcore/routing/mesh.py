@@ -262,8 +262,9 @@ class Mesh(Loads):
             mode=mode,
             resolved=asked.resolved,
             path=asked.path,
-            instead=partial(self._place_again, asked, tried),
+            instead=partial(self._place_again, asked),
             ran=ran,
+            tried=tried,
         )
 
     def _holders(self, model: str, record: ModelRecord) -> tuple[Peer, ...] | None:
@@ -282,6 +283,7 @@ class Mesh(Loads):
             Overloaded, LoadFailed: there is no place for it.
         """
         silent: tuple[Peer, ...] = ()
+        excluded = tried
         while True:
             record = self._registry.models.get(asked.model)
             if record is None:
@@ -296,7 +298,7 @@ class Mesh(Loads):
                 self._ask(asked, holders, Mode.HIT, tried, ran)
                 return True
             try:
-                target = self._target(asked.model, record, tried)
+                target = self._target(asked.model, record, excluded)
             except Barred:
                 raise
             except (LoadFailed, Overloaded):
@@ -311,7 +313,7 @@ class Mesh(Loads):
                 self._ask(asked, peers, Mode.LOAD, tried, ran)
                 return True
             silent += tuple(peer for peer in self._forwarding.holders((target,)) if peer.usable)
-            tried = (*tried, target)
+            excluded = (*excluded, target)
 
     def _heard(self, instances: Iterable[str]) -> tuple[Peer, ...]:
         """Those of these instances that can be reached, as far as is known."""
@@ -321,11 +323,9 @@ class Mesh(Loads):
         """Whether this instance has a copy, or is about to."""
         return bool(self._router.copies(model)) or self._router.loading(model)
 
-    def _place_again(
-        self, asked: _Asked, before: tuple[str, ...], call: Any, body: bytes, unanswered: Unanswered
-    ) -> None:
-        """Those that were asked, the last ones and those before, have not answered: have another one do so."""
-        tried = (*before, *unanswered.tried)
+    def _place_again(self, asked: _Asked, call: Any, body: bytes, unanswered: Unanswered) -> None:
+        """Those that were asked have not answered: have another one do so."""
+        tried = unanswered.tried
         if asked.here is None:
             tried = (*tried, self._registry.instance)
         try:
