@@ -214,8 +214,11 @@ async def test_an_instance_cut_off_from_etcd_and_the_others_answers_what_it_is_a
     await mesh.whole()
     for one in (inside, outside):
         await one.stop()
-        assert one.failures == []
         assert one.slowest_s() < 2 * FOUND_OUT_S
+    assert outside.failures == []
+    # What was on its way when it was cut off from both others may have run at two of them: that is once too often.
+    assert len(inside.failures) <= CALLERS
+    assert all("UNAVAILABLE connection closed" in failure for failure in inside.failures)
     await registrar.stop()
     assert registrar.refused == []
     await mesh.whole()
@@ -404,7 +407,7 @@ class Talk:
         """Wait until so many more requests were answered."""
         wanted = self.answered + answers
         await until(lambda: _is(self.answered >= wanted or self._task.done()))
-        assert self.answered >= wanted
+        assert self.answered >= wanted, self._task
 
     async def ended(self) -> Status | None:
         """How it has ended, which it does soon."""
