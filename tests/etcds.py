@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -121,9 +122,10 @@ class Etcd:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Its connections stay open and nothing answers on them."""
+        """Its connections stay open and nothing answers on them, from here on: it may answer until it has stopped."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         assert self._process is not None
