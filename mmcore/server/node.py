@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import secrets
 import socket
 import ssl
@@ -49,6 +48,7 @@ from mmcore.server.parts import Parts
 from mmcore.server.passing import KNOWN, PassThrough
 from mmcore.server.payloads import PayloadLog
 from mmcore.server.peer import add_peer_methods, listen_for_peers
+from mmcore.server.ports import listening
 from mmcore.server.process import LAST_ANSWERS_S, run_until_told
 from mmcore.server.request_log import RequestLog
 from mmcore.server.rest import Listener, Request
@@ -268,13 +268,8 @@ class Node:
 
     async def _listen(self, server: Server | Listener, port: int, option: str) -> str:
         host, shared = self._settings.host, self._settings.shares_ports
-        try:
+        with listening(host, port, option):
             return await server.listen_tcp(host, port, reuse_port=shared, ssl=self._tls_of(server))
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise Unavailable(
-                f"cannot listen on {host}:{port}: {reason}; choose another --host or {option} (0 picks a free port)"
-            ) from error
 
     def _note_events(self) -> None:
         """Note for the dashboard what happens from now on."""

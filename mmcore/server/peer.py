@@ -7,7 +7,6 @@ clients: it belongs on a network that only instances reach, or under ``--peer-ca
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -19,6 +18,7 @@ from mmcore.routing import Registered, Router
 from mmcore.routing.actions import Haste
 from mmcore.routing.mesh import UNLOAD_PATH
 from mmcore.server.calls import Body, Waiting
+from mmcore.server.ports import listening
 from mmcore.transport import Server, ServerCall
 from mmcore.transport.tls import server_context
 
@@ -45,14 +45,8 @@ async def listen_for_peers(server: Server, settings: ServeSettings) -> str | Non
     tls = None
     if settings.tls is not None and settings.peer_ca is not None:
         tls = server_context(replace(settings.tls, client_ca=settings.peer_ca))
-    try:
+    with listening(settings.host, settings.peer_port, "--peer-port"):
         bound = await server.listen_tcp(settings.host, settings.peer_port, ssl=tls, internal=True)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise Unavailable(
-            f"cannot listen on {settings.host}:{settings.peer_port}: {reason}; "
-            "choose another --host or --peer-port (0 picks a free port)"
-        ) from error
     return advertised(bound, settings.advertise)
 
 

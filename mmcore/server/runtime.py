@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import ssl
 import sys
@@ -35,6 +34,7 @@ from mmcore.server.model_runtime import ModelRuntime
 from mmcore.server.observed import Observed
 from mmcore.server.parts import Parts
 from mmcore.server.passing import PassThrough
+from mmcore.server.ports import listening
 from mmcore.server.process import LAST_ANSWERS_S, run_until_told
 from mmcore.server.rest import Listener
 from mmcore.server.v2 import V2Service
@@ -134,13 +134,8 @@ class RuntimeNode:
         self, server: Server | Listener, port: int, option: str, tls: ssl.SSLContext | None = None
     ) -> str:
         host = self._settings.host
-        try:
+        with listening(host, port, option):
             return await server.listen_tcp(host, port, ssl=tls)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise Unavailable(
-                f"cannot listen on {host}:{port}: {reason}; choose another --host or {option} (0 picks a free port)"
-            ) from error
 
     def ready_line(self) -> str:
         """What is printed when models can be loaded: one line of JSON."""
