@@ -98,16 +98,19 @@ def _written(datatype: str, values: NDArray[Any]) -> Any:
     rows = max(1, LARGE_ELEMENTS * len(values) // values.size)
     pieces = []
     for start in range(0, len(values), rows):
-        pieces.append(orjson.dumps(_elements(datatype, values[start : start + rows]))[1:-1])
+        pieces.append(_json(datatype, np.ascontiguousarray(values[start : start + rows]))[1:-1])
         time.sleep(0)
     return orjson.Fragment(b"[%b]" % b",".join(pieces))
 
 
+def _json(datatype: str, values: NDArray[Any]) -> bytes:
+    elements, _ = elements_of(datatype, values)
+    return orjson.dumps(_nested(elements, values.shape) if isinstance(elements, list) else values, option=_NUMPY)
+
+
 def _elements(datatype: str, values: NDArray[Any]) -> Any:
     elements, _ = elements_of(datatype, values)
-    flat = (
-        elements if isinstance(elements, list) else loads(orjson.dumps(np.ascontiguousarray(elements), option=_NUMPY))
-    )
+    flat = elements if isinstance(elements, list) else loads(orjson.dumps(elements, option=_NUMPY))
     return _nested(flat, values.shape)
 
 
