@@ -22,7 +22,7 @@ from mmcore.pb import inference_pb2
 from mmcore.pb import model_mesh_pb2 as pb
 from mmcore.transport import Channel, ClientStream
 from tests.etcds import Etcd
-from tests.management import files
+from tests.management import SLOW_LOAD, files
 from tests.meshes import CALLERS, MODELS, PACE_S, WITHIN_S, Client, Load, Member, Mesh, Registrar, name_of, until
 from tests.serving import Instances
 
@@ -37,20 +37,7 @@ OFF_S = 1200.0
 STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 #: Multiplies by FACTOR; its load ends when the file named in its settings exists.
-SLOW_SCALE = """
-import os, time
-
-class Model:
-    inputs = [("X", "FP32", [-1])]
-    outputs = [("Y", "FP32", [-1])]
-
-    def load(self, path, parameters):
-        while not os.path.exists(parameters["release"]):
-            time.sleep(0.005)
-
-    def predict(self, inputs):
-        return {"Y": inputs["X"] * FACTOR}
-"""
+SLOW_SCALE = SLOW_LOAD.replace('inputs["X"]', 'inputs["X"] * FACTOR')
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -294,22 +281,15 @@ async def _loading_at(member: Member, model: int) -> set[str]:
 
 
 #: Kills its process when the file named in its settings exists, which goes with it.
-DEADLY = """
-import os, signal, time
+DEADLY = SLOW_LOAD.replace(
+    "    def predict",
+    """        import signal
 
-class Model:
-    inputs = [("X", "FP32", [-1])]
-    outputs = [("Y", "FP32", [-1])]
-
-    def load(self, path, parameters):
-        while not os.path.exists(parameters["release"]):
-            time.sleep(0.005)
         os.unlink(parameters["release"])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def predict(self, inputs):
-        return {"Y": inputs["X"]}
-"""
+    def predict""",
+)
 
 
 async def test_a_model_that_kills_whoever_loads_it_kills_two_instances_and_no_more(mesh: Mesh) -> None:

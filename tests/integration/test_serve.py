@@ -23,35 +23,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tritonclient.utils import InferenceServerException
 
+from tests.management import SCALE, SLOW_LOAD
 from tests.serving import ADD_SUB, WAITING, Instance, Serve, command, environment, write_model
 
 pytestmark = pytest.mark.slow
 
 WITHIN_S = 15.0
-
-SLOW_LOAD = """
-import os, time
-
-class Model:
-    inputs = [("X", "FP32", [-1])]
-    outputs = [("Y", "FP32", [-1])]
-
-    def load(self, path, parameters):
-        while not os.path.exists(parameters["release"]):
-            time.sleep(0.005)
-
-    def predict(self, inputs):
-        return {"Y": inputs["X"]}
-"""
-
-SCALE = """
-class Model:
-    inputs = [("X", "FP32", [-1])]
-    outputs = [("Y", "FP32", [-1])]
-
-    def predict(self, inputs):
-        return {"Y": inputs["X"] * FACTOR}
-"""
 
 
 @pytest.fixture
