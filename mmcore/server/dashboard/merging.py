@@ -33,7 +33,8 @@ def row_of(rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str,
     """One row of those that workers have for a model, the asked one's first; ``late`` are times counted by bound."""
     first = rows[0]
     state = best_state((row["state"] for row in rows), order)
-    copies = first["copies"] if first["everywhere"] else sum(row["copies"] for row in rows)
+    # Who has a copy knows of it before the others do.
+    copies = (max if first["everywhere"] else sum)(row["copies"] for row in rows)
     told: dict[str, Any] = {
         **first,
         "state": state,

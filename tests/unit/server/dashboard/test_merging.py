@@ -47,6 +47,8 @@ def test_a_model_that_another_worker_has_is_loaded() -> None:
 
 def test_copies_that_each_worker_knows_of_are_not_added() -> None:
     assert row_of([row(everywhere=True, copies=1), loaded(everywhere=True)], STATES)["copies"] == 1
+    # The one that is asked may not have heard yet of the copy that another one has loaded.
+    assert row_of([row(everywhere=True, copies=0), loaded(everywhere=True, copies=1)], STATES)["copies"] == 1
 
 
 @pytest.mark.parametrize(
