@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from math import ceil
 from typing import Final
 
@@ -17,14 +17,21 @@ MISSING_MS: Final = 60_000
 
 
 def drain(
-    cluster: Cluster, instance_id: str, models: Iterable[Model], now_ms: int, policy: Policy = DEFAULT_POLICY
+    cluster: Cluster,
+    instance_id: str,
+    models: Iterable[Model],
+    now_ms: int,
+    policy: Policy = DEFAULT_POLICY,
+    *,
+    gone: Collection[str] = (),
 ) -> list[Move]:
     """What an instance that leaves hands over, the busiest first; the loads are reserved.
 
     ``instance_id`` must drain in the cluster already, so that nothing new is placed there. Each move is a load
     elsewhere and, once that has been done, a drop here: until then the copy here goes on answering. As many copies are
     handed over as are needed (its use, its least number, one), not only the first. What nobody used for ``idle_ms``
-    and what would displace something used more recently is not.
+    and what would displace something used more recently is not. Instances that are ``gone``, though the cluster has
+    them still, hold nothing and take nothing.
     """
     ranked = sorted(models, key=lambda model: (model.demand.requests_per_minute, model.last_used_ms), reverse=True)
     moves: list[Move] = []
@@ -34,14 +41,17 @@ def drain(
         others = sum(
             1
             for holder in model.copies
-            if holder != instance_id and (member := cluster.get(holder)) is not None and not member.instance.draining
+            if holder != instance_id
+            and holder not in gone
+            and (member := cluster.get(holder)) is not None
+            and not member.instance.draining
         )
         if others >= max(1, model.min_copies, min(len(model.copies), ceil(busy_copies(cluster, model, policy)))):
             continue
         rate = model.demand.requests_per_minute / max(1, len(model.copies))
         before_ms = None if model.min_copies else model.last_used_ms
         try:
-            target = place(cluster, model, now_ms, evicts_before_ms=before_ms, requests_per_minute=rate)
+            target = place(cluster, model, now_ms, exclude=gone, evicts_before_ms=before_ms, requests_per_minute=rate)
         except NoPlace:
             continue
         cluster.reserve(target, model.id, model.size_bytes, now_ms, requests_per_minute=rate)

@@ -119,7 +119,8 @@ class Mesh(Loads):
         if not self.members.joined:
             return
         await self.members.announce()
-        await hand_over(self, self.members, self.upkeep.held(), self._registry.instance, timeout_s)
+        gone = [peer.instance for peer in self._forwarding.peers.values() if not peer.usable]
+        await hand_over(self, self.members, self.upkeep.held(), self._registry.instance, timeout_s, gone)
 
     async def close(self) -> None:
         """Let go of the others."""
@@ -291,6 +292,8 @@ class Mesh(Loads):
             # One that is on its way here is as good a place as any, and the last one where the others are gone.
             if self._registry.instance not in tried and self._has(asked.model):
                 return False
+            # Nor is one that has gone from here in the way, though the record tells of it for some moments more.
+            record = self._registered.told(asked.model, record)
             # Nor is it loaded once more where it has been loaded since it was asked for, or is on its way to another.
             others = replace(record, copies={one: copy for one, copy in record.copies.items() if one not in tried})
             serving = placement.serving(self.members.cluster, model_of(asked.model, others, self._clock_ms()))
@@ -302,7 +305,9 @@ class Mesh(Loads):
             except Barred:
                 raise
             except (LoadFailed, Overloaded):
-                # Who has a moment's other work is better than nobody.
+                # Who is about to leave is better than nobody, and so is who has a moment's other work.
+                if self._registry.instance not in tried and self._is_left_alone(record):
+                    return False
                 if ran or not silent:
                     raise
                 self._ask(asked, silent, Mode.LOAD, tried)
@@ -319,6 +324,13 @@ class Mesh(Loads):
         """Those of these instances that can be reached, as far as is known."""
         return tuple(peer for peer in self._forwarding.holders(instances) if peer.usable and not peer.silent)
 
+    def _is_left_alone(self, record: ModelRecord) -> bool:
+        """Whether this instance may host a model and is given none only since it drains."""
+        own, constraints = self.members.cluster.get(self._registry.instance), self.members.cluster.constraints
+        if own is None or not own.instance.draining or self._registry.instance in record.failures:
+            return False
+        return constraints.allows(constraints.key(record.type), own.instance.labels)
+
     def _has(self, model: str) -> bool:
         """Whether this instance has a copy, or is about to."""
         return bool(self._router.copies(model)) or self._router.loading(model)
@@ -331,11 +343,14 @@ class Mesh(Loads):
         try:
             if self._place(asked, tried, unanswered.ran):
                 return
-        except Barred as error:
-            call.fail(error.status, str(error))
-            return
-        except (LoadFailed, Overloaded):
-            call.fail(unanswered.status, unanswered.details)
+        except (LoadFailed, Overloaded) as error:
+            status, details = unanswered.status, unanswered.details
+            if isinstance(error, Barred) or (status is Status.UNAVAILABLE and isinstance(error, LoadFailed)):
+                status, details = error.status, str(error)
+            elif status is Status.UNAVAILABLE:
+                # That one could not be reached is no reason to fail, but that there was no other.
+                details = f"{details}; {error}"
+            call.fail(status, details)
             return
         if asked.here is not None:
             asked.here()

@@ -13,6 +13,7 @@ import pytest
 
 from mmcore.errors import LoadFailed, Status
 from mmcore.registry import CopyRecord, InstanceRecord, MemoryStore, ModelRecord, Registry
+from mmcore.routing import reports
 from mmcore.routing.actions import Haste
 from mmcore.routing.hops import not_here
 from mmcore.routing.status import ModelState
@@ -83,6 +84,44 @@ async def test_requests_wait_for_the_load_that_is_under_way_here_when_all_others
     assert call.outcome == ["here"]
     gate.set()
     await load
+
+
+async def test_a_copy_that_has_gone_from_here_keeps_nobody_from_loading_it_anew(
+    member: MeshMember, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record tells of it for some moments more; meanwhile the only other holder closes its connections at once."""
+    monkeypatch.setattr(reports, "GATHER_S", 0.5)
+    closes = asyncio.Event()
+
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await closes.wait()
+        writer.close()
+
+    async with await asyncio.start_server(close, "127.0.0.1", 0) as listener:
+        address = "{}:{}".format(*listener.sockets[0].getsockname())
+        await member.registry.instances.update("dead", lambda _: InstanceRecord(address, capacity_bytes=2**30))
+        await until(lambda: member.mesh.forwarding.peers["dead"].address == address)
+        call = Call()
+        assert member.mesh.pass_on(call, b"", "m", call.here, path=PATH)
+        await member.router.load("m")
+        await until(lambda: "alive" in (member.registry.models.get("m") or ModelRecord("t")).copies)
+        member.router.unload_copies("m")
+        closes.set()
+        await until(lambda: call.outcome)
+    assert "alive" in (member.registry.models.get("m") or ModelRecord("t")).copies
+    assert call.outcome == ["here"]
+
+
+async def test_the_last_instance_answers_though_it_is_about_to_leave(member: MeshMember) -> None:
+    member.draining = True
+    for held in (True, False):
+        call = Call()
+        assert member.mesh.pass_on(call, b"", "m", call.here, path=PATH) == held
+        await until(lambda call=call, held=held: call.outcome or not held)
+        assert call.outcome == ["here"] * held
+        await member.registry.models.update("m", lambda record: replace(record or ModelRecord(), copies={}))
+        await member.registry.instances.update("dead", lambda _: None)
+        await until(lambda: member.mesh.members.cluster.get("dead") is None)
 
 
 async def test_what_cannot_be_answered_here_nor_elsewhere_fails_and_does_not_hang(member: MeshMember) -> None:
@@ -296,6 +335,33 @@ async def test_who_has_loaded_it_since_answers(member: MeshMember, others: Other
     assert member.mesh.load_elsewhere(call, b"", "m", FAILED, path=PATH)
     await until(lambda: call.outcome)
     assert call.outcome == ["answered elsewhere"]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known to be dead", "not known yet"])
+async def test_an_instance_that_leaves_hands_over_to_those_that_live(
+    member: MeshMember, others: Others, known: bool
+) -> None:
+    """What a dead one holds by the record is handed over as well, and where it is chosen the next one is asked."""
+    await others.add("other", lambda call, server: b"")
+    await until(lambda: len(member.mesh.forwarding.peers) == 2)
+    await member.add("n")
+    for name in ("m", "n"):
+        await member.router.load(name)
+        await until(lambda name=name: "alive" in (member.registry.models.get(name) or ModelRecord()).copies)
+        member.router.lookup_model(name)
+    if known:
+        call = Call()
+        member.mesh.forwarding.unary(
+            call, b"", "m", member.mesh.forwarding.holders(["dead"]), path=PATH, instead=lambda *_: call.here()
+        )
+        await until(lambda: call.outcome)
+    else:
+        # It has been promised room there.
+        member.mesh.members.cluster.reserve("dead", "n", 10, member.now_ms())
+    member.draining = True
+    await member.mesh.leave(10.0)
+    assert others.asked == ["other"] * (2 if known else 1)
+    assert len(member.router.copies()) == (0 if known else 1)
 
 
 async def test_a_clock_that_is_set_back_stops_no_upkeep_and_keeps_nothing_from_being_handed_over(
