@@ -42,7 +42,7 @@ def test_without_its_etcd_an_instance_ends_soon_and_says_why() -> None:
     ended = subprocess.run(
         command("serve", "--grpc-port", "0", "--registry", url), capture_output=True, text=True, env=environment()
     )
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
     assert ended.returncode == 1
     assert "cannot connect to etcd" in ended.stderr
     assert f"see --registry {url}" in ended.stderr

@@ -146,10 +146,14 @@ def test_an_unload_is_answered_when_the_memory_has_been_given_back(
 
 def test_a_cancelled_load_leaves_nothing_and_its_unload_waits_for_the_framework(mesh: Mesh, tmp_path: Path) -> None:
     release = tmp_path / "release"
-    path = write_model(tmp_path, "m", SLOW_LOAD, settings=f"parameters: {{release: {release}}}\n")
+    began = tmp_path / "began"
+    source = f"open({str(began)!r}, 'w').close()\n" + SLOW_LOAD
+    path = write_model(tmp_path, "m", source, settings=f"parameters: {{release: {release}}}\n")
     load = mesh.future("loadModel", modelId="m", modelType="python", modelPath=str(path))
-    with pytest.raises(grpc.FutureTimeoutError):
-        load.result(timeout=1.0)  # it is at the framework by now
+    ends_at = time.monotonic() + 20
+    while not began.exists():
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
     load.cancel()
     unload = mesh.future("unloadModel", modelId="m")
     with pytest.raises(grpc.FutureTimeoutError):

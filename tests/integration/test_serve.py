@@ -122,14 +122,15 @@ def test_it_serves_without_any_model(serve: Serve) -> None:
 def test_an_idle_instance_is_small_and_soon_ready(serve: Serve, models: Path) -> None:
     for number in range(20):
         write_model(models, f"scale{number}", SCALE.replace("FACTOR", "2"))
-    started = time.monotonic()
     instance = serve(models)
-    took_s = time.monotonic() - started
-    memory = psutil.Process(instance.process.pid).memory_info()
+    process = psutil.Process(instance.process.pid)
+    worked_s = sum(process.cpu_times()[:4])
+    memory = process.memory_info()
     # 54 MB; how much of the libraries' files the kernel maps unasked differs by some MB from start to start.
     assert memory.rss < 65e6
     assert memory.rss - memory.shared < 38e6
-    assert took_s < 3.0  # a second on an idle machine; tests share theirs
+    # 0.5 s; of processor time, since how long it takes depends on what runs beside it.
+    assert worked_s < 3.0
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])

@@ -231,7 +231,7 @@ async def test_an_instance_is_known_while_it_lives(registries: Registries) -> No
     await a.publish(InstanceRecord("10.0.0.1:1", draining=True))
     await until(lambda: b.instances.get("a") == InstanceRecord("10.0.0.1:1", draining=True))
     await a.close()
-    await until(lambda: "a" not in b.instances, timeout_s=2)
+    await until(lambda: "a" not in b.instances, timeout_s=5)
 
 
 def stop_renewing(registry: Registry) -> None:

@@ -76,7 +76,7 @@ async def test_the_record_of_a_killed_process_goes_long_before_its_lease(registr
     await asyncio.to_thread(done, process)
     await until(lambda: registry.instances.get("p") == InstanceRecord("address of p"))
     process.send_signal(signal.SIGKILL)
-    await until(lambda: "p" not in registry.instances, timeout_s=3)
+    await until(lambda: "p" not in registry.instances, timeout_s=5)
 
 
 async def known(registries: Registries) -> tuple[Registry, Registry]:
@@ -113,7 +113,7 @@ async def test_while_the_file_is_locked_writes_are_refused_and_the_rest_goes_on(
     started = time.monotonic()
     with pytest.raises(Unavailable, match="database is locked"):
         await a.models.update("m", lambda _: None)
-    assert time.monotonic() - started < sqlite_store.BUSY_S + 1
+    assert time.monotonic() - started < 2 * sqlite_store.BUSY_S
     assert await b.models.read("m") == ModelRecord("t") == b.models.get("m")
     other.execute("ROLLBACK")
     other.close()

@@ -392,7 +392,7 @@ async def test_a_slow_holder_does_not_hold_up_the_others(start: Start) -> None:
     began = time.monotonic()
     for _ in range(50):
         assert await channel.unary("/echo.Echo/Where", b"", timeout_s=WITHIN_S) == b"holder1"
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < WITHIN_S
     first.service.held.clear()
 
 
