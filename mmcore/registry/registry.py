@@ -276,7 +276,8 @@ class Registry:
             async for page in pages:
                 version = page.version
                 identity = self._apply(page) or identity
-                missing.difference_update(key for key, _ in page.entries)
+                if missing:
+                    missing.difference_update(key for key, _ in page.entries)
                 await asyncio.sleep(0)
         is_other = self._identity is not None and (identity != self._identity or version < self._version)
         if is_other and not self._is_put_back(identity):

@@ -42,7 +42,8 @@ class Table(Generic[R]):
         self._prefix = f"{name}/"
         #: By key in the store.
         self._held: dict[str, bytes] = {}
-        self._listeners: list[Listener] = []
+        #: Replaced, never changed, as one may come or go while they are told.
+        self._listeners: tuple[Listener, ...] = ()
         self.on_added: Listener = lambda name: None
 
     def __len__(self) -> int:
@@ -69,10 +70,22 @@ class Table(Generic[R]):
     def listen(self, callback: Listener) -> Callable[[], None]:
         """Have ``callback`` called on the loop with the id of each record that changed or went; the call that ends it.
 
-        What the table holds when the registry has started is not told of; it is there to be iterated over.
+        One that listens before the registry is started hears of every record there is, and so of a million in some
+        seconds: it looks at what :meth:`mentions` tells before it has a record read.
         """
-        self._listeners.append(callback)
-        return lambda: self._listeners.remove(callback)
+        self._listeners = (*self._listeners, callback)
+
+        def stop() -> None:
+            left = list(self._listeners)
+            left.remove(callback)
+            self._listeners = tuple(left)
+
+        return stop
+
+    def mentions(self, name: str, text: bytes) -> bool:
+        """Whether a record's stored form has ``text`` in it: a hundredth of what reading it costs."""
+        held = self._held.get(f"{self._prefix}{name}")
+        return held is not None and text in held
 
     async def read(self, name: str) -> R | None:
         """The record as it is in the store now (linearizable).
@@ -120,7 +133,7 @@ class Table(Generic[R]):
 
     def _tell(self, key: str) -> None:
         name = key[len(self._prefix) :]
-        for listener in list(self._listeners):
+        for listener in self._listeners:
             try:
                 listener(name)
             except Exception:

@@ -27,6 +27,9 @@ class Catalog:
     def __iter__(self) -> Iterator[str]:
         return iter(())
 
+    def __len__(self) -> int:
+        return 0
+
     def registration(self, name: str) -> Registration | None:
         """A new registration of a model, None where there is none of that name."""
         return None

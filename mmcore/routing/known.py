@@ -47,6 +47,11 @@ class Known:
         held = [registration.name for registration in self._table]
         return held + [name for name in self.catalog if name not in self._table]
 
+    def count(self) -> int:
+        """How many there are, without a list of their names, which of a million takes a hundred megabytes."""
+        both = sum(registration.name in self.catalog for registration in self._table)
+        return len(self._table) + len(self.catalog) - both
+
     def knows(self, name: str) -> bool:
         """Whether there is a model of that name."""
         return name in self._table or name in self.catalog

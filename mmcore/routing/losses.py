@@ -128,9 +128,9 @@ class Losses:
 
     def _model_changed(self, model: str) -> None:
         """Hear of the losses that others have seen; one that is registered anew may be another model."""
-        entry = self._registry.models.entry(model)
-        if entry is None:
+        models = self._registry.models
+        if model not in models:
             self._seen.pop(model, None)
             self._heard_ms.pop(model, None)
-        elif b'"losses"' in entry.value and (record := self._registry.models.get(model)) is not None:
+        elif models.mentions(model, b'"losses"') and (record := models.get(model)) is not None:
             self.barred(model, record)

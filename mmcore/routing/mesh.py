@@ -479,14 +479,16 @@ class Mesh(Loads):
     # What the registry tells.
 
     def _model_changed(self, name: str) -> None:
-        record = self._registry.models.get(name)
-        table = self._router.table
+        models, table, cluster = self._registry.models, self._router.table, self.members.cluster
+        if not (models.mentions(name, b'"copies"') or table.holders(name) or cluster.reserved(name)):
+            return
+        record = models.get(name)
         if record is None:
             table.hold(name, ())
             return
         if table.holders(name) or self._registry.instance in record.copies:
             self._holders(name, record)
-        cluster, now_ms = self.members.cluster, self._clock_ms()
+        now_ms = self._clock_ms()
         cluster.shown(name, {instance: copy.since_ms for instance, copy in record.copies.items()})
         for instance, copy in record.copies.items():
             if copy.state != placement.CopyState.LOADED:

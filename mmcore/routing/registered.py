@@ -7,6 +7,7 @@ it is asked for, which goes again with its last copy or with the failure of its 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -99,6 +100,8 @@ class Registered(Catalog):
         self._router = router
         self._clock_ms = clock_ms
         self._reports = Reports(registry, clock_ms)
+        #: As it stands in the records.
+        self._own_id = json.dumps(registry.instance, ensure_ascii=False).encode()
         #: What the models that the router holds were registered as.
         self._held: dict[str, ModelInfo] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -311,6 +314,9 @@ class Registered(Catalog):
     def __iter__(self) -> Iterator[str]:
         return iter(self._registry.models)
 
+    def __len__(self) -> int:
+        return len(self._registry.models)
+
     def registration(self, name: str) -> Registration | None:
         """What the router needs of a registered model, made anew; None where there is none of that name."""
         return Registration(name, (FIRST_VERSION,), self.origin) if name in self._registry.models else None
@@ -354,6 +360,9 @@ class Registered(Catalog):
     # What the registry tells.
 
     def _changed(self, name: str) -> None:
+        models, reports = self._registry.models, self._reports
+        if name not in self._held and not reports.concerns(name) and not models.mentions(name, self._own_id):
+            return
         record = self._registry.models.get(name)
         if record is None:
             self._reports.forget(name)

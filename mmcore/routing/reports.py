@@ -106,6 +106,10 @@ class Reports:
                 own.failure = None
                 self._due(name)
 
+    def concerns(self, name: str) -> bool:
+        """Whether there is something to be said of a model."""
+        return name in self._own
+
     def check(self, name: str, record: ModelRecord) -> None:
         """A record has changed: what it says of this instance may be what a store that lost its memory knew."""
         if self.merge(name, record) != record and name not in self._unwritten:

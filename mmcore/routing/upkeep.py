@@ -71,10 +71,11 @@ class Upkeep:
         #: Since when (ms) instances are missing whose copies may still stand in records.
         self._missing: dict[str, int] = {}
         self._present: set[str] = set()
-        #: Models whose records have changed since the last look; and whether all are due, as an instance came or went.
+        #: Models held here whose records have changed since the last look; and whether all are due, as an instance came
+        #: or went.
         self._changed: set[str] = set()
         self._all_due = False
-        registry.models.listen(self._changed.add)
+        registry.models.listen(self._model_changed)
         registry.instances.listen(self._instance_changed)
 
     def start(self) -> None:
@@ -177,6 +178,10 @@ class Upkeep:
             case placement.Load():
                 return self._actions.load_at(action.instance, action.model, Haste.AHEAD)
 
+    def _model_changed(self, name: str) -> None:
+        if self._router.table.get(name) is not None:
+            self._changed.add(name)
+
     # Instances that are gone.
 
     def _instance_changed(self, name: str) -> None:
@@ -198,8 +203,7 @@ class Upkeep:
         for number, name in enumerate(list(table)):
             if number % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
-            entry = table.entry(name)
-            if entry is None or not any(gone.encode() in entry.value for gone in self._missing):
+            if not any(table.mentions(name, gone.encode()) for gone in self._missing):
                 continue
             record = table.get(name)
             if record is None:

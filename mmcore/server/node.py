@@ -357,7 +357,7 @@ class Node:
     def ready_line(self) -> str:
         """What is printed when the instance is ready: one line of JSON."""
         return json.dumps(
-            {"event": "ready", **self.addresses, "instance": self.instance, "models": len(self._router.names())},
+            {"event": "ready", **self.addresses, "instance": self.instance, "models": self._router.count()},
             separators=(",", ":"),
         )
 

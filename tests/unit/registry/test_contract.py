@@ -70,6 +70,29 @@ async def test_changes_reach_the_other_instances_and_their_listeners(registries:
     assert len(heard) == 3
 
 
+async def test_a_listener_may_go_while_they_are_told(registries: Registries) -> None:
+    registry = await registries.open("a")
+    heard: list[str] = []
+
+    def once(name: str) -> None:
+        heard.append(f"once {name}")
+        stop()
+
+    stop = registry.models.listen(once)
+    registry.models.listen(heard.append)
+    await registry.models.update("m", counted)
+    await registry.models.update("n", counted)
+    assert heard == ["once m", "m", "n"]
+
+
+async def test_a_text_is_found_in_a_record_that_is_not_read(registries: Registries) -> None:
+    registry = await registries.open("a")
+    await registry.models.update("m", lambda _: ModelRecord("t", "some/path"))
+    assert registry.models.mentions("m", b"some/path")
+    assert not registry.models.mentions("m", b"another/path")
+    assert not registry.models.mentions("n", b"")
+
+
 async def test_a_listener_that_fails_does_not_keep_changes_from_others(registries: Registries) -> None:
     registry = await registries.open("a")
     heard: list[str] = []

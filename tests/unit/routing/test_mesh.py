@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from mmcore.errors import LoadFailed
+from mmcore.registry.store import Write
 from mmcore.routing import ModelState
 from tests.unit.routing.instances_in_memory import until
 from tests.unit.routing.mesh_in_memory import Meshes, MeshMember
@@ -70,3 +71,32 @@ async def test_a_model_that_was_registered_this_moment_is_loaded_where_it_is_not
     two.registry.models.put("models/m", entry)
     await load
     assert two.loader.loads == ["m"]
+
+
+async def test_records_that_do_not_concern_an_instance_are_not_read_when_it_starts_or_they_change(
+    join: Meshes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a million registered models an instance that starts reads none; one that it cannot read would be logged."""
+    await join.store.create_missing([("models/odd", b"no record")])
+    member = await join("one")
+    await join.store.transact({}, [Write("models/odd", b"still none")])
+    await member.add("m")
+    assert not [line for line in caplog.messages if "'odd'" in line]
+    assert member.registry.models.get("odd") is None
+    assert [line for line in caplog.messages if "'odd'" in line]
+
+
+async def test_loads_that_were_there_before_an_instance_are_known_to_it(join: Meshes) -> None:
+    first = await join("first")
+    gate = first.loader.gate("slow")
+    await first.add("slow")
+    loading = asyncio.create_task(first.mesh.ensure("slow"))
+    await until(lambda: (record := first.registry.models.get("slow")) is not None and record.copies)
+    await first.add("m")
+    await first.mesh.ensure("m")
+    await until(lambda: first.holders("m"))
+    second = await join("second")
+    assert second.mesh.members.cluster.reserved("slow") == ["first"]
+    gate.set()
+    await loading
+    await until(lambda: second.holders("slow") == second.holders("m") == {"first"})

@@ -333,6 +333,14 @@ async def test_a_registered_model_that_is_not_loaded_costs_less_than_the_budget(
     assert taken / count < BUDGET_BYTES
 
 
+async def test_the_count_of_models_is_that_of_their_names(member: Member) -> None:
+    assert member.router.count() == 0
+    for name in ("a", "b", "c"):
+        await member.registered.register(name, INFO)
+    await member.router.load("b")
+    assert member.router.count() == len(member.router.names()) == 3
+
+
 async def test_models_that_are_looked_at_and_not_loaded_cost_the_router_nothing(member: Member) -> None:
     await member.registered.register("m", INFO)
     member.router.check("m")
