@@ -311,7 +311,7 @@ cdef class Signature:
     """A model's inputs, ready to be compared with a request's.
 
     ``accepts`` maps an input's name to datatypes that are taken beside its own; arrays come in the one they were sent
-    in.
+    in. With ``any_name``, of models of one input, that may have any name, and one of shape [-1] may come as [-1,1].
     """
 
     def __cinit__(self, inputs, *, bint any_name=False, accepts=None):
@@ -375,6 +375,8 @@ cdef class Signature:
             return False
         if spec.rank == 0:
             return True  # no shape stated: any will do
+        if self.any_name and spec.rank == 1 and rank == 2 and shape[1] == 1:
+            rank = 1  # a row of one value, as such models' clients write it too
         if spec.rank != rank:
             return False
         for i in range(rank):

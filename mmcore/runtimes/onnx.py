@@ -172,7 +172,7 @@ def _input_specs(session: onnxruntime.InferenceSession) -> tuple[TensorSpec, ...
     for node in session.get_inputs():
         datatype = _DATATYPES.get(node.type)
         if datatype is None:
-            raise LoadFailed(f"input {node.name!r} is a {node.type}, which cannot be sent over KServe v2")
+            raise LoadFailed(f"input {node.name!r} is a {node.type}, which is not served of ONNX models")
         specs.append(TensorSpec(node.name, datatype, _shape(node.shape)))
     return tuple(specs)
 

@@ -56,7 +56,7 @@ class SklearnModel(BuiltinModel):
         outputs: tuple[TensorSpec, ...],
         *,
         default_output: str,
-        takes_text: bool,
+        takes: tuple[str, ...],
         size_bytes: int,
     ) -> None:
         super().__init__(
@@ -65,7 +65,7 @@ class SklearnModel(BuiltinModel):
             outputs,
             default_outputs=(default_output,),
             size_bytes=size_bytes,
-            accepts={input_spec.name: NUMERIC_DATATYPES + (("BYTES",) if takes_text else ())},
+            accepts={input_spec.name: takes},
         )
         self._input = input_spec.name
         self._methods = methods
@@ -122,8 +122,10 @@ def load(source: ModelSource) -> LoadedModel:
     found, taken = _probe(estimator, offered, width)
     outputs, methods, default_output = method_outputs(found, default, source.settings.outputs)
     declared = {spec.name: NUMPY_DTYPES[spec.datatype] for spec in source.settings.outputs}
-    # A vectorizer takes rows of one text, which come as [n] or, in MLServer's habit, as [n, 1].
-    shape = () if taken == "BYTES" and width is None else (-1, -1 if width is None else int(width))
+    # A vectorizer takes rows of one text and nothing else; they come as [n] or, in MLServer's habit, as [n, 1].
+    documents = taken == "BYTES" and width is None
+    shape = (-1,) if documents else (-1, -1 if width is None else int(width))
+    takes = ("BYTES",) if documents else NUMERIC_DATATYPES if taken == "FP32" else (*NUMERIC_DATATYPES, "BYTES")
     spec = single_input(TensorSpec(_INPUT, taken or "FP32", shape), source.settings.inputs)
     return SklearnModel(
         source.name,
@@ -134,7 +136,7 @@ def load(source: ModelSource) -> LoadedModel:
         spec,
         outputs,
         default_output=default_output,
-        takes_text=taken != "FP32",
+        takes=takes,
         size_bytes=estimated_size(source, source.path, factor=_size_factor(source.path), base=_SIZE_BASE),
     )
 

@@ -27,6 +27,7 @@ from mmcore._ext.v2codec import (
     encode_infer_request,
     encode_infer_response,
 )
+from mmcore.errors import InvalidRequest
 from mmcore.model import TensorSpec
 from mmcore.runtimes import LoadedModel, load_model
 from mmcore.storage import detect
@@ -64,7 +65,7 @@ def ask(
     model: LoadedModel, inputs: list[tuple[str, str, NDArray[Any]]], outputs: tuple[str, ...] = ()
 ) -> dict[str, tuple[str, NDArray[Any]]]:
     """What a client gets: the request and the answer as bytes, the model between them."""
-    signature = Signature(model.inputs, any_name=model.any_input_name)
+    signature = Signature(model.inputs, any_name=model.any_input_name, accepts=model.accepts)
     request = decode_infer_request(bytes(encode_infer_request("m", inputs, outputs=outputs)))
     answered = model.infer(signature.bind(request), request.output_names)
     body = encode_infer_response("m", "1", "", answered, raw=True)
@@ -118,13 +119,21 @@ def test_a_pipeline_over_texts_takes_and_answers_them(tmp_path: Path, name: str)
     pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(films, ["good", "bad", "good", "bad"])
     (skops.io.dump if name.endswith("skops") else joblib.dump)(pipeline, tmp_path / name)
     model = load(tmp_path)
-    assert model.inputs == (TensorSpec("predict", "BYTES", ()),)
+    assert model.inputs == (TensorSpec("predict", "BYTES", (-1,)),)
     assert [(spec.datatype, spec.shape) for spec in model.outputs[:2]] == [("BYTES", (-1, 1)), ("FP64", (-1, 2))]
     asked = np.array([b"good", b"bad", "ünknown".encode()], object)
     for shape in ((3,), (3, 1)):
         answer = ask(model, [("review", "BYTES", asked.reshape(shape))], ("predict", "predict_proba"))
         assert answer["predict"][1].tolist() == [[b"good"], [b"bad"], [answer["predict"][1][2, 0]]]
         np.testing.assert_array_equal(answer["predict_proba"][1], pipeline.predict_proba(["good", "bad", "ünknown"]))
+    texts = np.full(4, b"good", object)
+    for datatype, array, words in (
+        ("FP32", np.zeros(2, np.float32), "expected datatype BYTES, got FP32"),
+        ("BYTES", texts[:1].reshape(()), r"expected shape \[-1\], got \[\]"),
+        ("BYTES", texts.reshape(2, 2), r"expected shape \[-1\], got \[2,2\]"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            ask(model, [("review", datatype, array)])
 
 
 def test_a_pipeline_over_columns_of_text_states_their_number(tmp_path: Path) -> None:

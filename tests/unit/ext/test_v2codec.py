@@ -324,6 +324,19 @@ def test_any_name_binds_under_the_models_own() -> None:
         signature.bind(request(("whatever", "INT32", int32(1, 4))))
 
 
+def test_a_row_of_one_value_may_have_an_axis_of_its_own_where_any_name_is_taken() -> None:
+    texts = np.array([b"a", b"b"], object)
+    column = request(("x", "BYTES", texts.reshape(2, 1)))
+    signature = Signature([TensorSpec("predict", "BYTES", (-1,))], any_name=True)
+    assert signature.bind(column)["predict"].shape == (2, 1)
+    assert signature.bind(request(("x", "BYTES", texts)))["predict"].shape == (2,)
+    for wrong in (texts.reshape(1, 2), texts.reshape(2, 1, 1), texts[:1].reshape(())):
+        with pytest.raises(InvalidRequest, match=r"input 'x' for model 'simple': expected shape \[-1\], got"):
+            signature.bind(request(("x", "BYTES", wrong)))
+    with refused("input 'x' for model 'simple': expected shape [-1], got [2,1]"):
+        Signature([TensorSpec("x", "BYTES", (-1,))]).bind(column)
+
+
 INPUT0, INPUT1 = ("INPUT0", "INT32", int32(1, 16)), ("INPUT1", "INT32", int32(1, 16))
 
 

@@ -170,10 +170,10 @@ def test_an_operator_the_framework_does_not_know_is_named(tmp_path: Path) -> Non
         load(write(tmp_path / "model.onnx", [node], *tensors))
 
 
-def test_tensors_that_v2_cannot_carry_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_are_not_served_are_refused(tmp_path: Path) -> None:
     info = [TensorProto.BFLOAT16, [1]]
     node = helper.make_node("Identity", ["X"], ["Y"])
-    with pytest.raises(LoadFailed, match=r"input 'X' is a tensor\(bfloat16\), which cannot be sent"):
+    with pytest.raises(LoadFailed, match=r"input 'X' is a tensor\(bfloat16\), which is not served"):
         load(write(tmp_path / "model.onnx", [node], [("X", *info)], [("Y", *info)]))
 
 
