@@ -368,14 +368,22 @@ class Execution:
         self._deliver()
 
     def _start(self) -> None:
+        while len(self._threads) < self._thread_count and self._add_thread():
+            pass
+        if not self._threads:
+            raise Overloaded("the system lets this instance start no thread for inferences")
         self._loop = asyncio.get_running_loop()
-        for _ in range(self._thread_count):
-            self._add_thread()
 
-    def _add_thread(self) -> None:
+    def _add_thread(self) -> bool:
+        """Whether the system allows one more; those that there are do the work of one that it does not."""
         thread = threading.Thread(target=self._serve_turns, name=f"mmcore-infer-{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("inferences go on with %d threads: %s", len(self._threads), error)
+            return False
         self._threads.append(thread)
-        thread.start()
+        return True
 
     # In the inference threads.
 

@@ -25,12 +25,13 @@ class LoaderThreads:
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     def run(self, work: Callable[..., ResultT], *args: object) -> asyncio.Future[ResultT]:
-        """Call ``work`` in one of the threads; on the loop. Cancelling the future does not stop the work."""
+        """Call ``work`` in one of the threads; on the loop. Cancelling the future does not stop the work.
+
+        Raises:
+            RuntimeError: the system lets this process start no thread.
+        """
         if not self._threads:
-            for number in range(self._count):
-                thread = threading.Thread(target=self._serve, name=f"{self._name}-{number}", daemon=True)
-                thread.start()
-                self._threads.append(thread)
+            self._start()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[ResultT] = loop.create_future()
 
@@ -61,6 +62,17 @@ class LoaderThreads:
 
         self._work.put(call)
         return answer
+
+    def _start(self) -> None:
+        for number in range(self._count):
+            thread = threading.Thread(target=self._serve, name=f"{self._name}-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                if not self._threads:
+                    raise
+                return  # those that there are do the work of all
+            self._threads.append(thread)
 
     def stop(self) -> None:
         """End the threads when they have done what was given to them before; returns at once."""

@@ -17,8 +17,9 @@ import httptools
 
 from mmcore._ext.h2server import Working
 from mmcore.config import TransportSettings
-from mmcore.server.rest.request import Part, Request
+from mmcore.server.rest.request import HTTP_STATUS, Part, Request
 from mmcore.transport.connection import peer_name
+from mmcore.transport.server import status_of
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +215,8 @@ class Connection(asyncio.Protocol):
                 self._owner.handle(request)
             except Exception as error:
                 log.error("request failed", exc_info=error, extra={"method": request.target})
-                request.fail(500, f"{type(error).__name__}: {error}")
+                status, text = status_of(error)
+                request.fail(HTTP_STATUS[status], text)
         reading = not self._ready
         if reading is not self._reading and not self._transport.is_closing():
             self._reading = reading

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,6 +79,14 @@ async def execution() -> AsyncIterator[Execution]:
     made = Execution(threads=2, queue_limit=4)
     yield made
     await made.stop()
+
+
+@pytest.fixture
+def no_more_threads() -> Iterator[Callable[[], int]]:
+    """What makes the system refuse each further thread, by stacks larger than all memory; undone with the same."""
+    before = threading.stack_size()
+    yield partial(threading.stack_size, 2**46)
+    threading.stack_size(before)
 
 
 def failing(error: BaseException) -> Callable[[], None]:
@@ -310,6 +319,41 @@ async def test_every_inference_of_a_crowd_is_answered_once() -> None:
     assert all(error is None for error in answers.errors)
     assert [copy.in_flight for copy in copies] == [0] * 5
     await execution.stop()
+
+
+async def test_without_a_thread_a_request_is_refused_and_later_ones_are_served(
+    execution: Execution, no_more_threads: Callable[[], int]
+) -> None:
+    copy, answers = made_copy(FakeModel(), THREAD), Answers()
+    before = no_more_threads()
+    with pytest.raises(Overloaded, match="no thread"):
+        execution.run(copy, rows(1), (), answers)
+    assert copy.pins == 0
+    threading.stack_size(before)
+    assert execution.run(copy, rows(1), (), answers) is None
+    await answers.count(1)
+    assert answers.errors == [None]
+
+
+async def test_where_no_further_thread_can_be_lent_those_that_there_are_answer(
+    execution: Execution, no_more_threads: Callable[[], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, answers = Gate(), Answers()
+    # Of two threads its share is one: with the second inference at once it is lent a third.
+    copy = made_copy(FakeModel(work=gate), ModelSettings(execution="thread", instances=2))
+    execution.run(copy, rows(1), (), answers)
+    await gate.wait_entered()
+    no_more_threads()
+    execution.run(copy, rows(1), (), answers)
+    execution.run(made_copy(FakeModel(), THREAD, "other"), rows(1), (), answers)
+    # Not in a thread: there is none to wait in.
+    async with asyncio.timeout(10):
+        while not gate.entered.acquire(blocking=False):
+            await asyncio.sleep(0.001)
+    assert "go on with 2 threads" in caplog.text
+    gate.opened.set()
+    await answers.count(3)
+    assert answers.errors == [None, None, None]
 
 
 def test_rows_are_the_first_dimension() -> None:

@@ -33,6 +33,34 @@ async def test_work_that_nobody_waits_for_goes_on() -> None:
     threads.stop()
 
 
+async def test_a_process_that_may_start_no_thread_says_so_and_starts_them_when_it_may() -> None:
+    threads = LoaderThreads(2)
+    before = threading.stack_size(2**46)  # larger than all memory: the system refuses
+    try:
+        with pytest.raises(RuntimeError, match="new thread"):
+            threads.run(divmod, 7, 2)
+    finally:
+        threading.stack_size(before)
+    assert await threads.run(divmod, 7, 2) == (3, 1)
+    threads.stop()
+
+
+async def test_fewer_threads_than_asked_for_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = LoaderThreads(3)
+    allowed = iter([threading.Thread.start])
+
+    def start(thread: threading.Thread) -> None:
+        if (really := next(allowed, None)) is None:
+            raise RuntimeError("can't start new thread")
+        really(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        work = [threads.run(divmod, number, 2) for number in range(4)]
+    assert await asyncio.gather(*work) == [divmod(number, 2) for number in range(4)]
+    threads.stop()
+
+
 def test_a_loop_may_end_before_its_work() -> None:
     threads = LoaderThreads(1)
     gate = threading.Event()

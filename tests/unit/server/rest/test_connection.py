@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
@@ -40,6 +41,12 @@ class Served:
             self.came.set()
         elif request.target == "/raise":
             raise ValueError("seven")
+        elif request.target == "/thread":
+            before = threading.stack_size(2**46)  # larger than all memory: the system refuses
+            try:
+                threading.Thread(target=request.send, args=(b"",)).start()
+            finally:
+                threading.stack_size(before)
         elif request.target == "/much":
             request.send(bytes(50_000_000))
         else:
@@ -139,6 +146,11 @@ async def test_a_body_that_there_is_no_memory_for_is_refused(served: Served, mon
         status, _, text = await ask(served, b"POST /x HTTP/1.1\r\ncontent-length: 3\r\n\r\nabc")
     assert (status, b"no memory" in text) == (429, True)
     assert (await ask(served, b"GET /y HTTP/1.1\r\n\r\n"))[0] == 200
+
+
+async def test_a_request_that_there_is_no_thread_for_is_refused(served: Served) -> None:
+    status, _, text = await ask(served, b"GET /thread HTTP/1.1\r\n\r\n")
+    assert (status, b"no thread" in text) == (429, True)
 
 
 async def test_a_head_request_gets_the_length_and_no_body(served: Served) -> None:
