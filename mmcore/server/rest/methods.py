@@ -114,7 +114,9 @@ class Methods:
         described = await self.describe(request, name)
         message, rows = await _by_size(len(body), request_of, name, body, described.inputs)
         answer = await answer_of(self._handler(f"/{SERVICE}/ModelInfer"), request, message)
-        return {"predictions": await _by_size(len(answer), predictions_of, decode_infer_response(answer), rows)}
+        response = decode_infer_response(answer)
+        predictions = await _by_size(len(answer), predictions_of, response, rows, platform=described.platform)
+        return {"predictions": predictions}
 
     # The repository.
 

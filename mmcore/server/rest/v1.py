@@ -2,7 +2,8 @@
 
 Instances are rows: arrays of numbers for a model of one input, or objects with a value for each input by name.
 ``{"inputs": …}`` gives whole columns instead. A model of one output answers its rows, one of several an object for each
-row with a value for each output by name.
+row with a value for each output by name. Of scikit-learn, XGBoost and LightGBM a row with one value is answered as that
+value, as KServe's servers for these do; V2 has it as a row of one, as MLServer does.
 
 What is large is read and written in a thread and piece by piece, as :mod:`mmcore.server.rest.large` does; only rows
 that are objects are read in one go.
@@ -25,6 +26,8 @@ from mmcore.server.rest.inference import message_of
 from mmcore.server.rest.large import LARGE_BYTES, LARGE_ELEMENTS, Numbers, without_numbers
 from mmcore.server.rest.tensors import elements_of, loads
 
+#: The platforms whose one-dimensional answers have been given a trailing dimension for V2.
+_ROWS_OF_ONE: Final = frozenset({"sklearn", "xgboost", "lightgbm"})
 _NUMPY: Final = orjson.OPT_SERIALIZE_NUMPY
 #: Stands in a document for numbers that have been taken out; as a value it would be none of V1's.
 _STAND_IN: Final = b'{"":%d}'
@@ -79,11 +82,14 @@ def v2_document(document: object, inputs: Sequence[Described], large: Sequence[N
     return {"inputs": tensors}
 
 
-def predictions_of(response: InferResponse, rows: bool) -> Any:
+def predictions_of(response: InferResponse, rows: bool, *, platform: str = "") -> Any:
     """What goes under ``predictions``: the only output's elements nested as its shape is, or all outputs by name."""
     if len(response.outputs) == 1:
         (tensor,) = response.outputs
-        return _written(tensor.datatype, tensor.array())
+        values = tensor.array()
+        if platform in _ROWS_OF_ONE and values.shape[1:] == (1,):
+            values = values.ravel()
+        return _written(tensor.datatype, values)
     found = {tensor.name: _elements(tensor.datatype, tensor.array()) for tensor in response.outputs}
     lengths = {len(value) if isinstance(value, list) else -1 for value in found.values()}
     if not rows or len(lengths) != 1 or -1 in lengths:

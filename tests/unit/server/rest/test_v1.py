@@ -105,3 +105,20 @@ def test_a_large_answer_is_written_as_a_small_one(values: Any, monkeypatch: pyte
     large = orjson.dumps(predictions_of(response, True))
     monkeypatch.setattr(v1, "LARGE_ELEMENTS", 10**9)
     assert large == orjson.dumps(predictions_of(response, True))
+
+
+@pytest.mark.parametrize(
+    ("platform", "values", "predictions"),
+    [
+        ("sklearn", np.array([[1], [0]]), [1, 0]),
+        ("xgboost", np.array([[5]]), [5]),
+        ("lightgbm", np.zeros((0, 1), np.int64), []),
+        ("sklearn", np.array([[1, 0]]), [[1, 0]]),
+        ("sklearn", np.zeros((1, 1, 1), np.int64), [[[0]]]),
+        ("onnxruntime_onnx", np.array([[1], [0]]), [[1], [0]]),
+    ],
+)
+def test_a_row_of_one_is_its_value_where_kserve_answers_it_so(platform: str, values: Any, predictions: Any) -> None:
+    body = encode_infer_response("m", "", "", [("predict", "INT64", values)], raw=True)
+    response = decode_infer_response(b"".join(body) if isinstance(body, list) else bytes(body))
+    assert predictions_of(response, True, platform=platform) == predictions
