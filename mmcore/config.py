@@ -328,6 +328,20 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_target(text: str) -> str:
+    """Where an instance is called: ``HOST:PORT``, ``[IPV6]:PORT`` or ``unix:PATH``, as it was written.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    host, _, port = text.rpartition(":")
+    if text.startswith("unix:") and text != "unix:":
+        return text
+    if not host or "/" in text or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"{text!r} is not an instance's gRPC address; write HOST:PORT or unix:PATH")
+    return text
+
+
 def parse_duration(text: str) -> float:
     """``90``, ``90s``, ``1.5m``, ``250ms`` or ``2h`` in seconds.
 

@@ -53,5 +53,5 @@ def model_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
 
     try:
         return [CompletionItem(name) for name in asyncio.run(ask())]
-    except (RpcError, OSError):
+    except (RpcError, OSError, ValueError):  # the last: the environment's address is none
         return []

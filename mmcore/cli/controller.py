@@ -111,10 +111,13 @@ def check_files(files: tuple[TextIO, ...], as_json: bool) -> int:
 
     from mmcore.controller.check import check, read
 
-    try:
-        findings = check(read(file.read() for file in files))
-    except yaml.YAMLError as error:
-        raise click.ClickException(" ".join(str(error).split())) from None
+    objects = []
+    for file in files:
+        try:
+            objects += read([file.read()])
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise click.ClickException(f"{file.name}: {' '.join(str(error).split())}") from None
+    findings = check(objects)
     if as_json:
         print_json([{"level": one.level, "name": one.name, "text": one.text} for one in findings])
     for finding in () if as_json else findings:

@@ -35,6 +35,7 @@ _INPUT: Final = re.compile(r"(?:(?P<name>[^=\[{\"@]*?)(?::(?P<datatype>[A-Z0-9]+
 _DATATYPES: Final = {"b": "BOOL", "i": "INT64", "u": "UINT64", "f": "FP64", "U": "BYTES", "S": "BYTES", "O": "BYTES"}
 IMAGES: Final = frozenset({".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
 _GREY, _COLOUR = 1, 3
+_ERROR_CHARACTERS: Final = 160
 
 
 async def known_inputs(connection: Connection, model: str, version: str) -> Known:
@@ -90,7 +91,8 @@ def _typed(array: NDArray[Any], name: str, datatype: str) -> NDArray[Any]:
             return np.array([*flat, None], dtype=object)[:-1].reshape(array.shape)
         return np.asarray(array, dtype=NUMPY_DTYPES[datatype])
     except (TypeError, ValueError) as error:
-        raise click.UsageError(f"--input {name}: not {datatype}: {error}") from None
+        # A file that is none of the known kinds is one element, which the error would show whole.
+        raise click.UsageError(f"--input {name}: not {datatype}: {str(error)[:_ERROR_CHARACTERS]}") from None
 
 
 def _from_text(text: str) -> NDArray[Any]:

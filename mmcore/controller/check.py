@@ -59,14 +59,17 @@ def read(texts: Iterable[str]) -> list[Object]:
     items: list[Object] = []
     for text in texts:
         for document in yaml.safe_load_all(text):
-            if isinstance(document, dict):
-                items += document.get("items") or [] if str(document.get("kind")).endswith("List") else [document]
+            if isinstance(document, dict) and str(document.get("kind")).endswith("List"):
+                listed = document.get("items")
+                items += listed if isinstance(listed, list) else []
+            elif isinstance(document, dict):
+                items.append(document)
     return items
 
 
 def check(items: Iterable[Object]) -> list[Finding]:
     """What the controller will make of these objects, by what they themselves say."""
-    found = [item for item in items if isinstance(item.get("metadata"), dict) and item["metadata"].get("name")]
+    found = [item for item in items if isinstance(item, dict) and isinstance(at(item, "metadata", "name"), str)]
     findings: list[Finding] = []
     config = ServingConfig()
     for item in found:
@@ -77,7 +80,11 @@ def check(items: Iterable[Object]) -> list[Finding]:
         looks: Callable[..., Iterator[tuple[str, str]]] | None = _LOOKS.get(str(item.get("kind")))
         if looks is not None:
             name = f"{item['kind']} {item['metadata']['name']}"
-            findings += [Finding(name, level, text) for level, text in looks(item, runtimes, config)]
+            try:
+                findings += [Finding(name, level, text) for level, text in looks(item, runtimes, config)]
+            except (AttributeError, TypeError) as error:
+                # An API server has compared manifests with their definitions before a controller sees them.
+                findings.append(Finding(name, "error", f"a field is not of the type that its definition says: {error}"))
     return findings
 
 

@@ -215,19 +215,20 @@ def test_exit_codes_and_errors_of_one_line(instance: Instance) -> None:
 
 
 def test_a_shell_completes_commands_options_and_models(instance: Instance) -> None:
-    def completed(words: str) -> list[str]:
+    def completed(words: str, target: str = instance.grpc) -> list[str]:
         env = {"_MMCORE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
         # The name of the program is what the shell calls it by.
         argv = [str(Path(sys.executable).with_name("mmcore"))]
         done = subprocess.run(
             argv, capture_output=True, text=True, check=True, timeout=WITHIN_S,
-            env=environment(MMCORE_TARGET=instance.grpc, **env),
+            env=environment(MMCORE_TARGET=target, **env),
         )  # fmt: skip
         return [line.partition(",")[2] for line in done.stdout.splitlines()]
 
     assert completed("mmcore st") == ["status"]
     assert "--watch" in completed("mmcore status --w")
     assert completed("mmcore infer num") == ["numbers"]
+    assert completed("mmcore infer num", target="no address") == [""]
     for shell in ("bash", "zsh", "fish"):
         done = call(None, "completion", shell)
         assert (done.returncode, "_MMCORE_COMPLETE" in done.stdout) == (0, True), done.stderr

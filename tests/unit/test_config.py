@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcore.config import default_capacity, memory_limit, parse_duration, parse_size
+from mmcore.config import default_capacity, memory_limit, parse_duration, parse_size, parse_target
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,19 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
 )
 def test_durations_are_read(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["models:8033", "[::1]:8033", "unix:/run/mmcore.sock"])
+def test_addresses_are_taken_as_they_are(text: str) -> None:
+    assert parse_target(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "models", ":8033", "models:", "models:0", "models:65536", "unix:", "http://m:8033"]
+)
+def test_what_is_no_address_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        parse_target(text)
 
 
 @pytest.mark.parametrize("text", ["", "-1s", "1d", "soon"])

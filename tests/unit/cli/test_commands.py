@@ -98,6 +98,8 @@ def test_a_wrong_file_is_a_usage_error(
         (["no-such-command"], 2, ["no-such-command"]),
         ([], 2, ["Usage"]),
         (["infer"], 2, ["MODEL"]),
+        (["models", "--target", "127.0.0.1"], 2, ["'127.0.0.1'", "HOST:PORT"]),
+        (["status", "--target", "http://127.0.0.1:8033"], 2, ["gRPC address", "HOST:PORT"]),
     ],
 )
 def test_help_and_wrong_calls(args: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,13 @@ def test_wrong_inputs_are_usage_errors(text: str, known: dict[str, str], words: 
         read(text, known)
 
 
+def test_a_file_of_no_known_kind_is_not_shown_whole(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(bytes(100_000))
+    with pytest.raises(click.UsageError, match="--input x: not FP32") as refused:
+        read(f"@{tmp_path / 'x.bin'}", {"x": "FP32"})
+    assert len(str(refused.value)) < 300
+
+
 # Files
 
 

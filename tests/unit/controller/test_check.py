@@ -154,3 +154,27 @@ def test_beside_ours_models_of_the_archived_release_go_to_instances_unless_they_
 def test_a_field_that_is_not_known_is_told() -> None:
     item = serving_runtime(workerSpec={})
     assert [one.text for one in check([item]) if one.level == "note"] == ["spec: workerSpec have no effect"]
+
+
+def test_manifests_of_an_odd_shape_are_errors_of_their_own() -> None:
+    odd = """
+{kind: List, items: [1, null]}
+---
+{kind: PredictorList, items: 5}
+---
+{kind: Predictor, metadata: x}
+---
+{kind: ServingRuntime, metadata: {name: r}, spec: {multiModel: true, containers: 3}}
+"""
+    [finding] = [one for one in check(read([odd, MANIFESTS])) if one.name == "ServingRuntime r"]
+    assert finding.level == "error"
+    assert "not of the type" in finding.text
+
+
+def test_a_file_that_is_no_manifest_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("page.md", b"| a |"), ("packed.gz", b"\x1f\x8b\x08")):
+        file = tmp_path / name
+        file.write_bytes(content)
+        assert run(["controller", "check", str(file)]) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"mmcore: {file}: ")
