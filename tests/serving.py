@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-READY_WITHIN_S = 30.0
+READY_WITHIN_S = 60.0
 
 
 class Instance:

@@ -83,6 +83,7 @@ def opened(instance: Instance, browser: Chrome) -> Callable[[str], Chrome]:
     def open_page(page: str = "") -> Chrome:
         resize(browser, 1280, 900)
         browser.get("about:blank")
+        browser.get_log("browser")  # what it tells is told once
         browser.get(f"http://{instance.rest}/dashboard{page}")
         return browser
 

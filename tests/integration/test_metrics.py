@@ -76,8 +76,15 @@ def infer(instance: Instance, model: str, shape: list[int]) -> int:
     return get(instance.rest, f"/v2/models/{model}/infer", "POST", {"inputs": [entry]})[0]
 
 
+def change(instance: Instance, model: str, what: str) -> int:
+    return get(instance.rest, f"/v2/repository/models/{model}/{what}", "POST", {})[0]
+
+
 def test_a_scrape_tells_what_has_happened(instance: Instance) -> None:
+    for model in ("fp32", "simple", "broken"):
+        change(instance, model, "unload")
     before = scrape(instance)
+    assert [change(instance, model, "load") for model in ("fp32", "simple", "broken")] == [200, 200, 400]
     assert [infer(instance, "fp32", [3, 2]) for _ in range(4)] == [200] * 4
     assert infer(instance, "fp32", [3, 0]) == 200
     assert infer(instance, "simple", [1, 1]) == 400
@@ -161,7 +168,7 @@ def test_worker_processes_are_told_of_together(serve: Serve, tmp_path: Path) -> 
     assert told["mmcore_worker_resident_bytes"] > 5e6
     before = told["mmcore_worker_cpu_seconds_total"]
     assert before > 0
-    assert get(instance.rest, "/v2/repository/models/alone/unload", "POST", {})[0] == 200
+    assert change(instance, "alone", "unload") == 200
     until(lambda: scrape(instance)["mmcore_worker_processes", ()] == 0)
     after = scrape(instance)
     assert after["mmcore_worker_cpu_seconds_total", ()] >= before
@@ -264,6 +271,7 @@ def asked_for(query: str) -> set[str]:
 
 
 def test_the_dashboard_and_the_rules_ask_for_what_is_told(instance: Instance) -> None:
+    assert infer(instance, "fp32", [1, 1]) == 200
     told = {name for name, _ in scrape(instance)} | {rule["record"] for rule in RULES if "record" in rule}
     for query in queries():
         assert asked_for(query)
