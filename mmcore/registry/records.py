@@ -46,13 +46,24 @@ class FailureRecord(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class LossRecord(Record):
+    """An instance that ended while it loaded a model: when, and how many models it was loading, this one included.
+
+    0 loads: it answered a request for this one alone.
+    """
+
+    at_ms: int = 0
+    loads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRecord(Record):
     """A registered model.
 
     Attributes:
         type, path, key: as registered; the key is a JSON text of its own.
         copies, failures: by instance.
-        losses: the instances that ended while they loaded it.
+        losses: the instances that ended while they loaded it, or answered a request for it.
         size_bytes: what a copy takes, as measured where one was loaded last; 0 while none was.
         references: vmodels that have it as their active or target model.
         auto_delete: whether it goes with its last reference.
@@ -67,7 +78,7 @@ class ModelRecord(Record):
     key: str = ""
     copies: dict[str, CopyRecord] = field(default_factory=dict, metadata={"of": CopyRecord})
     failures: dict[str, FailureRecord] = field(default_factory=dict, metadata={"of": FailureRecord})
-    losses: dict[str, FailureRecord] = field(default_factory=dict, metadata={"of": FailureRecord})
+    losses: dict[str, LossRecord] = field(default_factory=dict, metadata={"of": LossRecord})
     size_bytes: int = 0
     references: int = 0
     auto_delete: bool = False
@@ -169,7 +180,7 @@ def _default(one: Field[object]) -> object:
 #: By kind and field: its default, and the kind of record that a mapping holds.
 _FIELDS: Final[dict[type[Record], dict[str, tuple[object, type[Record] | None]]]] = {
     kind: {one.name: (_default(one), one.metadata.get("of")) for one in fields(kind) if one.name != _EXTRA}
-    for kind in (CopyRecord, FailureRecord, ModelRecord, VModelRecord, InstanceRecord)
+    for kind in (CopyRecord, FailureRecord, LossRecord, ModelRecord, VModelRecord, InstanceRecord)
 }
 
 

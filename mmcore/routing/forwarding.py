@@ -65,6 +65,7 @@ class Forwarding(Forwards):
         choose: given the usable ones of several holders, returns the one to be asked; None: by requests in flight.
         on_not_here: told (model, instance) when a holder has no copy any more, so that the table is corrected.
         on_lost: told (model, instance) when an instance was lost that was to load the model for a request.
+        on_lost_alone: the same of one that was to answer a request from a copy, the only one that it had from here.
         passed_over: holders that were asked and have not answered a request, so that another one had to be found.
         unanswered: requests for which no holder was left.
 
@@ -90,6 +91,7 @@ class Forwarding(Forwards):
         self.instance = instance
         self.on_not_here = on_not_here
         self.on_lost: Callable[[str, str], object] | None = None
+        self.on_lost_alone: Callable[[str, str], object] | None = None
         self._on_down = on_down
         self._settings = settings
         self._ssl = ssl
@@ -153,8 +155,8 @@ class Forwarding(Forwards):
         peer = request.peer
         assert isinstance(peer, Peer)
         not_loaded = request.mode == Mode.LOAD and answer.status in _NOT_LOADED
-        if request.mode == Mode.LOAD and answer.lost and not answer.refused and self.on_lost is not None:
-            self.on_lost(request.model, peer.instance)
+        if answer.lost and not answer.refused:
+            self._lost_with(request, peer)
         if not self._has_done_nothing(request.model, peer, answer) and not not_loaded:
             if answer.status not in _OTHERS_MAY_ANSWER:
                 request.refuse(answer)
@@ -165,6 +167,14 @@ class Forwarding(Forwards):
                 return
         self._pass_over(request, peer, Status(answer.status), answer.details)
         self._again(request, None if answer.lost or not request.ran else answer)
+
+    def _lost_with(self, request: Forwarded, peer: Peer) -> None:
+        """An instance was lost that may have run a request: it may be the request that has ended it."""
+        # The first of several finds the others still in flight, and those after it a peer that is not usable any more.
+        alone = peer.usable and not peer.in_flight
+        told = self.on_lost if request.mode == Mode.LOAD else self.on_lost_alone if alone else None
+        if told is not None:
+            told(request.model, peer.instance)
 
     def _again(self, request: Forwarded, answer: ClientCall | None) -> None:
         """Ask the next holder, after the one that asked has returned; without one pass this answer on, if there is one.

@@ -70,7 +70,7 @@ class Mesh(Loads):
         members: who there is; their :class:`mmcore.placement.Cluster` is what is decided on.
         upkeep: what is done every few seconds.
         filling: what is loaded ahead into instances that have room.
-        losses: models that end the instances which load them.
+        losses: models that end the instances which load or answer them.
         forwarding: passes requests on.
     """
 
@@ -87,10 +87,12 @@ class Mesh(Loads):
         clock_ms: Callable[[], int] = wall_ms,
     ) -> None:
         self.members: Final = members
-        self.upkeep: Final = Upkeep(registry, router, self, members.cluster, interval_s=upkeep_s, clock_ms=clock_ms)
+        self.losses: Final = Losses(registry, self._is_lost, clock_ms)
+        self.upkeep: Final = Upkeep(
+            registry, router, self, members.cluster, self.losses, interval_s=upkeep_s, clock_ms=clock_ms
+        )
         self.filling: Final = Filling(registry, members, self, settle_s=settle_s, clock_ms=clock_ms)
         self._evictions = Evictions(registry, registered, members, self, clock_ms=clock_ms)
-        self.losses: Final = Losses(registry, self._is_lost, clock_ms)
         registered.barred = self.losses.barred
         self._registry = registry
         self._router = router
@@ -103,6 +105,7 @@ class Mesh(Loads):
         forwarding.choose = self._choose
         forwarding.on_not_here = self._not_there
         forwarding.on_lost = self.losses.note
+        forwarding.on_lost_alone = self.losses.note_request
 
     async def start(self) -> None:
         """Join the others.

@@ -18,7 +18,7 @@ from mmcore.errors import MmcoreError
 from mmcore.placement.leaving import MISSING_MS
 from mmcore.registry import ModelRecord, Registry
 from mmcore.routing.actions import Actions, Haste
-from mmcore.routing.losses import loading_at
+from mmcore.routing.losses import Losses
 from mmcore.routing.members import model_of
 from mmcore.routing.registered import wall_ms
 from mmcore.routing.router import Router
@@ -50,6 +50,7 @@ class Upkeep:
         router: Router,
         actions: Actions,
         cluster: placement.Cluster,
+        losses: Losses,
         *,
         policy: placement.Policy = placement.DEFAULT_POLICY,
         interval_s: float = INTERVAL_S,
@@ -60,6 +61,7 @@ class Upkeep:
         self._router = router
         self._actions = actions
         self._cluster = cluster
+        self._losses = losses
         self._policy = policy
         self._interval_s = interval_s
         self._clock_ms = clock_ms
@@ -210,21 +212,20 @@ class Upkeep:
                 continue
             drops = placement.prune(cluster, model_of(name, record, now_ms), self._missing.get, now_ms)
             if drops:
-                change = partial(_without, instances={drop.instance for drop in drops})
+                change = partial(self._without, instances={drop.instance for drop in drops})
                 await self._registry.commit([(table, name)], change, fenced=True)
         for name in [name for name, since in self._missing.items() if now_ms - since >= MISSING_MS]:
             del self._missing[name]
 
-
-def _without(records: list[ModelRecord | None], instances: set[str]) -> list[ModelRecord | None]:
-    """A model's record, as the only one, without what it says of some instances."""
-    (record,) = records
-    if record is None:
-        return [None]
-    copies = {name: copy for name, copy in record.copies.items() if name not in instances}
-    failures = {name: failure for name, failure in record.failures.items() if name not in instances}
-    losses = {**loading_at(record, instances.__contains__), **record.losses}
-    return [replace(record, copies=copies, failures=failures, losses=losses)]
+    def _without(self, records: list[ModelRecord | None], instances: set[str]) -> list[ModelRecord | None]:
+        """A model's record, as the only one, without what it says of some instances."""
+        (record,) = records
+        if record is None:
+            return [None]
+        copies = {name: copy for name, copy in record.copies.items() if name not in instances}
+        failures = {name: failure for name, failure in record.failures.items() if name not in instances}
+        losses = {**self._losses.loading_at(record, instances.__contains__), **record.losses}
+        return [replace(record, copies=copies, failures=failures, losses=losses)]
 
 
 def _told(action: placement.Load | placement.Drop | placement.Move) -> str:

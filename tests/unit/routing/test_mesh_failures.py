@@ -13,9 +13,10 @@ import pytest
 
 from mmcore.errors import LoadFailed, Status
 from mmcore.registry import CopyRecord, InstanceRecord, MemoryStore, ModelRecord, Registry
-from mmcore.routing import reports
+from mmcore.routing import losses, reports
 from mmcore.routing.actions import Haste
-from mmcore.routing.hops import not_here
+from mmcore.routing.hops import Mode, not_here
+from mmcore.routing.losses import FEW_LOADS
 from mmcore.routing.status import ModelState
 from mmcore.transport import Server, ServerCall
 from tests.etcds import free_port
@@ -239,6 +240,100 @@ async def test_a_model_that_ends_whoever_loads_it_ends_two_and_later_one_at_a_ti
     await member.registered.unregister("m")
     await member.add("m")
     assert (await load()).startswith("2; ")
+
+
+@no_room_here
+@pytest.mark.parametrize("models", [FEW_LOADS, FEW_LOADS + 1])
+@pytest.mark.parametrize("seen", ["by who asked", "in the records"])
+async def test_instances_that_are_lost_while_they_load_many_models_bar_none_of_them(
+    member: MeshMember, others: Others, models: int, seen: str
+) -> None:
+    """As when two machines are lost one after the other, the second with what it had to take over from the first."""
+    names = [f"model-{number}" for number in range(models)]
+    for name in names:
+        await member.add(name)
+    for lost in ("one", "two"):
+        assert all(not member.registered.status(name).errors for name in names)
+        if seen == "by who asked":
+            await others.add(lost, lambda call, server: None)
+            await until(lambda lost=lost: lost in member.mesh.forwarding.peers)
+            before = len(others.asked)
+            for name in names:
+                member.mesh.forwarding.unary(
+                    Call(), b"", name, member.mesh.forwarding.holders([lost]), mode=Mode.LOAD, path=PATH
+                )
+            await until(lambda before=before: len(others.asked) == before + models)
+            await others.servers[-1].close()
+            await until(lambda lost=lost: not member.mesh.forwarding.peers[lost].usable)
+        else:
+            await member.registry.instances.update(lost, lambda _: InstanceRecord())
+            for name in names:
+
+                def loads(record: ModelRecord | None, lost: str = lost) -> ModelRecord:
+                    assert record is not None
+                    return replace(record, copies={**record.copies, lost: CopyRecord("LOADING", member.now_ms())})
+
+                await member.registry.models.update(name, loads)
+            await until(lambda lost=lost: member.mesh.losses.loads.count(lost) == models)
+            await member.registry.instances.update(lost, lambda _: None)
+    await until(lambda: seen != "by who asked" or _losses(member, names[-1]) == 2)
+    # They are pruned one after the other: what has been pruned still counts.
+    if seen != "by who asked":
+        await until(lambda: "two" not in member.registry.instances)
+        for name in names[:-1]:
+            await member.registry.models.update(name, lambda record: replace(record or ModelRecord(), copies={}))
+    assert ("2 instances ended" in str(member.registered.status(names[-1]).errors)) == (models <= FEW_LOADS)
+
+
+def _losses(member: MeshMember, model: str) -> int:
+    return len((member.registry.models.get(model) or ModelRecord()).losses)
+
+
+@no_room_here
+async def test_a_model_whose_requests_end_two_instances_one_by_one_is_not_loaded_at_the_next(
+    member: MeshMember, others: Others
+) -> None:
+    for number in range(2):
+        name = f"other{number}"
+        await others.add(name, others.die)
+        await member.registry.instances.update("dead", lambda _: None)
+        await until(lambda name=name: set(member.mesh.forwarding.peers) == {name})
+        call = Call()
+        member.mesh.forwarding.unary(call, b"", "m", member.mesh.forwarding.holders([name]), path=PATH)
+        await until(lambda call=call, number=number: call.outcome and _losses(member, "m") == number + 1)
+        await member.registry.instances.update(name, lambda _: None)
+        await until(lambda: not member.mesh.forwarding.peers)
+    with pytest.raises(LoadFailed, match="2 instances ended while they loaded the model or answered it"):
+        await member.mesh.load_at("alive", "m")
+
+
+@no_room_here
+@pytest.mark.parametrize("why", ["requests for others were there too", "only the connection was lost"])
+async def test_requests_that_need_not_have_ended_an_instance_count_for_nothing(
+    member: MeshMember, others: Others, why: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why.startswith("only"):
+        # On a busy machine, too, it is reached again by then.
+        monkeypatch.setattr(losses, "GONE_AFTER_S", 1.0)
+    await others.add("other", lambda call, server: None)
+    await member.add("n")
+    await until(lambda: "other" in member.mesh.forwarding.peers)
+    peer = member.mesh.forwarding.peers["other"]
+    models = ["m", "n"] if why.startswith("requests") else ["m"]
+    calls = [Call() for _ in models]
+    for model, call in zip(models, calls, strict=True):
+        member.mesh.forwarding.unary(call, b"", model, (peer,), path=PATH)
+    await until(lambda: len(others.asked) == len(models))
+    if why.startswith("requests"):
+        await others.servers[0].close()
+    else:
+        connection = peer.connection()
+        assert connection is not None
+        connection.abort()
+    await until(lambda: all(call.outcome for call in calls))
+    await until(lambda: not any(task.get_name().startswith("note what") for task in asyncio.all_tasks()))
+    assert "ended while" not in caplog.text
+    assert _losses(member, "m") == 0
 
 
 async def test_loads_of_instances_that_are_gone_count(member: MeshMember) -> None:
