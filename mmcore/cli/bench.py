@@ -20,7 +20,7 @@ from mmcore._ext.v2codec import encode_infer_request
 from mmcore.cli.completion import model_names
 from mmcore.cli.connection import Connection, ask, connection_options
 from mmcore.cli.inputs import Known, Tensor, known_inputs, read_input
-from mmcore.cli.serve import DURATION
+from mmcore.cli.parameters import DURATION
 from mmcore.cli.tables import print_json, print_table
 from mmcore.errors import RpcError
 from mmcore.model import NUMPY_DTYPES

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import click
 from google.protobuf.message import Message
 
-from mmcore.cli.serve import DURATION, FILE, Parsed
+from mmcore.cli.parameters import DURATION, FILE, Parsed
 from mmcore.config import TlsFiles, TransportSettings, parse_target
 from mmcore.errors import InvalidSetting, RpcError, Status
 from mmcore.transport import Channel

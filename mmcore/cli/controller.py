@@ -10,7 +10,7 @@ from typing import Final, TextIO
 import click
 
 from mmcore import log
-from mmcore.cli.serve import option
+from mmcore.cli.parameters import option
 from mmcore.cli.tables import print_json
 
 _NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")

@@ -9,7 +9,8 @@ from typing import Final
 import click
 
 from mmcore import log
-from mmcore.cli.serve import AUTHORITIES, DURATION, FILE, SIZE, config_option, option, runtime_settings, tls_files
+from mmcore.cli.parameters import DURATION, RUNTIME, SIZE, config_option, option
+from mmcore.cli.tls import runtime_settings, runtime_tls_options, tls_files, tls_options
 from mmcore.config import ISOLATION_POLICIES, THREAD_POOLS, HeldSettings, default_capacity
 
 _HELD: Final = HeldSettings()
@@ -22,20 +23,13 @@ _HELD: Final = HeldSettings()
 @option("--uds", type=click.Path(path_type=Path), help="Listen on this Unix socket as well.")
 @option(
     "--adapter",
+    type=RUNTIME,
     metavar="ADDRESS",
     show_default="this process",
     help="The server that holds the models: triton://HOST:PORT?repo=DIR or another that serve --runtime takes.",
 )
-@option("--adapter-ca", type=FILE, help="Reach that server over TLS; this has signed its certificate.")
-@option("--adapter-cert", type=FILE, show_default="--tls-cert", help="PEM certificate that it is shown then.")
-@option("--adapter-key", type=FILE, show_default="--tls-key", help="Its key.")
-@option("--tls-cert", type=FILE, help="PEM certificate, with its chain, of the gRPC port.")
-@option("--tls-key", type=FILE, help="Its key. Both are read again when they change.")
-@option(
-    "--tls-client-ca",
-    type=AUTHORITIES,
-    help="Take only a mesh whose certificate this authority, or one of *.crt in this folder, has signed.",
-)
+@runtime_tls_options("--adapter", "that server")
+@tls_options("the gRPC port", "a mesh")
 @option(
     "--metrics-port",
     type=click.IntRange(0, 65535),

@@ -7,100 +7,30 @@ precedence. Keys of the file are the flags' names without the leading dashes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 
 from mmcore import log
+from mmcore.cli.parameters import AUTHORITIES, DURATION, FILE, REGISTRY, RUNTIME, SIZE, config_option, option
+from mmcore.cli.tls import runtime_settings, runtime_tls_options, tls_files, tls_options
 from mmcore.config import (
     EVICTIONS,
     ISOLATION_POLICIES,
     THREAD_POOLS,
     CacheSettings,
     PayloadSettings,
-    RuntimeSettings,
     ServeSettings,
     StorageSettings,
-    TlsFiles,
     TraceSettings,
     TransportSettings,
     default_capacity,
-    parse_duration,
-    parse_size,
 )
-from mmcore.registry import registry_url
 
 _SERVE: Final = ServeSettings()
 _STORAGE: Final = StorageSettings()
-
-
-class Parsed(click.ParamType[object]):
-    """A value read by one of the functions of :mod:`mmcore.config`; its ValueError is the usage error."""
-
-    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
-        """The parsed value; numbers come from a configuration file."""
-        try:
-            return self._parse(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-SIZE: Final = Parsed("size", parse_size)
-FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
-AUTHORITIES: Final = click.Path(exists=True, path_type=Path)
-DURATION: Final = Parsed("duration", parse_duration)
-REGISTRY: Final = Parsed("url", registry_url)
-
-
-def option(flag: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A click option with its environment variable, and its default shown."""
-    name = flag.partition("/")[0].removeprefix("--").replace("-", "_")
-    attributes.setdefault("show_default", True)
-    return click.option(flag, name, envvar=f"MMCORE_{name.upper()}", show_envvar=True, **attributes)
-
-
-def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
-    """Take the file's values as the defaults of all other options; it is read before them.
-
-    Raises:
-        click.BadParameter: the file is no mapping, not YAML, or names an option that does not exist.
-    """
-    if value is None:
-        return
-    import yaml
-
-    try:
-        content = yaml.safe_load(value.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise click.BadParameter(f"{value}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise click.BadParameter(f"{value}: expected a mapping of options, got {type(content).__name__}")
-    known = {name for other in ctx.command.params if (name := other.name) and name != param.name}
-    defaults = {str(key).replace("-", "_"): entry for key, entry in content.items()}
-    for name in defaults:
-        if name not in known:
-            flags = ", ".join(sorted(one.replace("_", "-") for one in known))
-            raise click.BadParameter(f"{value}: unknown option {name.replace('_', '-')!r}; known are {flags}")
-    ctx.default_map = {**(ctx.default_map or {}), **defaults}
-
-
-config_option = click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    callback=read_config,
-    is_eager=True,
-    expose_value=False,
-    envvar="MMCORE_CONFIG",
-    show_envvar=True,
-    help="YAML file with any of the options below.",
-)
 
 
 @click.command("serve", context_settings={"show_default": True})
@@ -134,14 +64,13 @@ config_option = click.option(
 )
 @option(
     "--runtime",
+    type=RUNTIME,
     metavar="ADDRESS",
     show_default="this process",
     help="Load models into this runtime and pass requests to it: unix:PATH or HOST:PORT speaking mmesh.ModelRuntime, "
     "or SERVER://HOST:PORT?repo=DIR with triton, mlserver, ovms or torchserve.",
 )
-@option("--runtime-ca", type=FILE, help="Reach the --runtime over TLS; this has signed its certificate.")
-@option("--runtime-cert", type=FILE, show_default="--tls-cert", help="PEM certificate that it is shown then.")
-@option("--runtime-key", type=FILE, show_default="--tls-key", help="Its key.")
+@runtime_tls_options("--runtime", "the --runtime")
 @option(
     "--runtime-load-timeout",
     type=DURATION,
@@ -160,7 +89,12 @@ config_option = click.option(
     show_default="as it says",
     help="How many requests a model of a --runtime takes at once, further ones wait; 0: any number.",
 )
-@option("--workers", type=click.IntRange(1), default=1, help="Serving processes that share the ports and the memory.")
+@option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    help="Serving processes that share the ports and the memory; not before a --runtime.",
+)
 @option(
     "--zone",
     metavar="NAME",
@@ -201,13 +135,7 @@ config_option = click.option(
     default=True,
     help="Whether the gRPC and REST ports take management too, or --management-port alone.",
 )
-@option("--tls-cert", type=FILE, help="PEM certificate, with its chain, of the gRPC, REST and management ports.")
-@option("--tls-key", type=FILE, help="Its key. Both are read again when they change.")
-@option(
-    "--tls-client-ca",
-    type=AUTHORITIES,
-    help="Take only clients whose certificate this authority, or one of *.crt in this folder, has signed.",
-)
+@tls_options("the gRPC, REST and management ports", "clients")
 @option("--metrics-tls/--no-metrics-tls", default=False, help="The same certificate on the metrics port.")
 @option(
     "--peer-ca", type=AUTHORITIES, help="Take only instances whose certificate, --tls-cert, it has signed; likewise."
@@ -473,54 +401,3 @@ def command(
             ),
         )
     )
-
-
-def runtime_settings(
-    flag: str,
-    address: str | None,
-    files: tuple[Path | None, Path | None, Path | None],
-    own: TlsFiles | None,
-    capacity_bytes: int | None,
-) -> RuntimeSettings | None:
-    """What the option ``flag`` and those for its TLS (authority, certificate, key) say of a runtime.
-
-    ``own`` is what is shown to it where it has no certificate of its own.
-
-    Raises:
-        click.UsageError: they do not fit each other, or the address is none.
-    """
-    ca, certificate, key = files
-    if (certificate is None) != (key is None):
-        raise click.UsageError(f"{flag}-cert and {flag}-key need each other")
-    if ca is None and certificate is not None:
-        raise click.UsageError(f"{flag}-cert is for TLS, which {flag}-ca asks for")
-    if address is None:
-        if ca is not None:
-            raise click.UsageError(f"{flag}-ca is for a {flag}")
-        return None
-    if certificate is not None and key is not None:
-        own = TlsFiles(certificate, key)
-    elif own is not None:
-        own = TlsFiles(own.certificate, own.key)
-    from mmcore.adapters import open_external
-    from mmcore.errors import InvalidSetting
-
-    settings = RuntimeSettings(address, capacity_bytes, ca, own)
-    try:
-        open_external(settings, flag)
-    except InvalidSetting as error:
-        raise click.UsageError(str(error)) from None
-    return settings
-
-
-def tls_files(certificate: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
-    """What the options for TLS say; None for plain text.
-
-    Raises:
-        click.UsageError: one goes without another.
-    """
-    if certificate is not None and key is not None:
-        return TlsFiles(certificate, key, client_ca)
-    if certificate is not None or key is not None or client_ca is not None:
-        raise click.UsageError("TLS needs both --tls-cert and --tls-key")
-    return None

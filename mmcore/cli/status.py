@@ -10,7 +10,7 @@ import click
 from mmcore.cli.connection import ask, connection_options
 from mmcore.cli.instances import INSTANCE_TITLES, instance_row, list_instances, plain_instance
 from mmcore.cli.models import list_options
-from mmcore.cli.serve import DURATION
+from mmcore.cli.parameters import DURATION
 from mmcore.cli.tables import print_json, print_rest, print_table
 from mmcore.cli.top import follow
 

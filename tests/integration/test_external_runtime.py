@@ -276,6 +276,21 @@ def test_an_address_that_is_none_is_a_usage_error(address: str) -> None:
     assert "unix:PATH or HOST:PORT" in done.stderr
 
 
+@pytest.mark.parametrize(("address", "authority", "words"), [
+    ("unix:r.sock", "ca.pem", "--runtime: 'unix:r.sock' is reached by a Unix socket, where TLS is not spoken"),
+    ("localhost:1", "ca.key", "TLS: "),
+])  # fmt: skip
+def test_tls_that_cannot_be_spoken_with_a_runtime_is_told_at_the_start(
+    tmp_path: Path, address: str, authority: str, words: str
+) -> None:
+    Authority(tmp_path)
+    call = command("serve", "--grpc-port", "0", "--runtime", address, "--runtime-ca", str(tmp_path / authority))
+    done = subprocess.run(call, capture_output=True, text=True, env=environment(), timeout=60, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_instance_unloads_what_it_has_when_it_ends(front: Start, runtime: Runtime) -> None:
     mesh = front()
     mesh.register("m", load=True)

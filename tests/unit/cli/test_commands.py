@@ -144,8 +144,7 @@ def test_answers_are_written_as_json() -> None:
     (["--runtime", "h:1", "--runtime-cert", "CERTIFICATE"], "--runtime-cert and --runtime-key need each other"),
     (["--runtime", "h:1", "--runtime-cert", "CERTIFICATE", "--runtime-key", "KEY"], "which --runtime-ca asks for"),
     (["--runtime-ca", "AUTHORITY"], "--runtime-ca is for a --runtime"),
-    (["--runtime", "unix:r.sock", "--runtime-ca", "AUTHORITY"], "reached by a Unix socket, where TLS is not spoken"),
-    (["--runtime", "h:1", "--runtime-ca", "KEY"], "TLS: "),
+    (["--runtime", "triton://h:1"], "must have repo=DIR"),
 ])  # fmt: skip
 def test_what_does_not_fit_a_runtime_is_a_usage_error(
     served: list[ServeSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], text: str
@@ -156,6 +155,11 @@ def test_what_does_not_fit_a_runtime_is_a_usage_error(
     assert main.run(["serve", *(str(files.get(flag, flag)) for flag in flags)]) == 2
     assert text in " ".join(capsys.readouterr().err.split())
     assert served == []
+
+
+def test_config_says_that_an_address_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["config", "--runtime", "http://host:1/x"]) == 2
+    assert "unix:PATH or HOST:PORT" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_runtime_is_shown_its_own_certificate_or_that_of_the_instance(
