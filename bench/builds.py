@@ -26,6 +26,15 @@ def raw_c() -> Path:
     return binary
 
 
+def relay() -> Path:
+    """The relay of bytes."""
+    source = PEERS / "relay" / "relay.c"
+    binary = FOLDER / "relay" / "relay"
+    if _stale(binary, source):
+        _run("install gcc", "gcc", "-O2", "-pthread", "-o", str(binary), str(source))
+    return binary
+
+
 def grpc_cpp() -> Path:
     """The callback server of gRPC C++, from Debian's packages."""
     hint = "install libgrpc++-dev protobuf-compiler-grpc g++ pkg-config"

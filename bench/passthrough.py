@@ -3,7 +3,8 @@
 The runtime is an echo of ours, which shares a core with the generator; `mmcore serve` and the proxy have the other.
 With `direct` the echo itself is measured, on the generator's core. In the cases `mlserver` and `triton` the runtime is
 that server with its identity, loaded by `mmcore serve`, which shares a core with the generator; the server has the
-other. `mlserver-large` and `triton-large` are the same with a tensor of 602 KB from one caller.
+other. `mlserver-large` and `triton-large` are the same with a tensor of 602 KB from one caller. Beside large messages
+a relay of bytes has the place of `mmcore serve`: it tells what another hop takes by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import grpc
 import numpy as np
 from rich.console import Console
 
-from bench import environments
+from bench import builds, environments
 from bench.builds import NotMeasured
 from bench.comparison import OURS, Case, Exchange, Plan, measure, rows
 from bench.machine import cores
@@ -33,7 +34,7 @@ from bench.rows import Row
 
 PROXY: Final = "grpc-aio-proxy"
 DIRECT: Final = "direct"
-
+RELAY: Final = "relay"
 
 _PORTS: Final = ("--grpc-port", "0", "--rest-port", "0", "--metrics-port", "0")
 _IDENTITY: Final = ServedModel("identity", "identity", "none", "INPUT0", "FP32", (-1,), (("OUTPUT0", "FP32"),))
@@ -88,10 +89,23 @@ def _before_echo(console: Console, plan: Plan, generator: Generator, folder: Pat
             servers[PROXY] = running.enter_context(
                 python_server(PROXY, "bench.peers.grpc_aio_proxy", runtime.target, core=server_core)
             )
+        if plan.wants_case("large"):
+            servers |= _relay(running, console, plan, runtime.target, server_core)
         if plan.wants_peer(DIRECT):
             servers[DIRECT] = runtime
         cases = [case for case in _cases(tuple(servers)) if plan.wants_case(case.name)]
-        return rows(cases, (PROXY, DIRECT), measure(cases, servers, generator, plan, console))
+        return rows(cases, (PROXY, RELAY, DIRECT), measure(cases, servers, generator, plan, console))
+
+
+def _relay(running: ExitStack, console: Console, plan: Plan, target: str, core: int) -> dict[str, Process]:
+    """The relay before ``target``, if it is wanted and can be had."""
+    if not plan.wants_peer(RELAY):
+        return {}
+    try:
+        return {RELAY: running.enter_context(Process(RELAY, [str(builds.relay()), target], core=core))}
+    except NotMeasured as missing:
+        console.print(f"{RELAY}: not measured: {missing}", markup=False)
+        return {}
 
 
 def _before_server(name: str, console: Console, plan: Plan, generator: Generator, folder: Path) -> list[Row]:
@@ -110,16 +124,20 @@ def _before_server(name: str, console: Console, plan: Plan, generator: Generator
         static = ("--static-models", str(folder / f"{name}.json"))
         ours = running.enter_context(Process(OURS, [*argv, *static], core=load_core, ready_s=READY_S))
         servers = {OURS: ours, DIRECT: server}
+        if plan.wants_case(name + _LARGE):
+            servers |= _relay(running, console, plan, server.target, load_core)
         cases = []
         for case, values, connections, streams in ((name, 4, 4, 16), (name + _LARGE, _LARGE_VALUES, 1, 1)):
             if plan.wants_case(case):
                 array = np.arange(values, dtype=np.float32).reshape(1, values)
                 body = infer_request("identity", "INPUT0", "FP32", array, request_id="0123456789ab")
                 exchanges = {
-                    one: Exchange(body, _answer(one, process.target, body)) for one, process in servers.items()
+                    one: Exchange(body, _answer(one, process.target, body))
+                    for one, process in servers.items()
+                    if one != RELAY or case.endswith(_LARGE)
                 }
                 cases.append(Case(case, exchanges, connections, streams, ("throughput", "p50", "p99")))
-        return rows(cases, (DIRECT,), measure(cases, servers, generator, plan, console))
+        return rows(cases, (RELAY, DIRECT), measure(cases, servers, generator, plan, console))
 
 
 def _register(file: Path, kind: str, path: Path) -> None:
@@ -146,6 +164,6 @@ def _cases(servers: tuple[str, ...]) -> list[Case]:
     small, large = small_request(), large_request()
     metrics = ("throughput", "p50", "p99", "cpu", "capacity")
     return [
-        Case("small", dict.fromkeys(servers, Exchange(small, small)), 4, 16, metrics),
+        Case("small", dict.fromkeys([one for one in servers if one != RELAY], Exchange(small, small)), 4, 16, metrics),
         Case("large", dict.fromkeys(servers, Exchange(large, large)), 1, 1, metrics),
     ]

@@ -61,15 +61,30 @@ def test_the_forward_suite_writes_rows_beside_a_proxy_of_grpc_aio(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_passthrough_suite_writes_rows_beside_a_proxy_and_the_runtime_itself(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "bench", "passthrough", "--quick", "--rounds", "1", "--case", "small"]
+def test_the_passthrough_suite_writes_rows_beside_proxies_and_the_runtime_itself(tmp_path: Path) -> None:
+    argv = [
+        sys.executable,
+        "-m",
+        "bench",
+        "passthrough",
+        "--quick",
+        "--rounds",
+        "1",
+        "--case",
+        "small",
+        "--case",
+        "large",
+    ]
     done = subprocess.run(
         [*argv, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "passthrough.json").read_text())
     assert {row["metric"] for row in rows} == {"throughput", "p50", "p99", "cpu", "capacity"}
-    assert {(row["case"], row["peer"]) for row in rows} == {("small", "grpc-aio-proxy"), ("small", "direct")}
+    assert {(row["case"], row["peer"]) for row in rows} == {
+        ("small", "grpc-aio-proxy"), ("small", "direct"),
+        ("large", "grpc-aio-proxy"), ("large", "relay"), ("large", "direct"),
+    }  # fmt: skip
     assert all(row["ratio"] > 0 for row in rows)
 
 
