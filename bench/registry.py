@@ -24,8 +24,7 @@ from bench.machine import cores
 from bench.processes import PeerFailed, Process
 from bench.rows import UNITS, Row, compare
 from mmcore.registry import ModelRecord
-from mmcore.registry.etcd import EtcdStore
-from mmcore.registry.etcd_address import parse_address
+from mmcore.registry.etcd import EtcdStore, etcd_store
 from mmcore.registry.records import encode
 from mmcore.registry.sqlite import SqliteStore
 from mmcore.registry.store import Store
@@ -57,7 +56,7 @@ def run(console: Console, plan: Plan) -> list[Row]:
             try:
                 url = f"etcd://{etcd.endpoint}/bench"
                 console.print(f"registering {MODELS} models in etcd")
-                register(EtcdStore(parse_address(url)), MODELS)
+                register(etcd_store(url), MODELS)
                 rows += _shared("etcd", url, etcd)
             finally:
                 etcd.kill()

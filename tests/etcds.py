@@ -144,13 +144,15 @@ class Etcd:
             process.wait()
 
 
-def etcdctl(*arguments: str) -> str:
-    """What Debian's etcd-client answers."""
+def etcdctl(*arguments: str, given: str = "") -> str:
+    """What Debian's etcd-client answers, which reads ``given``."""
     done = subprocess.run(
         ["etcdctl", *arguments],
         check=True,
         capture_output=True,
         text=True,
+        timeout=20,
+        input=given,
         env={"ETCDCTL_API": "3", "PATH": "/usr/bin:/bin"},
     )
     return done.stdout

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mmcore.registry import MemoryStore, Registry
-from mmcore.registry.etcd import EtcdStore
-from mmcore.registry.etcd_address import parse_address
+from mmcore.registry.etcd import etcd_store
 from mmcore.registry.sqlite import SqliteStore
 from mmcore.registry.store import Store
 
@@ -48,7 +47,7 @@ class EtcdBackend:
         self.url = url
 
     def store(self) -> Store:
-        return EtcdStore(parse_address(self.url))
+        return etcd_store(self.url)
 
 
 class Registries:

@@ -31,6 +31,8 @@ CONSTRAINTS_MAP: Final = "tc-config"
 CONSTRAINTS_KEY: Final = "type_constraints"
 DATAPLANE_KEY: Final = "dataplane_api_config"
 ETCD_KEY: Final = "etcd_connection"
+#: On pods: what their keys in etcd begin with, so that another beginning has them replaced.
+ETCD_PREFIX: Final = "serving.kserve.io/etcd-prefix"
 
 #: Seconds for calls in flight after SIGTERM, for the endpoint's removal before that, and for both and the rest.
 _GRACE_S: Final = 85
@@ -69,11 +71,14 @@ class Place:
         namespace: where it is.
         etcd_secret: the name of the secret with the connection to etcd.
         claims: volume claims to mount, each read-only under its name.
+        etcd_prefix: what the secret's keys in etcd begin with. Instances follow all else that the secret says, and take
+            another prefix when they start.
     """
 
     namespace: str
     etcd_secret: str
     claims: tuple[str, ...] = ()
+    etcd_prefix: str = ""
 
 
 def deployment_name(config: ServingConfig, runtime: str) -> str:
@@ -106,6 +111,7 @@ def deployment(runtime: Runtime, config: ServingConfig, place: Place, replicas: 
                 **_scrape_annotations(config),
                 **config.pod_annotations,
                 **(spec.get("annotations") or {}),
+                **({ETCD_PREFIX: place.etcd_prefix} if place.etcd_prefix else {}),
             },
         },
         "spec": _pod(runtime, config, place, chosen),

@@ -90,15 +90,32 @@ def etcd_secret(source: Object, namespace: str) -> Object:
     Raises:
         ValueError: it holds no connection, or one that is no JSON object.
     """
-    data = dict(source.get("data") or {})
-    try:
-        connection = json.loads(base64.b64decode(data[ETCD_KEY]))
-        prefix = str(connection.get("root_prefix") or "").rstrip("/")
-    except (KeyError, ValueError, AttributeError):
-        raise ValueError(f"the secret must hold {ETCD_KEY}, a JSON object") from None
-    connection["root_prefix"] = f"{prefix}/mm_ns/{namespace}"
+    connection = {**_connection(source), "root_prefix": etcd_prefix(source, namespace)}
+    data = dict(source["data"])
     data[ETCD_KEY] = base64.b64encode(json.dumps(connection, sort_keys=True).encode()).decode()
     return {**_meta(SECRET, namespace, source["metadata"]["name"]), "type": "Opaque", "data": data}
+
+
+def etcd_prefix(source: Object | None, namespace: str) -> str:
+    """What keys begin with: those of another namespace than the secret's, or without ``namespace`` of its own.
+
+    Empty where the secret holds no connection.
+    """
+    try:
+        prefix = str(_connection(source or {}).get("root_prefix") or "").rstrip("/")
+    except ValueError:
+        return ""
+    return f"{prefix}/mm_ns/{namespace}" if namespace else prefix
+
+
+def _connection(source: Object) -> Object:
+    try:
+        connection = json.loads(base64.b64decode((source.get("data") or {})[ETCD_KEY]))
+    except (KeyError, ValueError):
+        connection = None
+    if not isinstance(connection, dict):
+        raise ValueError(f"the secret must hold {ETCD_KEY}, a JSON object")
+    return connection
 
 
 def storage_entries(secret: Object | None) -> tuple[list[Object], list[str]]:

@@ -97,15 +97,10 @@ class NamespaceReconciler:
             known.refused.pop(namespace, None)
             return None
         plan = await self._plan(namespace) if known.enabled(namespace) else _Plan()
-        refused: list[_Refused] = []
+        # Before the pods that mount it.
+        refused = await self._etcd_secret(namespace)
         for kind, informer in self._informers():
             refused += await self._settle(namespace, kind, informer, plan)
-        try:
-            await self._etcd_secret(namespace)
-        except ApiError as error:
-            if not error.code:
-                raise
-            refused.append((SECRET, known.installation.etcd_secret, error))
         await self._refresh_files(namespace)
         self._tell_refused(namespace, plan, refused)
         if refused:
@@ -182,7 +177,13 @@ class NamespaceReconciler:
         config = known.config
         runtimes = known.effective_runtimes(namespace)
         used, claims = self._used(namespace)
-        place = Place(namespace, known.installation.etcd_secret, await self._claims(namespace, claims))
+        etcd = known.etcd_secrets.get(known.installation.namespace, known.installation.etcd_secret)
+        place = Place(
+            namespace,
+            known.installation.etcd_secret,
+            await self._claims(namespace, claims),
+            manifests.etcd_prefix(etcd, namespace if namespace != known.installation.namespace else ""),
+        )
         served = False
         tls = await self._tls_trouble(namespace)
         for runtime in runtimes:
@@ -193,7 +194,7 @@ class NamespaceReconciler:
                 # What runs stays as it is until the runtime is mended.
                 plan.kept.add(deployment_name(config, runtime.name))
                 continue
-            if known.etcd_secrets.get(known.installation.namespace, known.installation.etcd_secret) is None:
+            if etcd is None:
                 message = f"the secret {known.installation.etcd_secret} is missing in {known.installation.namespace}"
                 self._events.warn(runtime.resource, "EtcdSecretMissing", message)
             if tls:
@@ -221,6 +222,9 @@ class NamespaceReconciler:
         if decided.idle_since:
             marks[IDLE_SINCE] = decided.idle_since
         item["metadata"]["annotations"] = marks
+        if found is not None and manifests.scale_bounds(runtime):
+            # The autoscaler may have decided otherwise since: replicas that it has left behind are not to come back.
+            item["metadata"]["resourceVersion"] = found["metadata"]["resourceVersion"]
         plan.add(DEPLOYMENT, item)
         plan.runtimes[name] = runtime.resource
         if budgets := known.optional(DISRUPTION_BUDGETS):
@@ -311,32 +315,36 @@ class NamespaceReconciler:
             log.warning("replacing the deployment %s, which is not of this controller", where)
             await self._api.delete(DEPLOYMENT, where)
 
-    async def _etcd_secret(self, namespace: str) -> None:
+    async def _etcd_secret(self, namespace: str) -> list[_Refused]:
+        """Give another namespace than ours its copy of the secret of etcd, or take it away."""
         installation, secrets = self._known.installation, self._known.etcd_secrets
-        if namespace == installation.namespace:
-            return
+        source = secrets.get(installation.namespace, installation.etcd_secret)
+        if namespace == installation.namespace or source is None:
+            return []
         where = Ref(namespace, installation.etcd_secret)
         found = secrets.items.get(where)
-        source = secrets.get(installation.namespace, installation.etcd_secret)
-        if not self._known.enabled(namespace) or source is None:
-            if found is not None and source is not None and APPLIED in annotations_of(found):
-                await self._api.delete(SECRET, where)
-            return
         try:
-            item = manifests.etcd_secret(source, namespace)
+            if self._known.enabled(namespace):
+                await self._apply(SECRET, secrets, manifests.etcd_secret(source, namespace))
+            elif found is not None and APPLIED in annotations_of(found):
+                await self._api.delete(SECRET, where)
         except ValueError as error:
             self._events.warn(source, "InvalidSecret", str(error))
-            return
-        await self._apply(SECRET, secrets, item)
+        except ApiError as error:
+            if not error.code:
+                raise
+            return [(SECRET, installation.etcd_secret, error)]
+        return []
 
     async def _refresh_files(self, namespace: str) -> None:
         """Have pods that run see changed files at once."""
         known = self._known
         constraints = known.config_maps.get(namespace, CONSTRAINTS_MAP)
-        secret = known.storage_secrets.get(namespace, known.storage_secret)
         if constraints is None:
             return
-        digest = _digest({"files": [constraints["data"], (secret or {}).get("data")]})
+        stores = known.storage_secrets.get(namespace, known.storage_secret) or {}
+        etcd = known.etcd_secrets.get(namespace, known.installation.etcd_secret) or {}
+        digest = _digest({"files": [constraints["data"], stores.get("data"), etcd.get("data")]})
         for pod in list(known.pods.of(namespace)):
             stated = annotations_of(pod).get(FILES)
             if stated != digest and not deleting(pod):

@@ -40,10 +40,10 @@ def scale(runtime: Runtime, config: ServingConfig, found: Object | None, *, want
     noted = annotations_of(found).get(IDLE_SINCE, "") if found is not None else ""
     since = _read(noted)
     if since is None:
-        if found is None or not at(found, "spec", "replicas"):
-            # Nothing is up that could be kept.
-            return Scale(0, _write(now))
         since, noted = now, _write(now)
+    if found is None or not at(found, "spec", "replicas"):
+        # Nothing is up that could be kept.
+        return Scale(0, noted)
     left = config.grace_s - (now - since).total_seconds()
     return Scale(up, noted, left) if left > 0 else Scale(0, noted)
 

@@ -7,14 +7,15 @@ revision. A snapshot is read in pages at one revision, and the watch begins at t
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
 from mmcore.errors import Unavailable
 from mmcore.pb import etcd_pb2 as pb
-from mmcore.registry.etcd_address import EtcdAddress
+from mmcore.registry.etcd_address import EtcdAddress, connection_file, parse_address
 from mmcore.registry.etcd_connection import CALL_S, EtcdConnection, Method, Refused
+from mmcore.registry.etcd_file import EtcdFile
 from mmcore.registry.store import Changes, Compacted, Entry, Fence, LeaseGone, NotLeader, Outcome, Write
 
 #: Keys in one page of a snapshot: some milliseconds of the loop's time.
@@ -35,11 +36,13 @@ _KEEP_ALIVE: Final = Method("/etcdserverpb.Lease/LeaseKeepAlive", pb.LeaseKeepAl
 class EtcdStore:
     """See :class:`mmcore.registry.store.Store`."""
 
-    def __init__(self, address: EtcdAddress) -> None:
-        self._prefix = f"{address.prefix}/".encode()
+    def __init__(self, address: EtcdAddress | Callable[[], EtcdAddress]) -> None:
+        """``address`` may be asked for time and again; its prefix counts as it is at first."""
+        source = address if callable(address) else lambda: address
+        self._prefix = f"{source().prefix}/".encode()
         #: The key after all keys with the prefix: "0" follows "/".
         self._end = self._prefix[:-1] + b"0"
-        self._connection = EtcdConnection(address, probed=self._key("store"))
+        self._connection = EtcdConnection(source, probed=self._key("store"))
 
     async def connect(self) -> None:
         """Ask the members in turn for something."""
@@ -175,6 +178,16 @@ class EtcdStore:
             [(self._name(key), _kv_entry(event.kv)) for key, event in latest.items() if event.type == pb.Event.PUT],
             [self._name(key) for key, event in latest.items() if event.type == pb.Event.DELETE],
         )
+
+
+def etcd_store(url: str) -> EtcdStore:
+    """The store at an address as :func:`mmcore.registry.etcd_address.parse_address` reads it; a file is followed.
+
+    Raises:
+        ValueError: as that does.
+    """
+    file = connection_file(url)
+    return EtcdStore(EtcdFile(file).address if file is not None else parse_address(url))
 
 
 def _kv_entry(kv: pb.KeyValue) -> Entry:

@@ -40,6 +40,7 @@ class EtcdAddress:
         client_key, client_certificate: PEM texts that show who we are.
         user, password: with which a token is asked for.
         authority: the name that the server's certificate must have, where it is not the endpoint's.
+        files: what it was read from.
     """
 
     endpoints: tuple[str, ...]
@@ -51,6 +52,7 @@ class EtcdAddress:
     user: str = ""
     password: str = field(default="", repr=False)
     authority: str = ""
+    files: tuple[Path, ...] = field(default=(), compare=False)
 
 
 def parse_address(url: str) -> EtcdAddress:
@@ -62,9 +64,16 @@ def parse_address(url: str) -> EtcdAddress:
     if (match := _URL.fullmatch(url)) is not None:
         scheme, hosts, prefix = match.groups()
         return EtcdAddress(_endpoints(hosts.split(",")), _prefix(prefix), tls=scheme == "etcds")
-    if url.startswith("etcd:") and not url.startswith("etcd://") and url != "etcd:":
-        return read_connection(Path(url.removeprefix("etcd:")))
+    if (file := connection_file(url)) is not None:
+        return read_connection(file)
     raise ValueError(f"{url!r} is not an address of etcd; write etcd://host:port[,host:port]/prefix or etcd:FILE")
+
+
+def connection_file(url: str) -> Path | None:
+    """The file that ``etcd:FILE`` names; None for another text."""
+    if url.startswith("etcd:") and not url.startswith("etcd://") and url != "etcd:":
+        return Path(url.removeprefix("etcd:"))
+    return None
 
 
 def read_connection(file: Path) -> EtcdAddress:
@@ -101,6 +110,7 @@ def read_connection(file: Path) -> EtcdAddress:
         user=content.get("userid", ""),
         password=content.get("password", ""),
         authority=content.get("override_authority", ""),
+        files=(file, *(file.parent / content[name] for one in _TEXTS if content.get(name := f"{one}_file"))),
     )
 
 

@@ -1,4 +1,5 @@
-"""One connection to a working member of an etcd cluster, replaced by one to another member when it fails.
+"""One connection to a working member of an etcd cluster, replaced by one to another member when it fails, and by one to
+wherever the cluster is now when its address has changed.
 
 The only file that imports grpc. Nothing is sent twice that may have been carried out: only a call that was refused for
 its token is, with a new one.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,18 +83,20 @@ class _Live:
 class EtcdConnection:
     """Calls to whichever member works. After a failure the next call tries the members in turn, the next one first."""
 
-    def __init__(self, address: EtcdAddress, *, probed: bytes) -> None:
-        """``probed`` is a key that may be read: asked for to see whether a member works.
+    def __init__(self, address: Callable[[], EtcdAddress], *, probed: bytes) -> None:
+        """``address`` is asked before each call: it may change. ``probed`` is a key that may be read, to see whether a
+        member works.
 
         Raises:
             ValueError: grpcio is not installed.
         """
         if importlib.util.find_spec("grpc") is None:
             raise ValueError("a registry in etcd needs grpcio: pip install 'mmcore[etcd]'")
-        self._address = address
+        self._source = address
+        self._address = address()
         self._probed = probed
-        self._connect_s = CONNECT_S if len(address.endpoints) > 1 else CALL_S
         self._live: _Live | None = None
+        self._moving: asyncio.Task[None] | None = None
         self._next = 0
         self._lock = asyncio.Lock()
 
@@ -162,6 +165,9 @@ class EtcdConnection:
 
     async def close(self) -> None:
         """Close the connection."""
+        if self._moving is not None:
+            self._moving.cancel()
+            await asyncio.wait([self._moving])
         if self._live is not None:
             await self._drop(self._live)
 
@@ -185,10 +191,42 @@ class EtcdConnection:
             raise Unavailable(f"the connection to etcd at {live.endpoint} was given up") from None
 
     async def _connected(self) -> _Live:
+        address = self._source()
+        if address != self._address:
+            self._address, self._next = address, 0
+            if self._live is not None and (self._moving is None or self._moving.done()):
+                self._moving = asyncio.get_running_loop().create_task(self._move(self._live), name="etcd moves")
         async with self._lock:
             if self._live is None:
                 self._live = await self._connect()
             return self._live
+
+    async def _move(self, before: _Live) -> None:
+        """Have the next call go to where the cluster is now; while nothing works there, what works here is kept."""
+        live: _Live | None = None
+        address: EtcdAddress | None = None
+        while address != self._address:
+            address = self._address
+            if live is not None:
+                await live.channel.close()
+            try:
+                live = await self._connect()
+            except Unavailable as error:
+                live = None
+                log.error("the new address of etcd does not work, the old one stays in use: %s", error)
+        if live is None:
+            return
+        log.info("the address of etcd has changed: connected to %s", live.endpoint)
+        if self._live is not before:
+            # It has failed meanwhile, and has been replaced by one to the new address.
+            await live.channel.close()
+            return
+        self._live = live
+        await before.channel.close()
+
+    @property
+    def _connect_s(self) -> float:
+        return CONNECT_S if len(self._address.endpoints) > 1 else CALL_S
 
     async def _connect(self) -> _Live:
         failures: list[str] = []

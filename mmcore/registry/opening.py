@@ -14,7 +14,7 @@ def open_registry(url: str, instance: str, *, lease_s: float = LEASE_S) -> Regis
 
     ``memory:`` is one for this instance alone; ``sqlite:PATH`` for the processes of one machine;
     ``etcd://host:port[,host:port]/prefix``, ``etcds://`` with TLS, or ``etcd:FILE`` with a connection file, for
-    instances on any machine.
+    instances on any machine. The file is read again when it changes.
 
     Raises:
         ValueError: the text is no address of a registry.
@@ -40,8 +40,7 @@ def _store(url: str) -> Store:
 
         return SqliteStore(Path(url.removeprefix("sqlite:")))
     if url.startswith(("etcd:", "etcds:")):
-        from mmcore.registry.etcd import EtcdStore
-        from mmcore.registry.etcd_address import parse_address
+        from mmcore.registry.etcd import etcd_store
 
-        return EtcdStore(parse_address(url))
+        return etcd_store(url)
     raise ValueError(f"{url!r} is not a registry; write memory:, sqlite:PATH or etcd://host:port/prefix")

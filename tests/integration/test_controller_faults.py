@@ -37,6 +37,7 @@ from mmcore.controller.objects import (
 from tests.api_servers import TOKEN, ApiServer, OwnApiServer, secret, write_kubeconfig
 from tests.clusters import WITHIN_S, Cluster, failed, infer, inference_service, predictor, running, runtime, state
 from tests.cutting import CuttingProxy
+from tests.etcds import Etcd, etcdctl
 from tests.garbage_collector import collecting
 from tests.management import SCALE
 from tests.serving import write_model
@@ -166,6 +167,48 @@ def wipe(etcd: str, prefix: str) -> None:
     request = urllib.request.Request(f"{etcd}/v3/kv/deleterange", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=10) as answer:
         assert int(json.loads(answer.read())["deleted"]) > 0
+
+
+async def test_an_etcd_secret_that_changes_is_followed(cluster: Cluster, tmp_path: Path) -> None:
+    await cluster.apply(runtime())
+    await cluster.apply(predictor("m", "scale-2"))
+    await cluster.until(PREDICTOR, "m", state("Loaded"))
+
+    async def change(prefix: str) -> None:
+        connection = {"endpoints": etcd.url, "root_prefix": prefix}
+        await cluster.apply(secret(cluster.namespace, "model-serving-etcd", etcd_connection=connection))
+
+    async def pods() -> set[str]:
+        return {item["metadata"]["name"] for item in (await cluster.api.list(POD, cluster.namespace))[0]}
+
+    async def has_keys(prefix: str) -> bool:
+        get = ("--endpoints", etcd.endpoint, "get", "--prefix", f"{prefix}/models/", "--keys-only")
+        return bool(await asyncio.to_thread(etcdctl, *get))
+
+    etcd = Etcd(tmp_path / "other-etcd").start()
+    try:
+        before = await pods()
+        # Another etcd: what runs goes over to it and takes its models along.
+        await change(cluster.namespace)
+        await until(lambda: has_keys(cluster.namespace))
+        await cluster.apply(predictor("n", "scale-3"))
+        await cluster.until(PREDICTOR, "n", state("Loaded"))
+        assert [await infer(cluster, name, 2) for name in ("m", "n")] == [4, 6]
+        assert await pods() == before
+        # Another prefix is another mesh: only new pods can be in it.
+        await change(f"{cluster.namespace}-b")
+        await until(lambda: has_keys(f"{cluster.namespace}-b"))
+
+        async def replaced() -> bool:
+            return bool(found := await pods()) and not found & before
+
+        await until(replaced)
+        for name in ("m", "n"):
+            await cluster.until(PREDICTOR, name, lambda one: state("Loaded")(one) and one["status"]["available"])
+        assert await infer(cluster, "n", 2) == 6
+    finally:
+        await cluster.stop_controller()
+        etcd.kill()
 
 
 async def test_what_happens_while_no_controller_works_is_made_up_for(cluster: Cluster) -> None:

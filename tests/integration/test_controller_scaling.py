@@ -36,6 +36,7 @@ async def test_runtimes_without_models_have_no_pods(cluster: Cluster) -> None:
     await cluster.apply(runtime("other", "python", "sklearn"))
     await cluster.until(DEPLOYMENT, OWN, replicas(0))  # S1
     await cluster.until(DEPLOYMENT, "modelmesh-serving-other", replicas(0))
+    await stays(cluster, 0, 0.3)
     item = predictor("m", "scale-2", runtime={"name": "own"})
     await cluster.apply(item)
     await cluster.until(PREDICTOR, "m", state("Loaded"))  # S2

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Runtime, str, tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_deployment_is_what_it_was(name: str) -> None:
     item, config, claims = CASES[name]
-    made = deployment(item, ServingConfig.read(IMAGE + config), Place("models", "model-serving-etcd", claims), 2)
+    made = deployment(item, ServingConfig.read(IMAGE + config), Place("models", "model-serving-etcd", claims, "mm"), 2)
     validate(made, "1.33", strict=True)
     file = FOLDER / f"{name}.yaml"
     if os.environ.get("GOLDEN") == "write":

@@ -80,6 +80,8 @@ def test_another_namespace_has_a_prefix_of_its_own_and_all_files_that_the_connec
     assert json.loads(data["etcd_connection"])["root_prefix"] == "root/mm_ns/team"
     assert data["ca.crt"] == "PEM"
     assert found["metadata"]["namespace"] == "team"
+    assert (manifests.etcd_prefix(source, "team"), manifests.etcd_prefix(source, "")) == ("root/mm_ns/team", "root")
+    assert manifests.etcd_prefix(None, "team") == ""
 
 
 @pytest.mark.parametrize("data", [{}, {"etcd_connection": "bm8="}, {"etcd_connection": "WzFd"}])

@@ -25,6 +25,8 @@ def decide(before: dict[str, Any] | None, *, wanted: bool, config: ServingConfig
 def test_a_runtime_without_models_starts_with_none() -> None:
     assert decide(None, wanted=False).replicas == 0
     assert decide(found(0), wanted=False).replicas == 0
+    # That its grace has only begun wakes nothing up.
+    assert decide(found(0, timedelta(seconds=1)), wanted=False).replicas == 0
 
 
 def test_the_first_model_wakes_it() -> None:

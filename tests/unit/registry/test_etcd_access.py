@@ -12,7 +12,7 @@ import pytest
 from mmcore.errors import Unavailable
 from mmcore.registry import ModelRecord
 from tests.certificates import Authority
-from tests.etcds import Etcd, etcdctl
+from tests.etcds import Etcd, etcdctl, free_port
 from tests.registries import EtcdBackend, Registries, until
 
 pytestmark = pytest.mark.slow
@@ -114,6 +114,66 @@ async def test_a_token_that_is_not_taken_any_more_is_asked_for_anew(guarded: Etc
     await a.models.update("m", lambda _: ModelRecord("t", references=9))
     await until(lambda: b.models.get("m") == ModelRecord("t", references=9))
     await registries.close()
+
+
+def write(file: Path, **fields: object) -> None:
+    """Replace a connection file in one step, as a kubelet does."""
+    fresh = file.with_suffix(".new")
+    fresh.write_text(json.dumps({name: str(value) for name, value in fields.items()}))
+    fresh.rename(file)
+
+
+@pytest.mark.parametrize("file_first", [True, False])
+async def test_another_password_is_used_from_then_on(guarded: Etcd, tmp_path: Path, file_first: bool) -> None:
+    fields = {"endpoints": guarded.url, "userid": USER, "root_prefix": "guarded"}
+    backend = connection(tmp_path, **fields, password=PASSWORD)
+    registries = Registries(backend)
+    a, b = await registries.open("a", lease_s=1), await registries.open("b", lease_s=1)
+    file = Path(backend.url.removeprefix("etcd:"))
+    # What cannot be read changes nothing.
+    file.with_suffix(".new").write_text("{")
+    file.with_suffix(".new").rename(file)
+    await a.models.update("m", lambda _: ModelRecord("t"))
+    if file_first:
+        write(file, **fields, password="other")
+        await a.models.update("m", lambda _: ModelRecord("t", references=1))
+    change = ["user", "passwd", USER, "--interactive=false"]
+    await asyncio.to_thread(etcdctl, "--endpoints", guarded.endpoint, "--user", "root:root", *change, given="other\n")
+    if not file_first:
+        with pytest.raises(Unavailable, match="authentication failed"):
+            await a.models.update("m", lambda _: ModelRecord("t", references=1))
+        write(file, **fields, password="other")
+    await until(lambda: a.connected and b.connected)
+    for number in range(2, 5):
+        await a.models.update("m", lambda _, number=number: ModelRecord("t", references=number))
+        await until(lambda number=number: b.models.get("m") == ModelRecord("t", references=number))
+    await registries.close()
+
+
+async def test_the_cluster_may_move_while_it_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """First to where nothing listens, then to another etcd, which is given what instances know."""
+    old, new = Etcd(tmp_path / "old").start(), Etcd(tmp_path / "new").start()
+    try:
+        backend = connection(tmp_path, endpoints=old.url)
+        file = Path(backend.url.removeprefix("etcd:"))
+        registries = Registries(backend)
+        a, b = await registries.open("a", lease_s=1), await registries.open("b", lease_s=1)
+        await a.models.update("m", lambda _: ModelRecord("t"))
+        write(file, endpoints=f"127.0.0.1:{free_port()}")
+        await until(lambda: "the old one stays in use" in caplog.text)
+        await a.models.update("m", lambda _: ModelRecord("t", references=1))
+        write(file, endpoints=new.url)
+        get = ("--endpoints", new.endpoint, "get", "--prefix", "mmcore/models/", "--print-value-only")
+        async with asyncio.timeout(20):
+            while not await asyncio.to_thread(etcdctl, *get):
+                await asyncio.sleep(0.05)
+        old.kill()
+        await a.models.update("m", lambda _: ModelRecord("t", references=2))
+        await until(lambda: b.models.get("m") == ModelRecord("t", references=2))
+        await registries.close()
+    finally:
+        old.kill()
+        new.kill()
 
 
 async def test_a_password_for_an_etcd_that_asks_for_none(tmp_path: Path) -> None:
