@@ -6,8 +6,9 @@ With a certificate both ports speak TLS, as they do behind the proxy that its do
 
 There is no package of the server that could be installed here. This reads the same file, answers the same paths with
 the same statuses and JSON (200 nothing changed, 201 changed, 412 something was wrong), loads one model after the other,
-and answers ModelInfer of KServe v2 with the request's own tensors. A file called ``broken-…`` does not load, one called
-``slow-…`` takes a while. ``GET /log`` answers what was read: a line for each time, the names in it.
+and answers ModelInfer of KServe v2 with the request's own tensors, and TensorFlow Serving's Predict with what OpenVINO
+itself makes of them. A file called ``broken-…`` does not load, one called ``slow-…`` takes a while. ``GET /log``
+answers what was read: a line for each time, the names in it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import grpc
 
 from mmcore.pb import inference_pb2
+from tests import predict_messages
 
 
 class Ovms:
@@ -33,6 +35,7 @@ class Ovms:
         self.models: dict[str, dict[str, Any]] = {}
         self.bases: dict[str, str] = {}
         self.log: list[str] = []
+        self.compiled: dict[str, Any] = {}
         self.reading = threading.Lock()
 
     def reload(self) -> tuple[int, dict[str, Any]]:
@@ -81,6 +84,35 @@ class Ovms:
         encoded: bytes = response.SerializeToString()
         return encoded
 
+    def predict(self, body: bytes, context: Any) -> bytes:
+        request = predict_messages.Request.FromString(body)
+        base = self.bases.get(request.model_spec.name)
+        if base is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "Model with requested name is not found")
+        network = self.compile(base)
+        given = predict_messages.arrays(request.inputs)
+        for taken in network.inputs:
+            if (shape := given[taken.any_name].shape) and len(shape) != taken.partial_shape.rank.get_length():
+                told = f"Invalid number of shape dimensions - Expected: {taken.partial_shape}; Actual: {shape}"
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, told)
+        response = predict_messages.Response()
+        response.model_spec.name = request.model_spec.name
+        outputs = network(given)
+        predict_messages.fill(response.outputs, **{one.any_name: outputs[one] for one in network.outputs})
+        encoded: bytes = response.SerializeToString()
+        return encoded
+
+    def compile(self, base: str) -> Any:
+        if base not in self.compiled:
+            # It tells its maker of its use otherwise.
+            sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+            import openvino
+
+            [file] = Path(base).glob("1/*.xml")
+            exact = {"INFERENCE_PRECISION_HINT": "f32"}
+            self.compiled[base] = openvino.Core().compile_model(file, "CPU", exact)
+        return self.compiled[base]
+
 
 def _version(version: str, state: str, code: str = "OK", message: str = "OK") -> dict[str, Any]:
     status = {"error_code": code, "error_message": message}
@@ -118,7 +150,9 @@ if __name__ == "__main__":
         ovms.reload()
     server = grpc.server(futures.ThreadPoolExecutor(8))
     methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(ovms.infer)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),))
+    predict = {"Predict": grpc.unary_unary_rpc_method_handler(ovms.predict)}
+    handlers = {"inference.GRPCInferenceService": methods, "tensorflow.serving.PredictionService": predict}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(*one) for one in handlers.items()])
     host, _, port = rest.rpartition(":")
     listener = ThreadingHTTPServer((host, int(port)), handler(ovms))
     if tls:

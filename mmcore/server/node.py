@@ -40,6 +40,7 @@ from mmcore.server.calls import Answer, Body, Waiting
 from mmcore.server.dashboard.events import Events
 from mmcore.server.dashboard.recent import Recent
 from mmcore.server.dataplane import parse_dataplane_config
+from mmcore.server.elsewhere import Elsewhere
 from mmcore.server.external_cache import external_cache, tell_what_goes
 from mmcore.server.inference import MODEL_INFER
 from mmcore.server.interpreter import Collections, take_short_turns
@@ -153,6 +154,10 @@ class Node:
             tell_what_goes(self._router.cache, self._external)
             self._external.on_down = self._runtime_lost
             self._external.on_up = self._runtime_back
+        elif self._mesh is not None:
+            others = [method for method in KNOWN if not method.startswith(f"{SERVICE}/")]
+            elsewhere = Elsewhere(self._router, names, Waiting(), self._mesh, paths=KNOWN, config=config)
+            elsewhere.register(self._server, others)
         tell = self._tell_worker if settings.dashboard and settings.peer_uds is not None else None
         add_peer_methods(self._server, self._router, self._registered, tell)
         self._management_server = Server(

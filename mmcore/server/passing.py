@@ -23,9 +23,10 @@ from mmcore.errors import InvalidRequest, LoadFailed, MmcoreError, NotFound, Rpc
 from mmcore.routing import Kind, Mesh, Names, Router
 from mmcore.routing.hops import arrival_of
 from mmcore.routing.mesh import SHARED_FROM
-from mmcore.server.calls import Answer, Body, Waiting
+from mmcore.server.calls import Body, Waiting
 from mmcore.server.dataplane import DataplaneConfig
-from mmcore.server.headers import asked, balanced, names_models
+from mmcore.server.elsewhere import Elsewhere, named_by_metadata
+from mmcore.server.headers import balanced
 from mmcore.tracing import RequestTrace, Tracer
 from mmcore.transport import ClientStream, Server, StreamCall
 from mmcore.transport.server import UnaryHandler, status_of
@@ -77,6 +78,9 @@ class PassThrough(Passing):
         self._waiting = waiting
         self._config = config
         self._mesh = mesh
+        self._elsewhere = (
+            Elsewhere(router, names, waiting, mesh, paths=KNOWN, config=config) if mesh is not None else None
+        )
         self.tracer: Tracer | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         #: When models were loaded again because the runtime did not know them.
@@ -93,13 +97,20 @@ class PassThrough(Passing):
 
     def handler(self, method: str) -> UnaryHandler:
         """What answers a unary method."""
-        if self._config is None:
+        # By others than V2 this runtime may not be asked, and those of other instances may.
+        if self._config is None and (self._mesh is None or method.startswith(V2)):
             shared_from = SHARED_FROM if self._mesh is not None else 0
             return Quick(self, method, Kind.ANY, self._router.lookup, self._find, shared_from)
 
         def handle(call: Any, body: bytes) -> None:
             began = now_ns()
-            way, kind = self._way_of(method)
+            try:
+                way, kind = self._way_of(method)
+            except Unimplemented:
+                if self._elsewhere is None:
+                    raise
+                self._elsewhere.answer(call, body, method)
+                return
             self._find(call, body, asked_by(way, body, kind, began))
 
         return handle
@@ -156,7 +167,7 @@ class PassThrough(Passing):
         if arrival is not None and arrival.model:
             name, kind = arrival.model, Kind.MODEL
         elif not name:
-            name, kind = _named_by_metadata(call)
+            name, kind = named_by_metadata(call)
         try:
             model = self._names.model(name, kind)
         except NotFound:
@@ -365,7 +376,7 @@ class PassThrough(Passing):
         if not name:
             if leases and not method.extraction:
                 return next(iter(leases.values())), message
-            name, kind = _named_by_metadata(call)
+            name, kind = named_by_metadata(call)
         copy = leases.get(name)
         if copy is None:
             model = await self._names.find(name, kind)
@@ -440,13 +451,3 @@ def target_of(copy: Copy) -> Target:
 
 def _encoded(trace: RequestTrace | None) -> list[tuple[bytes, bytes]] | None:
     return [(name.encode(), value.encode()) for name, value in trace.headers()] if trace is not None else None
-
-
-def _named_by_metadata(call: Answer | StreamCall) -> tuple[str, Kind]:
-    metadata = call.metadata
-    if not names_models(metadata):
-        raise InvalidRequest("the request names no model: must include mm-model-id header, or a name in its message")
-    models = asked(metadata)
-    if len(models.ids) > 1:
-        raise InvalidRequest("only an inference of the built-in formats can be for several models")
-    return models.ids[0], models.kind
