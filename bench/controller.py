@@ -1,16 +1,19 @@
 """SUITE=controller: ten thousand Predictors: how soon all are known, how soon a change is served, what rest costs.
 
-The controller is its own process, its API server the one of the tests (Python, so slower than the real one), its
-instance a real one with real models, started by the kubelet of the tests.
+The controller is its own process, its instance a real one with real models, started by the kubelet of the tests. Its
+API server is the real one where ``KUBEBUILDER_ASSETS`` says where that is, else that of the tests, in Python. All share
+the machine, so the CPU of each is told apart from that of the others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,7 +29,7 @@ from bench.processes import PeerFailed
 from bench.rows import UNITS, Row, compare
 from mmcore.controller.informer import Informer
 from mmcore.controller.objects import PREDICTOR, Object, Ref, at
-from tests.api_servers import OwnApiServer
+from tests.api_servers import ApiServer, api_server
 from tests.clusters import Cluster, predictor, runtime
 from tests.etcds import free_port
 from tests.management import SCALE
@@ -55,7 +58,7 @@ def run(console: Console, plan: Plan) -> list[Row]:
 
 async def _run(console: Console, folder: Path, count: int) -> list[Row]:
     (folder / "kubernetes").mkdir()
-    server = OwnApiServer(folder / "kubernetes")
+    server = api_server(folder / "kubernetes")
     try:
         async with _cluster(server.start(), folder, count) as cluster:
             return await _Bench(console, server, cluster, count).measure()
@@ -64,7 +67,7 @@ async def _run(console: Console, folder: Path, count: int) -> list[Row]:
 
 
 @asynccontextmanager
-async def _cluster(server: OwnApiServer, folder: Path, count: int) -> AsyncIterator[Cluster]:
+async def _cluster(server: ApiServer, folder: Path, count: int) -> AsyncIterator[Cluster]:
     cluster = Cluster(server, folder, "serving")
     await cluster.prepare(cluster_scope=False)
     for factor in (2, 3):
@@ -92,7 +95,7 @@ def _name(number: int) -> str:
 
 
 class _Bench:
-    def __init__(self, console: Console, server: OwnApiServer, cluster: Cluster, count: int) -> None:
+    def __init__(self, console: Console, server: ApiServer, cluster: Cluster, count: int) -> None:
         self._console = console
         self._server = server
         self._cluster = cluster
@@ -110,40 +113,45 @@ class _Bench:
 
     async def _first(self) -> list[Row]:
         """None of them has been seen by a controller."""
-        began = time.monotonic()
-        async with self._controller() as process:
+        began, serving = time.monotonic(), _cpu(self._server.process)
+        async with self._controller() as controller:
             registered = await self._until_all(began, lambda one: at(one, "status", "observedGeneration"))
             loaded = await self._until_all(began, _loaded)
-            await self._rest()
-            counted, cpu = _without_watches(self._server.requests()), _cpu(process)
-        self._say(f"new: all told of after {registered:.1f} s, loaded after {loaded:.1f} s, {counted} requests")
-        each = counted / self._count
+            await self._rest(controller)
+            counted, cpu = await controller.requests(), controller.cpu()
+        serving = _cpu(self._server.process) - serving
+        instances = sum(_cpu(psutil.Process(pod.process.pid)) for pod in self._cluster.kubelet.pods)
+        self._say(f"new: all told of after {registered:.1f} s, loaded after {loaded:.1f} s, {_told(counted)}")
+        self._say(f"CPU: controller {cpu:.1f} s, API server {serving:.1f} s, instance {instances:.1f} s")
         return [
             _row("new", "registered", registered, "s"),
             _row("new", "loaded", loaded, "s"),
-            _row("new", "requests", each, "requests per Predictor"),
+            _row("new", "requests", _total(counted) / self._count, "requests per Predictor"),
             _row("new", "cpu", cpu, "s of CPU"),
+            _row("new", "cpu_of_server", serving, "s of CPU"),
+            _row("new", "cpu_of_instance", instances, "s of CPU"),
         ]
 
     async def _second(self) -> list[Row]:
         """All of them are served: a controller starts anew."""
-        before = _without_watches(self._server.requests())
         began = time.monotonic()
-        async with self._controller() as process:
-            synced = await self._rest() - began
-            counted, cpu = _without_watches(self._server.requests()) - before, _cpu(process)
-            self._say(f"again: at rest after {synced:.1f} s, {counted} requests")
+        async with self._controller() as controller:
+            synced = await self._rest(controller) - began
+            counted, cpu = await controller.requests(), controller.cpu()
+            self._say(f"again: at rest after {synced:.1f} s, {cpu:.1f} s of CPU, {_told(counted)}")
             changes = [await self._change(number) for number in range(CHANGES)]
-            await self._rest()
-            resting = await self._resting(process)
+            await self._rest(controller)
+            used = controller.cpu() - cpu
+            resting = await self._resting(controller)
         p50, p99 = np.percentile(changes, (50, 99))
         self._say(f"a change is loaded and told after {p50:.0f} ms (median), {max(changes):.0f} ms at worst")
         return [
             compare("again", "sync", synced, "budget", SYNC_S),
-            _row("again", "requests", counted, "requests"),
+            _row("again", "requests", _total(counted), "requests"),
             _row("again", "cpu", cpu, "s of CPU"),
             Row("change", "change_p50", float(p50), "", None, None, UNITS["change_p50"]),
             compare("change", "change_p99", float(p99), "budget", CHANGE_MS),
+            _row("change", "cpu", used * 1e3 / CHANGES, "ms of CPU per change"),
             *resting,
         ]
 
@@ -161,30 +169,28 @@ class _Bench:
         await self._until(done)
         return (time.monotonic() - began) * 1e3
 
-    async def _resting(self, process: psutil.Process) -> list[Row]:
-        before, cpu = self._server.requests(), _cpu(process)
+    async def _resting(self, controller: _Running) -> list[Row]:
+        before, cpu = await controller.requests(), controller.cpu()
         await asyncio.sleep(REST_S)
-        after = self._server.requests()
-        more = {what: number - before.get(what, 0) for what, number in after.items()}
-        leases = sum(number for what, number in more.items() if what.endswith(" leases"))
-        memory = process.memory_info().rss / 1e6
-        others = {what: number for what, number in more.items() if number and not what.endswith(" leases")}
-        self._say(f"at rest for {REST_S:.0f} s: {leases} requests for the lease, others {others}, {memory:.0f} MB")
+        more = await controller.requests() - before
+        leases, others = more.total() - _total(more), _total(more)
+        memory = controller.process.memory_info().rss / 1e6
+        self._say(f"at rest for {REST_S:.0f} s: {leases} requests for the lease, {others} others, {memory:.0f} MB")
         return [
             _row("rest", "lease", leases / REST_S, "requests/s"),
-            _row("rest", "others", sum(others.values()) / REST_S, "requests/s"),
-            _row("rest", "cpu", (_cpu(process) - cpu) * 1e3 / REST_S, "ms of CPU per s"),
+            _row("rest", "others", others / REST_S, "requests/s"),
+            _row("rest", "cpu", (controller.cpu() - cpu) * 1e3 / REST_S, "ms of CPU per s"),
             _row("rest", "rss", memory, "MB"),
         ]
 
-    async def _rest(self) -> float:
+    async def _rest(self, controller: _Running) -> float:
         """When the controller made its last request, but for its lease, before it made none for a while."""
         last, moved = -1, time.monotonic()
         async with asyncio.timeout(WITHIN_S):
             while time.monotonic() - moved < QUIET_S:
-                found = {what: number for what, number in self._server.requests().items() if " leases" not in what}
-                if sum(found.values()) != last:
-                    last, moved = sum(found.values()), time.monotonic()
+                found = _total(await controller.requests())
+                if found != last:
+                    last, moved = found, time.monotonic()
                 await asyncio.sleep(0.2)
         return moved
 
@@ -213,25 +219,31 @@ class _Bench:
                     await asyncio.sleep(0.01)
 
     @asynccontextmanager
-    async def _controller(self) -> AsyncIterator[psutil.Process]:
+    async def _controller(self) -> AsyncIterator[_Running]:
+        """A controller that works; what is done with it fails at once where it ends."""
         port = free_port()
         argv = [sys.executable, "-m", "mmcore.cli.main", "controller", "--namespace", self._cluster.namespace]
-        argv += [
-            "--namespace-scope",
-            "--kubeconfig",
-            str(self._server.controller_kubeconfig),
-            "--probe-port",
-            str(port),
-        ]
-        with (self._cluster.folder / "controller.log").open("ab") as log:
-            started = await asyncio.create_subprocess_exec(*argv, stdout=log, stderr=log, env=environment())
+        argv += ["--namespace-scope", "--kubeconfig", str(self._server.controller_kubeconfig)]
+        file = self._cluster.folder / "controller.log"
+        with file.open("ab") as log:
+            started = await asyncio.create_subprocess_exec(
+                *argv, "--probe-port", str(port), stdout=log, stderr=log, env=environment()
+            )
+
+        async def lives() -> None:
+            code = await started.wait()
+            raise PeerFailed(f"the controller ended with {code}: {file.read_text()[-2000:]}")
+
         try:
-            async with asyncio.timeout(WITHIN_S):
-                while started.returncode is None and not await asyncio.to_thread(_ready, port):  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-            if started.returncode is not None:
-                raise PeerFailed((self._cluster.folder / "controller.log").read_text()[-2000:])
-            yield psutil.Process(started.pid)
+            async with asyncio.TaskGroup() as group:
+                living = group.create_task(lives())
+                async with asyncio.timeout(WITHIN_S):
+                    while not await asyncio.to_thread(_ready, port):  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+                yield _Running(psutil.Process(started.pid), port)
+                living.cancel()
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
         finally:
             if started.returncode is None:
                 started.terminate()
@@ -243,9 +255,34 @@ class _Bench:
         sys.stdout.flush()
 
 
+class _Running:
+    """A controller's process, and what it tells of itself at a port."""
+
+    def __init__(self, process: psutil.Process, port: int) -> None:
+        self.process = process
+        self._port = port
+
+    async def requests(self) -> Counter[str]:
+        """Its requests so far, as ``PATCH predictors``; watches are not counted."""
+        text = (await asyncio.to_thread(_get, self._port, "metrics")).decode()
+        return Counter({f"{method} {plural}": int(count) for method, plural, count in _REQUESTS.findall(text)})
+
+    def cpu(self) -> float:
+        return _cpu(self.process)
+
+
+_REQUESTS: Final = re.compile(r'^mmcore_controller_requests_total{method="(\w+)",resource="(\w+)"} (\d+)$', re.M)
+
+
+def _get(port: int, path: str) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=20) as answer:
+        found: bytes = answer.read()
+    return found
+
+
 def _ready(port: int) -> bool:
     try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
+        _get(port, "readyz")
     except OSError:
         return False
     return True
@@ -261,8 +298,14 @@ def _cpu(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def _without_watches(counts: dict[str, int]) -> int:
-    return sum(number for what, number in counts.items() if not what.startswith("WATCH") and " leases" not in what)
+def _total(counts: Counter[str]) -> int:
+    """All but those for the lease."""
+    return counts.total() - sum(number for what, number in counts.items() if what.endswith(" leases"))
+
+
+def _told(counts: Counter[str]) -> str:
+    most = [f"{what} {number}" for what, number in counts.most_common(4)]
+    return f"{_total(counts)} requests: {', '.join(most)}"
 
 
 def _row(case: str, metric: str, value: float, unit: str) -> Row:

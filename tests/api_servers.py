@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
+import psutil
 import yaml
 
 from tests.etcds import Etcd, free_port
@@ -82,6 +83,12 @@ class ApiServer:
         for file in sorted(CRDS.glob("*s.yaml")):
             self.define(yaml.safe_load(file.read_text()))
         return self
+
+    @property
+    def process(self) -> psutil.Process:
+        """Its process."""
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
 
     def define(self, definition: Any) -> None:
         """Have custom resources served."""

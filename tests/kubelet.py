@@ -84,6 +84,11 @@ class Kubelet:
     async def close(self) -> None:
         await self._api.close()
 
+    @property
+    def pods(self) -> list[Pod]:
+        """Those that run."""
+        return list(self._running.values())
+
     def kill(self, pod: Ref) -> None:
         """As a machine that dies."""
         self._running[pod].process.kill()

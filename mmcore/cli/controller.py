@@ -55,7 +55,7 @@ def own_namespace() -> str:
     help="Where the API server is.",
 )
 @click.option("--leader-elect/--no-leader-elect", default=True, help="Work only while holding the lease.")
-@option("--probe-port", type=click.IntRange(0, 65535), default=8081, help="Port of /healthz and /readyz; 0: any.")
+@option("--probe-port", type=click.IntRange(1, 65535), default=8081, help="Port of /healthz, /readyz and /metrics.")
 @option("--log-level", type=click.Choice(log.LEVELS, case_sensitive=False), default="info", help="Lines to log.")
 @option("--log-format", type=click.Choice(log.LINES), default="text", help="Lines as text, or each a JSON object.")
 @click.pass_context
@@ -87,7 +87,7 @@ def command(
         assert task is not None
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, task.cancel)
-        server = await Probes(controller.is_ready).listen("", probe_port)
+        server = await Probes(controller.is_ready, controller.metrics).listen("", probe_port)
         try:
             await controller.run()
         except asyncio.CancelledError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,8 @@ _WATCH_S: Final = 300
 _WATCH_SLACK_S: Final = 30
 _REQUEST_S: Final = 30.0
 _CONNECTIONS: Final = 64
+
+_IN_BACKGROUND: Final[Object] = {"propagationPolicy": "Background"}
 
 APPLY: Final = "application/apply-patch+yaml"
 MERGE: Final = "application/merge-patch+json"
@@ -67,8 +70,8 @@ class Api:
         self._session: Any = None
         self._proxy: str | None = None
         self._served: dict[str, bool] = {}
-        #: Requests made, by method; watches are not counted.
-        self.requests: dict[str, int] = {}
+        #: Requests made, by method and plural of the kind; watches are not counted.
+        self.requests: Counter[tuple[str, str]] = Counter()
 
     async def connect(self) -> None:
         """Read where the server is and who we are."""
@@ -101,14 +104,14 @@ class Api:
 
     async def get(self, kind: Kind, where: Ref) -> Object:
         """One object."""
-        return await self._ask("GET", kind.path(where.namespace, where.name))
+        return await self._ask("GET", kind, kind.path(where.namespace, where.name))
 
     async def list(self, kind: Kind, namespace: str = "", **selectors: str) -> tuple[list[Object], str]:
         """All objects of a kind that ``fieldSelector`` and ``labelSelector`` choose, and the version of the list."""
         items: list[Object] = []
         query = {"limit": str(_PAGE), **{name: value for name, value in selectors.items() if value}}
         while True:
-            page = await self._ask("GET", kind.path(namespace), query=query)
+            page = await self._ask("GET", kind, kind.path(namespace), query=query)
             for item in page.get("items") or []:
                 # Lists leave out what their own kind tells.
                 items.append({"apiVersion": kind.api_version, "kind": kind.name, **item})
@@ -142,29 +145,29 @@ class Api:
 
     async def create(self, kind: Kind, item: Object) -> Object:
         """Make a new object."""
-        return await self._ask("POST", kind.path(item["metadata"].get("namespace", "")), body=item)
+        return await self._ask("POST", kind, kind.path(item["metadata"].get("namespace", "")), body=item)
 
     async def replace(self, kind: Kind, item: Object) -> Object:
         """Write a whole object over the version that it was read as."""
         metadata = item["metadata"]
-        return await self._ask("PUT", kind.path(metadata.get("namespace", ""), metadata["name"]), body=item)
+        return await self._ask("PUT", kind, kind.path(metadata.get("namespace", ""), metadata["name"]), body=item)
 
     async def apply(self, kind: Kind, item: Object) -> Object:
         """Have an object be so, made or changed; fields that others manage and it does not name stay as they are."""
         metadata = item["metadata"]
         path = kind.path(metadata.get("namespace", ""), metadata["name"])
         query = {"fieldManager": MANAGER, "force": "true"}
-        return await self._ask("PATCH", path, query=query, body=item, content=APPLY)
+        return await self._ask("PATCH", kind, path, query=query, body=item, content=APPLY)
 
     async def patch(self, kind: Kind, where: Ref, change: Object, subresource: str = "") -> Object:
         """Merge a change into an object (RFC 7386); with a resourceVersion in it only into that version."""
         path = kind.path(where.namespace, where.name, subresource)
-        return await self._ask("PATCH", path, query={"fieldManager": MANAGER}, body=change, content=MERGE)
+        return await self._ask("PATCH", kind, path, query={"fieldManager": MANAGER}, body=change, content=MERGE)
 
     async def delete(self, kind: Kind, where: Ref) -> None:
         """Delete an object, and in the background what it owns; one that is not there is no error."""
         try:
-            await self._ask("DELETE", kind.path(where.namespace, where.name), body={"propagationPolicy": "Background"})
+            await self._ask("DELETE", kind, kind.path(where.namespace, where.name), body=_IN_BACKGROUND)
         except ApiError as error:
             if not error.missing:
                 raise
@@ -181,7 +184,7 @@ class Api:
         if known not in self._served:
             root = kind.path().removesuffix("/" + kind.plural)
             try:
-                found = await self._ask("GET", root)
+                found = await self._ask("GET", kind, root)
             except ApiError as error:
                 if error.missing:
                     return False
@@ -196,13 +199,14 @@ class Api:
     async def _ask(
         self,
         method: str,
+        kind: Kind,
         path: str,
         *,
         query: Mapping[str, str] | None = None,
         body: Object | None = None,
         content: str = "application/json",
     ) -> Object:
-        self.requests[method] = self.requests.get(method, 0) + 1
+        self.requests[method, kind.plural] += 1
         for last_try in (False, True):
             async with await self._open(method, path, query=query, body=body, content=content) as answer:
                 data = await answer.read()

@@ -38,6 +38,7 @@ from mmcore.controller.pods import is_ready
 from mmcore.controller.serving_config import CONFIG_KEY, CONFIG_MAP_NAME, DEFAULTS_KEY, ConfigError, ServingConfig
 from mmcore.controller.work_queue import WorkQueue
 from mmcore.errors import RpcError
+from mmcore.metrics import Exposition
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,25 @@ class Controller:
         self._sources = {source.kind.name: source for source in SOURCES}
 
     @property
-    def requests(self) -> Mapping[str, int]:
-        """Requests to the API server so far, by method; watches are not counted."""
+    def requests(self) -> Mapping[tuple[str, str], int]:
+        """Requests to the API server so far, by method and plural of the kind; watches are not counted."""
         return self._api.requests
+
+    def metrics(self) -> bytes:
+        """What it counts, as Prometheus reads it."""
+        told, prefix = Exposition(), "mmcore_controller_"
+        working = int(self.ready.is_set())
+        told.value(f"{prefix}working", "gauge", "1 while this process leads and knows all objects.", working)
+        requests = [
+            ({"method": method, "resource": plural}, count) for (method, plural), count in self.requests.items()
+        ]
+        told.values(f"{prefix}requests_total", "counter", "Requests to the API server but for watches.", requests)
+        told.value(f"{prefix}queue", "gauge", "Objects that wait for a turn.", len(self.queue))
+        told.value(f"{prefix}turns_total", "counter", "Objects looked at.", self.queue.turns)
+        told.value(f"{prefix}failed_turns_total", "counter", "Looks that failed.", self.queue.failed_turns)
+        objects = [({"resource": one.kind.plural}, len(one.items)) for one in self._known.models]
+        told.values(f"{prefix}objects", "gauge", "Objects that models are described by.", objects)
+        return told.text()
 
     def is_ready(self) -> bool:
         """Whether it works, or would if the one that leads went away."""
@@ -222,7 +239,7 @@ class Controller:
             return
         for name in names:
             where = Ref(namespace, name)
-            informers = [one for one in (self._known.predictors, self._known.inference_services) if where in one.items]
+            informers = [one for one in self._known.models if where in one.items]
             for informer in informers:
                 self.queue.add((informer.kind.name, where))
             if not informers:
@@ -244,7 +261,7 @@ class Controller:
         self._look_at_models(namespace)
 
     def _look_at_models(self, namespace: str) -> None:
-        for informer in (self._known.predictors, self._known.inference_services):
+        for informer in self._known.models:
             for item in informer.of(namespace):
                 self.queue.add((informer.kind.name, ref(item)))
 

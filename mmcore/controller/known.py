@@ -124,6 +124,11 @@ class Known:
         self.etcd_secrets = one(SECRET, installation.etcd_secret)
         self.storage_secrets = one(SECRET, self.storage_secret)
 
+    @property
+    def models(self) -> tuple[Informer, Informer]:
+        """Those of the two kinds of object that ask for a model."""
+        return self.predictors, self.inference_services
+
     async def informers(self) -> list[Informer]:
         """Those to run; of kinds that servers may lack or have in older versions, those that this server has."""
         self.storage_secret = await self._configured_storage_secret()

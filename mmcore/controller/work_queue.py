@@ -29,6 +29,12 @@ class WorkQueue(Generic[KeyT]):
         self._timers: dict[KeyT, asyncio.TimerHandle] = {}
         self._failures: dict[KeyT, int] = {}
         self._arrived = asyncio.Event()
+        #: Turns so far, and those of them that failed.
+        self.turns = self.failed_turns = 0
+
+    def __len__(self) -> int:
+        """How many keys wait for a turn."""
+        return len(self._waiting)
 
     def add(self, key: KeyT) -> None:
         """Look at it as soon as possible."""
@@ -70,9 +76,11 @@ class WorkQueue(Generic[KeyT]):
                 continue
             del self._waiting[key]
             self._running.add(key)
+            self.turns += 1
             try:
                 again = await self._work(key)
             except Exception as error:  # one object's failure stops no other
+                self.failed_turns += 1
                 failures = self._failures[key] = self._failures.get(key, 0) + 1
                 pause = min(_FIRST_PAUSE_S * 2**failures, _LONGEST_PAUSE_S) * random.uniform(0.8, 1.2)  # noqa: S311
                 log.warning("%s: %s; again in %.1f s", key, error or type(error).__name__, pause)

@@ -6,7 +6,9 @@ import asyncio
 import base64
 import json
 import os
+import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -37,10 +39,10 @@ from mmcore.controller.objects import (
 from tests.api_servers import TOKEN, ApiServer, OwnApiServer, secret, write_kubeconfig
 from tests.clusters import WITHIN_S, Cluster, failed, infer, inference_service, predictor, running, runtime, state
 from tests.cutting import CuttingProxy
-from tests.etcds import Etcd, etcdctl
+from tests.etcds import Etcd, etcdctl, free_port
 from tests.garbage_collector import collecting
 from tests.management import SCALE
-from tests.serving import write_model
+from tests.serving import command, environment, write_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -89,7 +91,7 @@ async def test_nothing_is_written_where_nothing_differs(cluster: Cluster) -> Non
     await until(lambda: _idle(cluster.controller))
     assert await versions(cluster) == before
     requests = cluster.controller.requests
-    assert requests.get("PATCH", 0) == 0 and requests.get("DELETE", 0) == 0, requests
+    assert not {"PATCH", "DELETE"} & {method for method, _ in requests}, requests
 
 
 async def _idle(controller: Controller | None) -> bool:
@@ -312,6 +314,45 @@ async def candidates(kubernetes: ApiServer, tmp_path: Path, monkeypatch: pytest.
         await way.cut()
         for api in apis:
             await api.close()
+
+
+async def test_a_controllers_process_answers_probes_and_tells_what_it_does(cluster: Cluster) -> None:
+    await cluster.stop_controller()
+    port = free_port()
+    line = command("controller", "--namespace", cluster.namespace, "--namespace-scope", "--probe-port", str(port))
+    line += ["--kubeconfig", str(cluster.server.controller_kubeconfig)]
+
+    def ask(path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, ""
+        except OSError:
+            return 0, ""
+
+    async def works() -> bool:
+        return "mmcore_controller_working 1" in (await asyncio.to_thread(ask, "/metrics"))[1]
+
+    with (cluster.folder / "controller.log").open("wb") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment())
+    try:
+        await until(works)
+        assert [(await asyncio.to_thread(ask, path))[0] for path in ("/healthz", "/readyz", "/other")] == [
+            200,
+            200,
+            404,
+        ]
+        await cluster.apply(predictor("m", "scale-2"))
+        await cluster.until(PREDICTOR, "m", failed("NoSupportingRuntime"))
+        told = (await asyncio.to_thread(ask, "/metrics"))[1]
+        assert 'mmcore_controller_requests_total{method="PATCH",resource="predictors"} 2' in told
+        assert 'mmcore_controller_objects{resource="predictors"} 1' in told
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 20) == 0
+    finally:
+        process.kill()
+        process.wait(20)
 
 
 async def test_a_controller_that_hears_nothing_more_stops_before_another_begins(candidates: Any) -> None:
