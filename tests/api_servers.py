@@ -22,6 +22,7 @@ import psutil
 import yaml
 
 from tests.etcds import Etcd, free_port
+from tests.guardian import guarded
 from tests.serving import ROOT
 
 START_S: Final = 90.0
@@ -78,7 +79,7 @@ class ApiServer:
         write_kubeconfig(self.kubeconfig, self.url, TOKEN)
         write_kubeconfig(self.controller_kubeconfig, self.url, CONTROLLER_TOKEN)
         with (self.folder / "apiserver.log").open("wb") as log:
-            self._process = subprocess.Popen(list(map(str, self.command())), stdout=log, stderr=log, cwd=ROOT)
+            self._process = guarded(subprocess.Popen(list(map(str, self.command())), stdout=log, stderr=log, cwd=ROOT))
         self._wait()
         for file in sorted(CRDS.glob("*s.yaml")):
             self.define(yaml.safe_load(file.read_text()))

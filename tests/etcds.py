@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+from tests.guardian import guarded
+
 #: How long an etcd may take to start; it is much less on a quiet machine.
 START_S: Final = 30.0
 
@@ -88,7 +90,7 @@ class Etcd:
     def start(self, *, wait: bool = True) -> Etcd:
         """Start it, with the data that it had; it takes clients when this returns."""
         assert self._process is None
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = guarded(subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         if wait:
             self.wait()
         return self

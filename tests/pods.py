@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mmcore.controller.objects import Object
+from tests.guardian import guarded
 from tests.serving import command, environment
 
 READY_WITHIN_S: Final = 30.0
@@ -125,8 +126,14 @@ class Pod:
         # Loopback addresses stand for those of pods: all of them listen on the same ports.
         env |= {"MMCORE_HOST": self.address, "MMCORE_PVC_MOUNTS": str(claims), **more}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command(*self.container["args"]), stdout=subprocess.PIPE, stderr=log, text=True, env=environment(**env)
+            self.process = guarded(
+                subprocess.Popen(
+                    command(*self.container["args"]),
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=environment(**env),
+                )
             )
 
     def _start_server(self, name: str, program: Program, folders: Mapping[str, Path]) -> None:
@@ -135,7 +142,9 @@ class Pod:
         with (self.log.parent / f"{self._folder.name}-{name}.log").open("wb") as log:
             # A session of its own: servers start others.
             self._servers.append(
-                subprocess.Popen([*program.line, *line], stdout=log, stderr=log, env=env, start_new_session=True)
+                guarded(
+                    subprocess.Popen([*program.line, *line], stdout=log, stderr=log, env=env, start_new_session=True)
+                )
             )
 
     def ready(self, within_s: float = READY_WITHIN_S) -> Pod:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from mmcore.pb import model_runtime_pb2 as pb
+from tests.guardian import guarded
 from tests.serving import READY_WITHIN_S, command, environment
 
 Status = pb.RuntimeStatusResponse.Status
@@ -39,8 +40,10 @@ class HeldProcess:
 
     def start(self, wait: bool = True) -> None:
         with self._log.open("a") as stderr:
-            self._process = subprocess.Popen(
-                command("runtime", *self._args), stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment()
+            self._process = guarded(
+                subprocess.Popen(
+                    command("runtime", *self._args), stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment()
+                )
             )
         if wait:
             self.wait_ready()

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.guardian import guarded
+
 ROOT = Path(__file__).parent.parent
 READY_WITHIN_S = 60.0
 
@@ -74,7 +76,9 @@ class Instances:
         log = self._folder / f"instance-{len(self._started)}-{os.urandom(4).hex()}.log"
         call = command("serve", "--grpc-port", "0", *(["--models", models] if models else []), *args)
         with log.open("w") as stderr:
-            process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment(**env))
+            process = guarded(
+                subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment(**env))
+            )
         assert process.stdout is not None
         # A start that hangs must fail the test, not the suite.
         timer = threading.Timer(READY_WITHIN_S, process.kill)

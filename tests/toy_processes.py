@@ -15,6 +15,7 @@ import pytest
 
 from mmcore.pb import inference_pb2
 from mmcore.pb import model_mesh_pb2 as pb
+from tests.guardian import guarded
 from tests.management import Manager
 from tests.serving import ROOT, Instance
 
@@ -26,8 +27,8 @@ class StandIn:
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, module: str, *args: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *args], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        self._process = guarded(
+            subprocess.Popen([sys.executable, "-m", module, *args], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"

@@ -26,6 +26,7 @@ from bench.peers.triton import remove_regions
 from mmcore.pb import inference_pb2
 from mmcore.pb import model_mesh_pb2 as pb
 from tests.certificates import Authority
+from tests.guardian import guarded
 from tests.management import Manager, States
 from tests.runtime_processes import HeldProcess
 from tests.serving import Instance, Serve
@@ -79,7 +80,9 @@ class Server:
 
     def start(self) -> None:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._argv, stdout=log, stderr=log, env=self._env, start_new_session=True)
+            self._process = guarded(
+                subprocess.Popen(self._argv, stdout=log, stderr=log, env=self._env, start_new_session=True)
+            )
 
     def kill(self) -> None:
         if self._process is not None:

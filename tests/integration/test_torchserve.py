@@ -17,6 +17,7 @@ from bench.environments import torchserve
 from bench.peers.served import free_ports
 from mmcore.pb import model_mesh_pb2 as pb
 from tests.certificates import RSA, Authority
+from tests.guardian import guarded
 from tests.management import Manager
 from tests.serving import Instance, Serve
 
@@ -79,13 +80,13 @@ class TorchServe:
     def start(self) -> None:
         argv = ["--start", "--foreground", "--ncs", "--model-store", str(self.store)]
         with (self._folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = guarded(subprocess.Popen(
                 [str(self._environment / "bin" / "torchserve"), *argv, "--ts-config", "config.properties"],
                 stdout=log, stderr=log, start_new_session=True, cwd=self._folder,
                 env={
                     **os.environ, "PATH": f"{self._environment / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"
                 },
-            )  # fmt: skip
+            ))  # fmt: skip
 
     def kill(self) -> None:
         if self._process is not None:
