@@ -36,7 +36,7 @@ _BY_SUFFIX: Final = {
     ".pdmodel": "paddle",
 }
 #: Formats whose suffix others use too.
-_BY_CONTENT: Final = frozenset({".json", ".ubj", ".bst", ".model", ".txt"})
+BY_CONTENT: Final = frozenset({".json", ".ubj", ".bst", ".model", ".txt"})
 
 
 def format_of(path: Path) -> str | None:
@@ -54,7 +54,7 @@ def format_of(path: Path) -> str | None:
         return "openvino" if path.with_suffix(".bin").is_file() else None
     if path.name == "model.py":
         return "python"
-    return _told_by_content(_head(path)) if suffix in _BY_CONTENT else None
+    return _told_by_content(_head(path)) if suffix in BY_CONTENT else None
 
 
 def is_triton_python(path: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Final
 from mmcore.errors import InvalidModel
 from mmcore.model import ModelSource
 from mmcore.storage.containment import inside, refuse_links_out
-from mmcore.storage.formats import format_of, is_triton_python
+from mmcore.storage.formats import BY_CONTENT, format_of, is_triton_python
 from mmcore.storage.settings import SETTINGS_FILES, read_settings
 from mmcore.storage.stated import Stated, VersionPolicy
 
@@ -170,4 +170,7 @@ def _search(folder: Path, wanted: str | None) -> tuple[str, Path]:
 def _nothing_found(folder: Path, entries: list[Path], wanted: str | None) -> str:
     names = [one.name for one in entries[:_NAMED_IN_ERRORS]] + ["…"] * (len(entries) > _NAMED_IN_ERRORS)
     held = f"it holds {', '.join(names)}" if names else "it holds nothing"
+    unknown = [one.name for one in entries if one.suffix in BY_CONTENT and one.name not in _NOT_MODELS]
+    if unknown:
+        held += f"; by its content {unknown[0]} is no model of XGBoost or LightGBM"
     return f"no model file{f' of format {wanted}' if wanted else ''} in {folder.name}; {held}"

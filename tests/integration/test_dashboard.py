@@ -348,6 +348,24 @@ def test_where_tokens_are_needed_it_asks_for_one_and_tells_nothing_before(
 
 
 @needs_browser
+def test_the_page_to_try_rest_sends_a_request_and_the_token(serve: Serve, browser: Chrome, tmp_path: Path) -> None:
+    tokens, models = tmp_path / "tokens.yaml", tmp_path / "models"
+    tokens.write_text("- {name: a, token: let-me, scopes: [infer]}\n")
+    models.mkdir()
+    write_model(models, "guarded", IDENTITY.replace("DATATYPE", "FP32"))
+    browser.get(f"http://{serve(models, '--auth-tokens', tokens).rest}/docs")
+    awaited(browser, lambda one: "carries no bearer token" in text(one, "#answer"))
+    assert "/v2/models/{model}/infer" in text(browser, "#paths")
+    browser.find_element(By.ID, "token").send_keys("let-me", Keys.TAB)
+    awaited(browser, lambda one: not one.find_element(By.ID, "answer").is_displayed())
+    browser.find_element(By.ID, "model").send_keys("guarded")
+    browser.find_element(By.ID, "describe").click()
+    awaited(browser, lambda one: one.find_element(By.ID, "body").get_property("value"))
+    browser.find_element(By.ID, "body").submit()
+    awaited(browser, lambda one: '"model_name": "guarded"' in text(one, "#answer"))
+
+
+@needs_browser
 def test_themes_follow_the_system_and_the_switch(opened: Callable[[str], Chrome]) -> None:
     browser = opened("")
     awaited(browser, rows)

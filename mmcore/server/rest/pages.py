@@ -152,7 +152,9 @@ def openapi(routes: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]) -> byte
         "openapi": "3.1.0",
         "info": {"title": "mmcore", "version": mmcore.__version__, "summary": "KServe V2 and V1 over HTTP"},
         "paths": paths,
-        "components": {"schemas": _SCHEMAS},
+        # Both ways: an instance may have no tokens.
+        "security": [{}, {"token": []}],
+        "components": {"schemas": _SCHEMAS, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
     }
     return orjson.dumps(document)
 

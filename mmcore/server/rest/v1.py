@@ -138,6 +138,8 @@ def _columns(instances: Any, inputs: Sequence[Described]) -> Mapping[str, Any]:
 
 
 def _only(inputs: Sequence[Described]) -> Described:
+    if not inputs:
+        raise InvalidRequest("the model's metadata tells no inputs, which V1 needs; ask it by /v2/models/NAME/infer")
     if len(inputs) != 1:
         names = [spec.name for spec in inputs]
         raise InvalidRequest(f"expected objects with a value for each of the inputs {names}, got arrays")

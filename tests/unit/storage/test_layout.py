@@ -116,7 +116,9 @@ def test_what_is_beside_a_model_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_model_says_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path / "m", model_dot_json='{"layers": []}', data_dot_csv="")
-    with pytest.raises(InvalidModel, match=r"no model file in m; it holds data.csv, model.json"):
+    with pytest.raises(
+        InvalidModel, match=r"no model file in m; it holds data.csv, model.json; by its content model.json"
+    ):
         detect(tmp_path / "m")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidModel, match="it holds nothing"):

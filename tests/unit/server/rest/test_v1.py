@@ -122,3 +122,8 @@ def test_a_row_of_one_is_its_value_where_kserve_answers_it_so(platform: str, val
     body = encode_infer_response("m", "", "", [("predict", "INT64", values)], raw=True)
     response = decode_infer_response(b"".join(body) if isinstance(body, list) else bytes(body))
     assert predictions_of(response, True, platform=platform) == predictions
+
+
+def test_a_model_that_tells_no_inputs_is_to_be_asked_by_v2() -> None:
+    with pytest.raises(InvalidRequest, match=r"tells no inputs.*/v2/models"):
+        request_of("m", b'{"instances": [[1]]}', [])
