@@ -22,12 +22,14 @@ import sys
 import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from mmcore.config import THREAD_POOLS
 from mmcore.errors import MmcoreError
 from mmcore.model import ModelSource
+from mmcore.runtimes.isolation.cgroup import WorkerGroups, place_for_workers
 from mmcore.runtimes.isolation.frames import BrokenFrame, Described, Kind, description_in, error_in, frame, receive
 from mmcore.runtimes.isolation.segment import Segment
 from mmcore.runtimes.isolation.totals import totals
@@ -110,6 +112,9 @@ class WorkerProcess:
             undo.enter_context(self._process)
             undo.callback(self._process.kill)
             self.pid = self._process.pid
+            self._group = _groups().make(memory_bytes, source.settings.isolation_cpus)
+            undo.callback(self._group.end)
+            self._group.add(self.pid)
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         totals.begun(self)
@@ -178,6 +183,7 @@ class WorkerProcess:
             os.killpg(self.pid, signal.SIGKILL)
         if self._user is not None:
             _end_all(self._user)
+        self._group.end()
         stdout = self._process.stdout
         assert stdout is not None
         os.set_blocking(stdout.fileno(), False)
@@ -351,6 +357,11 @@ def _runs(entry: Path) -> bool:
 
 #: Workers started one after another have different ones, so that they cannot look into each other.
 _next_user: Final = itertools.cycle(random.sample(_USERS, len(_USERS)))
+
+
+@cache
+def _groups() -> WorkerGroups:
+    return WorkerGroups(place_for_workers())
 
 
 def _start(descriptors: tuple[int, int, int], confinement: dict[str, Any]) -> subprocess.Popen[bytes]:
