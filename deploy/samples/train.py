@@ -3,13 +3,14 @@
     python deploy/samples/train.py [--all] [DIR]          # build/samples by default
 
 Everything is small and seeded, and learned from data that scikit-learn brings along: nothing is downloaded. A second
-run does nothing unless this script, the classes beside it or a framework's version has changed. Each model's folder
-appears whole or not at all, so that a server may be watching DIR.
+run does nothing unless this script, the classes beside it or a framework's version has changed; one that comes while
+another is at it waits for that. Each model's folder appears whole or not at all, so that a server may be watching DIR.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -51,12 +52,13 @@ def main() -> int:
     wanted = dict(MODELS)
     if options.all:
         wanted |= {name: (make, what) for name, (make, what, module) in LARGE_MODELS.items() if find_spec(module)}
+    folder.mkdir(parents=True, exist_ok=True)
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)  # until this process ends
     recipe = recipe_digest(wanted)
     stamp = folder / STAMP
     if not options.force and made(folder, stamp, recipe, wanted):
         print(f"The sample models in {folder} are up to date")
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     for name, (make, what) in wanted.items():
         began = time.monotonic()
