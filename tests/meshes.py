@@ -52,6 +52,12 @@ class Client:
     async def close(self) -> None:
         await self._channel.close()
 
+    async def connected(self) -> None:
+        """Wait until it is answered: a channel that has found nobody fails what it is asked until it tries again."""
+        models = cluster_pb2.ListRequest().SerializeToString()
+        call = self._channel.unary_unary("/mmcore.Cluster/ListModels")
+        await call(models, timeout=WITHIN_S, wait_for_ready=True)
+
     async def raw(
         self, path: str, body: bytes, timeout_s: float = WITHIN_S, metadata: Sequence[tuple[str, str]] = ()
     ) -> bytes:
@@ -162,6 +168,7 @@ class Member:
         )
         env = {"LD_PRELOAD": str(wrong_clock(self._folder)), "CLOCK_OFF_FILE": str(self.clock)}
         self.instance = await asyncio.to_thread(serve, None, *flags, **env)
+        await self.client.connected()
 
     async def peer_call(self, method: str, model: int) -> None:
         """Have it load a model, or give its copy up, as other instances do."""

@@ -323,6 +323,7 @@ async def test_a_model_that_kills_whoever_loads_it_kills_two_instances_and_no_mo
         assert await left.client.ask(number, number)
     await left.client.unregister(name)
     await asyncio.gather(*(member.start(mesh.serve) for member in mesh.members if member is not left))
+    await mesh.whole()
 
 
 def _alive(mesh: Mesh) -> list[Member]:
