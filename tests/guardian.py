@@ -19,11 +19,13 @@ P = TypeVar("P", "subprocess.Popen[str]", "subprocess.Popen[bytes]")
 
 _starting: Final = threading.Lock()
 _pipe: int | None = None
+#: Kept, as one that is let go while it runs warns.
+_guardian: subprocess.Popen[bytes] | None = None
 
 
 def guarded(process: P) -> P:
     """The same process, which ends with this one; if it leads a group of processes, they do as well."""
-    global _pipe
+    global _guardian, _pipe
     with _starting:
         if _pipe is None:
             theirs, _pipe = os.pipe()
