@@ -31,7 +31,9 @@ def guarded(process: P) -> P:
             theirs, _pipe = os.pipe()
             # A session of its own: it outlives whoever ends the run with all its group.
             null = subprocess.DEVNULL
-            subprocess.Popen([sys.executable, __file__], stdin=theirs, stdout=null, stderr=null, start_new_session=True)
+            _guardian = subprocess.Popen(
+                [sys.executable, __file__], stdin=theirs, stdout=null, stderr=null, start_new_session=True
+            )
             os.close(theirs)
     os.write(_pipe, b"%d\n" % process.pid)
     return process

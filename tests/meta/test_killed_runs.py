@@ -28,7 +28,9 @@ sys.stdin.read()
 
 def test_what_a_killed_run_has_started_ends_with_it() -> None:
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", RUN], stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as run:
+    # A warning would come first.
+    line = [sys.executable, "-W", "always", "-c", RUN]
+    with subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as run:
         assert run.stdout is not None
         started = [psutil.Process(int(pid)) for pid in run.stdout.readline().split()]
         assert len(started) == 3
