@@ -42,6 +42,7 @@ class Toy:
         self.lock = threading.Lock()
         self.running = self.most_running = 0
         self.loading = self.most_loading = 0
+        self.refused: grpc.StatusCode | None = None
 
     def status(self, request: pb.RuntimeStatusRequest, context: Context) -> pb.RuntimeStatusResponse:
         self.journal.append("status")
@@ -125,6 +126,8 @@ class Toy:
         if "traceparent" in headers:
             self.journal.append(f"traced {headers['traceparent']}")
         self.journal.append(f"infer {request.model_name} {headers.get('mm-model-id')} {headers.get('mm-vmodel-id')}")
+        if self.refused is not None:
+            context.abort(self.refused, "not now")
         with self.lock:
             self.running += 1
             self.most_running = max(self.most_running, self.running)
@@ -141,6 +144,11 @@ class Toy:
 
     def forget(self, body: bytes, context: Context) -> bytes:
         self.models.clear()
+        return b""
+
+    def refuse(self, body: bytes, context: Context) -> bytes:
+        """Answer requests for models with this status from now on."""
+        self.refused = grpc.StatusCode[body.decode()]
         return b""
 
     def sleep(self, body: bytes, context: Context) -> bytes:
@@ -212,6 +220,7 @@ def serve(address: str, settings: dict[str, Any]) -> list[grpc.Server]:
             "Forget": raw(toy.forget),
             "Journal": raw(toy.journal_text),
             "Ask": raw(toy.ask),
+            "Refuse": raw(toy.refuse),
             "Sleep": raw(toy.sleep),
         },
     }

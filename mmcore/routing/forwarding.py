@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 #: Messages of a stream that are kept until the first answer, in case another holder has to be asked, in bytes.
 REPLAY_BYTES: Final = 2**20
 #: Answers of a holder, not of the model, that another holder may improve on.
-_OTHERS_MAY_ANSWER: Final = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED)
+OTHERS_MAY_ANSWER: Final = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED)
 #: Answers of an instance that was to load the model and has not, or has no room for it.
 _NOT_LOADED: Final = (Status.FAILED_PRECONDITION, Status.RESOURCE_EXHAUSTED)
 #: How long a peer that has left may take for what is in flight.
@@ -158,7 +158,7 @@ class Forwarding(Forwards):
         if answer.lost and not answer.refused:
             self._lost_with(request, peer)
         if not self._has_done_nothing(request.model, peer, answer) and not not_loaded:
-            if answer.status not in _OTHERS_MAY_ANSWER:
+            if answer.status not in OTHERS_MAY_ANSWER:
                 request.refuse(answer)
                 return
             request.ran += 1

@@ -214,6 +214,23 @@ class Mesh(Loads):
         table = self._router.table
         table.hold(model, tuple(peer for peer in table.holders(model) if peer.instance != instance))
 
+    def ask_another(
+        self, call: Any, body: bytes, model: str, instead: Callable[[], object], *, path: str, resolved: bool = False
+    ) -> bool:
+        """Have another holder answer a request that was refused here for want of room or readiness; False: there is none.
+
+        ``instead`` is called when that one cannot be asked. A request that came from another instance stays: who
+        passed it on hears of the failure, and decides.
+        """
+        holders = tuple(peer for peer in self._router.table.holders(model) if peer.usable and not peer.silent)
+        if not holders or arrival_of(call) is not None:
+            return False
+        # It may have run here.
+        self._forwarding.unary(
+            call, body, model, holders, mode=Mode.HIT, resolved=resolved, path=path, instead=lambda *_: instead(), ran=1
+        )
+        return True
+
     def load_elsewhere(
         self, call: Any, body: bytes, model: str, failure: MmcoreError, *, path: str, resolved: bool = False
     ) -> bool:

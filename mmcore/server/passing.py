@@ -21,6 +21,7 @@ from mmcore.adapters import External, ExternalModel, has_forgotten
 from mmcore.cache import Copy
 from mmcore.errors import InvalidRequest, LoadFailed, MmcoreError, NotFound, RpcError, Status, Unimplemented
 from mmcore.routing import Kind, Mesh, Names, Router
+from mmcore.routing.forwarding import OTHERS_MAY_ANSWER
 from mmcore.routing.hops import arrival_of
 from mmcore.routing.mesh import SHARED_FROM
 from mmcore.server.calls import Body, Waiting
@@ -268,7 +269,8 @@ class PassThrough(Passing):
         copy = passed.target.copy
         forgotten = has_forgotten(answer.status, answer.details)
         if request is None or request.sent >= _SENT_AT_MOST or not (answer.lost or answer.refused or forgotten):
-            passed.refuse(answer)
+            if request is None or not self._asked_another(passed, answer, request):
+                passed.refuse(answer)
             return
         if forgotten and not self._may_reload(copy):
             passed.refuse(answer)
@@ -278,6 +280,18 @@ class PassThrough(Passing):
         self._waiting.start(
             passed.call, self._once_more(passed.call, passed.body, copy.name, request), request.way.name
         )
+
+    def _asked_another(self, passed: Passed, answer: ClientCall, request: Asked) -> bool:
+        """Whether another copy has been asked, since the runtime here has no room or says that it is not to be had."""
+        model = passed.target.copy.name
+        if self._mesh is None or answer.status not in OTHERS_MAY_ANSWER or self._router.in_folder(model):
+            return False
+        path, resolved = request.way.path, model != request.name
+
+        def instead() -> None:
+            passed.refuse(answer)
+
+        return self._mesh.ask_another(passed.call, passed.body, model, instead, path=path, resolved=resolved)
 
     def _may_reload(self, copy: Copy) -> bool:
         """Give up a copy that the runtime does not know; False where that has just been done in vain."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -257,3 +258,36 @@ def test_what_a_lost_runtime_held_is_answered_by_the_other_instances_runtime(
         for mesh in two:
             assert mesh.infer(f"m{number}").model_name == f"m{number}"
     assert {f"load m{number}" for number in range(4)} <= set(runtimes[1].journal)
+
+
+def test_what_a_runtime_has_no_room_for_or_is_not_fit_for_is_answered_by_another_copy(
+    two: tuple[Front, Front], runtimes: list[Runtime]
+) -> None:
+    two[0].register("m", key=json.dumps({"copies": {"everywhere": True}}), load=True)
+    for runtime in runtimes[:2]:
+        runtime.wait_for("load m")
+    runtimes[0].call("Refuse", b"RESOURCE_EXHAUSTED")
+    # That the other copy is loaded, the first instance knows some moments later.
+    ends_at = time.monotonic() + 15
+    while not (answered := _answer_of(two[0], "m")) and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    assert answered == "m"
+    for code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
+        runtimes[0].call("Refuse", code.encode())
+        asked = [runtime.journal.count("infer m m None") for runtime in runtimes[:2]]
+        assert two[0].infer("m").model_name == "m"
+        assert two[1].infer("m").model_name == "m"
+        assert [runtime.journal.count("infer m m None") for runtime in runtimes[:2]] == [asked[0] + 1, asked[1] + 2]
+    # Another status is the model's own answer, and there is no third copy.
+    runtimes[0].call("Refuse", b"ABORTED")
+    assert refused(lambda: two[0].infer("m")) == (grpc.StatusCode.ABORTED, "not now")
+    for runtime in runtimes[:2]:
+        runtime.call("Refuse", b"UNAVAILABLE")
+    assert refused(lambda: two[0].infer("m")) == (grpc.StatusCode.UNAVAILABLE, "not now")
+
+
+def _answer_of(mesh: Front, model: str) -> str:
+    try:
+        return mesh.infer(model).model_name
+    except grpc.RpcError:
+        return ""
