@@ -217,7 +217,7 @@ class Mesh(Loads):
     def ask_another(
         self, call: Any, body: bytes, model: str, instead: Callable[[], object], *, path: str, resolved: bool = False
     ) -> bool:
-        """Have another holder answer a request that was refused here for want of room or readiness; False: there is none.
+        """Have another holder answer a request that was refused here for want of room or readiness; False: no other.
 
         ``instead`` is called when that one cannot be asked. A request that came from another instance stays: who
         passed it on hears of the failure, and decides.
