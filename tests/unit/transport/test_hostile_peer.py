@@ -46,7 +46,7 @@ async def test_a_wrong_preface_closes_the_connection(serve: Serve, start: bytes)
 
 @pytest.mark.parametrize("start", [b"", PREFACE[:10], PREFACE, PREFACE + b"\0\0\0"])
 async def test_a_slow_preface_is_not_waited_for(serve: Serve, start: bytes) -> None:
-    served = await serve(handshake_timeout_s=0.05)
+    served = await serve(handshake_timeout_s=0.3)
     peer = await served.peer(greet=False)
     peer.raw(start)
     await peer.until_end()

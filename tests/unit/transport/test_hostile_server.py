@@ -258,7 +258,7 @@ async def test_a_server_that_gives_no_window_is_waited_for_until_the_deadline(
     raw: RawServer, open_channel: Open
 ) -> None:
     channel = open_channel()
-    call = asyncio.create_task(channel.unary(UNARY, bytes(1_000_000), timeout_s=0.1))
+    call = asyncio.create_task(channel.unary(UNARY, bytes(1_000_000), timeout_s=0.5))
     server = await raw.accept({4: 100})
     assert (await outcome(call))[0] == Status.DEADLINE_EXCEEDED
     reset = await server.until(RstStreamFrame)
