@@ -146,11 +146,12 @@ class Router(FolderModels):
                 waiting[name] = self.load(name, priority=Priority.PRELOAD)
             except MmcoreError as error:
                 errors[name] = error
-        for name, waiter in waiting.items():
-            try:
-                await waiter
-            except MmcoreError as error:
-                errors[name] = error
+        # All at once: one that fails behind others would be told of by the loop where this ends before.
+        for name, loaded in zip(waiting, await asyncio.gather(*waiting.values(), return_exceptions=True), strict=True):
+            if isinstance(loaded, MmcoreError):
+                errors[name] = loaded
+            elif isinstance(loaded, BaseException):
+                raise loaded
         return errors
 
     async def load_explicit(self, name: str) -> Copy:

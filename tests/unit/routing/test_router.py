@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -525,6 +527,35 @@ async def test_preloading_loads_what_is_named_or_all(instance: Instance) -> None
     assert instance.router.lookup("a") is not None
     errors = await instance.router.preload(("all",))
     assert {name: str(error) for name, error in errors.items()} == {"b": "model.onnx is corrupt"}
+
+
+async def test_an_end_while_models_are_preloaded_leaves_no_error_behind(
+    instance: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+    entered, opened = threading.Event(), threading.Event()
+
+    def slow(self: Frameworks, source: ModelSource) -> FakeModel:
+        entered.set()
+        assert opened.wait(10)
+        raise LoadFailed("too late")
+
+    monkeypatch.setattr(Frameworks, "__call__", slow)
+    for name in "abcdefgh":
+        instance.put(f"{name}/model.onnx")
+    await instance.router.start()
+    preloading = asyncio.create_task(instance.router.preload(("all",)))
+    assert await asyncio.to_thread(entered.wait, 10)
+    preloading.cancel()
+    stopping = asyncio.create_task(instance.router.close())
+    with pytest.raises(asyncio.CancelledError):
+        await preloading
+    opened.set()
+    await stopping
+    del preloading, stopping
+    gc.collect()
+    assert [context["message"] for context in told] == []
 
 
 async def test_models_can_be_registered_without_a_folder() -> None:
