@@ -342,6 +342,17 @@ def parse_target(text: str) -> str:
     return text
 
 
+def parse_collector(text: str) -> str:
+    """Where a collector of traces is, ``http://HOST:PORT`` or with https, as it was written.
+
+    Raises:
+        ValueError: it is no such address.
+    """
+    if not text.startswith(("http://", "https://")) or not text.partition("://")[2]:
+        raise ValueError(f"{text!r} is not a collector's address; write http://HOST:4318")
+    return text
+
+
 def parse_duration(text: str) -> float:
     """``90``, ``90s``, ``1.5m``, ``250ms`` or ``2h`` in seconds.
 

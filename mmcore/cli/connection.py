@@ -12,8 +12,8 @@ from typing import Any, Final, TypeVar
 import click
 from google.protobuf.message import Message
 
-from mmcore.cli.parameters import DURATION, FILE, Parsed
-from mmcore.config import TlsFiles, TransportSettings, parse_target
+from mmcore.cli.parameters import DURATION, FILE, TARGET
+from mmcore.config import TlsFiles, TransportSettings
 from mmcore.errors import InvalidSetting, RpcError, Status
 from mmcore.transport import Channel
 from mmcore.transport.tls import client_context
@@ -58,7 +58,7 @@ def connection_options(function: _Decorated) -> _Decorated:
     )(function)
     return click.option(
         "--target",
-        type=Parsed("address", parse_target),
+        type=TARGET,
         metavar="ADDRESS",
         default="127.0.0.1:8033",
         envvar="MMCORE_TARGET",

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from mmcore.config import parse_duration, parse_size
+from mmcore.config import parse_collector, parse_duration, parse_size, parse_target
 from mmcore.registry import registry_url
 
 
@@ -44,6 +44,8 @@ FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 AUTHORITIES: Final = click.Path(exists=True, path_type=Path)
 DURATION: Final = Parsed("duration", parse_duration)
 REGISTRY: Final = Parsed("url", registry_url)
+COLLECTOR: Final = Parsed("url", parse_collector)
+TARGET: Final = Parsed("address", parse_target)
 RUNTIME: Final = Parsed("address", runtime_address)
 
 

@@ -14,7 +14,7 @@ from typing import Final
 import click
 
 from mmcore import log
-from mmcore.cli.parameters import AUTHORITIES, DURATION, FILE, REGISTRY, RUNTIME, SIZE, config_option, option
+from mmcore.cli.parameters import AUTHORITIES, COLLECTOR, DURATION, FILE, REGISTRY, RUNTIME, SIZE, config_option, option
 from mmcore.cli.tls import runtime_settings, runtime_tls_options, tls_files, tls_options
 from mmcore.config import (
     EVICTIONS,
@@ -218,6 +218,7 @@ _STORAGE: Final = StorageSettings()
 @option("--log-requests/--no-log-requests", default=False, help="A line in the log for each request.")
 @option(
     "--otlp-endpoint",
+    type=COLLECTOR,
     metavar="URL",
     show_default="no traces",
     help="Send traces to this OpenTelemetry collector, http://HOST:4318.",

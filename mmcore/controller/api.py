@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 import orjson
 
 from mmcore.controller.objects import MANAGER, Kind, Object, Ref
-from mmcore.errors import Unavailable
+from mmcore.errors import InvalidSetting, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +74,20 @@ class Api:
         self.requests: Counter[tuple[str, str]] = Counter()
 
     async def connect(self) -> None:
-        """Read where the server is and who we are."""
-        import aiohttp
-        from kubernetes.aio import client, config
+        """Read where the server is and who we are.
 
+        Raises:
+            ApiError: nothing says where it is.
+            InvalidSetting: the client of Kubernetes is not installed.
+        """
+        try:
+            import aiohttp
+            from kubernetes.aio import client, config
+        except ImportError as error:
+            raise InvalidSetting(
+                f"the controller needs a package that cannot be imported ({error.name}); "
+                "install it with: pip install 'mmcore[controller]'"
+            ) from None
         configuration = client.Configuration()
         configuration.connection_pool_maxsize = _CONNECTIONS
         try:

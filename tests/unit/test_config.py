@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcore.config import default_capacity, memory_limit, parse_duration, parse_size, parse_target
+from mmcore.config import default_capacity, memory_limit, parse_collector, parse_duration, parse_size, parse_target
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,13 @@ def test_addresses_are_taken_as_they_are(text: str) -> None:
 def test_what_is_no_address_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         parse_target(text)
+
+
+@pytest.mark.parametrize("text", ["", "collector:4318", "http://", "grpc://collector:4317"])
+def test_what_is_no_collector_is_refused_with_an_example(text: str) -> None:
+    assert parse_collector("https://collector:4318") == "https://collector:4318"
+    with pytest.raises(ValueError, match="http://HOST:4318"):
+        parse_collector(text)
 
 
 @pytest.mark.parametrize("text", ["", "-1s", "1d", "soon"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mmcore.controller.mesh_manifests import constraints_map
 from mmcore.controller.objects import CLUSTER_SERVING_RUNTIME
 from mmcore.controller.runtimes import Runtime, problems
 from mmcore.controller.serving_config import ServingConfig
+from tests.etcds import free_port
 from tests.pods import instance_of, mounted, variables
 from tests.serving import ROOT
 from tests.unit.controller.objects import runtime
@@ -98,3 +100,13 @@ def test_every_variable_is_an_option(name: str) -> None:
     made = deployment(RUNTIMES[name], ServingConfig.read(CONFIGS["TLS"]), Place("models", "etcd"), 1)
     stated = {entry["name"] for entry in instance_of(made)["env"]}
     assert stated - options == {"POD_IP"}
+
+
+def test_a_controller_without_its_client_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes.aio", None)
+    assert main.run(["controller", "--probe-port", str(free_port())]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "pip install 'mmcore[controller]'" in lines[-1]
+    assert not [line for line in lines if "Traceback" in line]
