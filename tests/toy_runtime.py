@@ -73,6 +73,7 @@ class Toy:
         if "refused" in words:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "I do not take such models")
         if "broken" in words:
+            self.models[request.modelId] = words  # of which something may be left
             context.abort(grpc.StatusCode.INTERNAL, "it is broken")
         if "waits" in words:
             while context.is_active():  # given up by who asked for it

@@ -48,6 +48,8 @@ UNLOAD_S: Final = 30.0
 #: Pauses between attempts to unload a model: the first and the longest, each twice the last.
 UNLOAD_PAUSE_S: Final = 0.5
 UNLOAD_LONGEST_PAUSE_S: Final = 10.0
+#: How often what failed to load is unloaded where that is refused: for three minutes.
+CLEAN_UP_ATTEMPTS: Final = 20
 #: A model's loading may take so long where the runtime does not say.
 LOAD_S: Final = 90.0
 #: Answers to a load that say that nothing was attempted and no memory used.
@@ -136,6 +138,8 @@ class External:
         self._ids: dict[str, asyncio.Future[None] | None] = {}
         #: Loads that the runtime is at.
         self._loading: set[asyncio.Task[ExternalModel]] = set()
+        #: Unloads of what failed to load, where the runtime has refused that once.
+        self._cleaning: set[asyncio.Task[bool]] = set()
         #: Whether it has been said that sizes are not told beforehand.
         self._predicts = True
         self._closing = False
@@ -176,10 +180,11 @@ class External:
     async def close(self) -> None:
         """Let go of the runtime."""
         self.give_up_loads()
-        for task in self._following:
+        ending = [*self._following, *self._cleaning]
+        for task in ending:
             task.cancel()
-        if self._following:
-            await asyncio.wait(self._following)
+        if ending:
+            await asyncio.wait(ending)
         await self.channel.close()
         await self.runtime.close()
 
@@ -366,13 +371,14 @@ class External:
             response = await self._ask_to_load(request)
         except RpcError as error:
             if error.status not in _NOTHING_DONE:
-                await self._unload(known_as, life, attempts=1)
-            self._ids.pop(known_as, None)
+                await self._clean_up(known_as, life)
+            elif life == self._life:
+                del self._ids[known_as]
             if life != self._life or error.status is Status.UNAVAILABLE:
                 raise Unavailable(f"the runtime went away while it loaded: {error.details}") from None
             raise LoadFailed(_failure(error, self.load_s)) from None
         except BaseException:
-            await self._unload(known_as, life, attempts=1)
+            await self._clean_up(known_as, life)
             raise
         size = response.sizeInBytes or await self._size_of(known_as, key)
         limit = self._model_concurrency
@@ -420,10 +426,27 @@ class External:
         if model.life == self._life and self._ids.get(model.id, self) is None:
             self._ids[model.id] = self._loop.create_future()
 
-    async def _unload(self, known_as: str, life: int, attempts: int = 0) -> None:
-        """Unload until the runtime confirms it, or so many times; nothing where the runtime has been lost since."""
-        if life != self._life or known_as not in self._ids:
+    async def _clean_up(self, known_as: str, life: int) -> None:
+        """Have the runtime unload what it may have loaded of a model that failed.
+
+        One that refuses is asked some times more, which nobody waits for: the model may never have been there.
+        """
+        if await self._unload(known_as, life, attempts=1) or self._closing or life != self._life:
             return
+        assert self._loop is not None
+        self._ids[known_as] = None
+        unload = self._unload(known_as, life, attempts=CLEAN_UP_ATTEMPTS)
+        task = self._loop.create_task(unload, name=f"unload {known_as}, which failed to load")
+        self._cleaning.add(task)
+        task.add_done_callback(self._cleaning.discard)
+
+    async def _unload(self, known_as: str, life: int, attempts: int = 0) -> bool:
+        """Unload until the runtime confirms it, or so many times; whether it is there no more.
+
+        Nothing is to be done where the runtime has been lost since.
+        """
+        if life != self._life or known_as not in self._ids:
+            return True
         assert self._loop is not None
         left = self._ids[known_as] = self._ids[known_as] or self._loop.create_future()
         pause_s = UNLOAD_PAUSE_S
@@ -431,14 +454,15 @@ class External:
             while life == self._life:
                 try:
                     await self.runtime.unload(known_as, UNLOAD_S)
-                    return
+                    return True
                 except RpcError as error:
                     log.warning("model %s was not unloaded: %s (%s)", known_as, error.details, error.status.name)
                 attempts -= 1
                 if attempts == 0 or self._closing:
-                    return
+                    return False
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, UNLOAD_LONGEST_PAUSE_S)
+            return True
         finally:
             left.set_result(None)
             if self._ids.get(known_as) is left:

@@ -101,6 +101,23 @@ def test_methods_that_the_runtime_does_not_name_are_refused_unless_it_takes_any(
     assert refused(lambda: mesh.call("toy.Toy/Ask", b"", mm_model_id="m"))[0] is grpc.StatusCode.UNIMPLEMENTED
 
 
+def test_a_service_of_its_own_names_a_vmodel_in_a_submessage_and_gets_the_model_in_another(
+    front: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "dataplane.json"
+    file.write_text(json.dumps({"rpcConfigs": {"toy.Toy/Ask": {"idExtractionPath": [1, 2], "vModelId": True}}}))
+    mesh = front("--dataplane-config", file, methods={"toy.Toy/Ask": [3, 1]}, any=True)
+    mesh.register("m")
+    mesh.client.set_vmodel("alias", "m")
+    asked, told = b"\x0a\x07\x12\x05alias", b"\x1a\x03\x0a\x01m"
+    assert mesh.call("toy.Toy/Ask", asked) == b"m " + asked + told
+    assert mesh.call("toy.Toy/Ask", asked + b"\x1a\x05\x0a\x03old") == b"m " + asked + told
+    # The name in the message goes before that of the metadata, which is the model's where the message says nothing.
+    assert mesh.call("toy.Toy/Ask", asked, mm_model_id="n") == b"m " + asked + told
+    assert mesh.call("toy.Toy/Ask", b"", mm_model_id="m") == b"m " + told
+    assert refused(lambda: mesh.infer("m"))[0] is grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_streams_pass_with_the_id_of_each_message(front: Start) -> None:
     mesh = front()
     mesh.register("m")
@@ -173,6 +190,14 @@ def test_an_unload_that_is_refused_is_asked_for_again(front: Start, runtime: Run
         mesh.infer(name)
     assert mesh.infer("b").model_name == "b"
     runtime.wait_for("unload a", 2)
+
+
+def test_what_is_left_of_a_load_that_failed_is_unloaded_at_last(front: Start, runtime: Runtime) -> None:
+    mesh = front()
+    mesh.register("m", "m-broken-stays.onnx")
+    code, text = refused(lambda: mesh.infer("m"))
+    assert (code, text) == (grpc.StatusCode.FAILED_PRECONDITION, "the runtime says INTERNAL: it is broken")
+    runtime.wait_for("unload m", 2)
 
 
 def test_a_model_takes_no_more_requests_at_once_than_the_runtime_says(front: Start, runtime: Runtime) -> None:
