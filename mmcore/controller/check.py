@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import yaml
 
-from mmcore.controller import adapter_limits
+from mmcore.controller import notices
 from mmcore.controller.deployment import ETCD_KEY
 from mmcore.controller.mesh_manifests import etcd_secret, storage_entries
 from mmcore.controller.objects import (
@@ -19,7 +19,6 @@ from mmcore.controller.objects import (
     SERVING_RUNTIME,
     Kind,
     Object,
-    annotations_of,
     at,
 )
 from mmcore.controller.runtimes import Runtime, effective_runtimes, problems
@@ -30,15 +29,6 @@ from mmcore.controller.wanted import DEPLOYMENT_MODE, InvalidSpec, is_served, of
 #: Fields of an InferenceService's predictor that say something of its model; the others are of pods of its own.
 _MODEL_FIELDS: Final = (
     *("model", "xgboost", "lightgbm", "sklearn", "tensorflow", "onnx", "pytorch", "triton", "pmml", "paddle"),
-)
-#: An annotation of runtimes that named a ConfigMap whose content was not used.
-_PRODUCT_CONFIG: Final = "productConfig"
-#: Fields of a runtime's ``spec`` that mean something here, or of which it is said above that they do not.
-_RUNTIME_FIELDS: Final = (
-    *("affinity", "annotations", "builtInAdapter", "containers", "disabled", "grpcDataEndpoint", "grpcEndpoint"),
-    *("hostIPC", "httpDataEndpoint", "imagePullSecrets", "initContainers", "labels", "multiModel", "nodeSelector"),
-    *("priorityClassName", "protocolVersions", "replicas", "runtimeClassName", "securityContext", "storageHelper"),
-    *("supportedModelFormats", "tolerations", "volumes"),
 )
 #: The archived controller's webhook: its server is gone with that controller.
 _OLD_WEBHOOK: Final = "modelmesh-servingruntime.serving.kserve.io"
@@ -117,18 +107,8 @@ def _runtime(item: Object, runtimes: list[Object], config: ServingConfig) -> Ite
     wrong = problems(runtime, config)
     for problem in wrong:
         yield "error", problem
-    for field in ("httpDataEndpoint", "storageHelper"):
-        if runtime.spec.get(field):
-            yield "note", f"{field} has no effect: instances pull models and serve REST themselves"
-    if _PRODUCT_CONFIG in annotations_of(item):
-        yield "note", f"{_PRODUCT_CONFIG} has no effect: it had none"
-    for limit in adapter_limits.without_effect(runtime):
-        yield "note", f"{limit} has no effect: there is no other server that it would hold for"
-    for entry in at(runtime.spec, "builtInAdapter", "env") or []:
-        if not entry["name"].startswith("MMCORE_") and entry["name"] not in adapter_limits.VARIABLES:
-            yield "note", f"builtInAdapter.env {entry['name']} has no effect: an instance is in the adapter's place"
-    if unknown := sorted(runtime.spec.keys() - set(_RUNTIME_FIELDS)):
-        yield "note", f"spec: {', '.join(unknown)} have no effect"
+    for notice in notices.of_runtime(runtime):
+        yield "note", notice
     if not wrong:
         names = ", ".join(f"'{one['name']}'" for one in runtime.containers)
         beside = f"{names} and one instance beside it" if names else "one instance and nothing else"
@@ -136,9 +116,8 @@ def _runtime(item: Object, runtimes: list[Object], config: ServingConfig) -> Ite
 
 
 def _predictor(item: Object, runtimes: list[Object], config: ServingConfig) -> Iterator[tuple[str, str]]:
-    for field in ("gpu", "serviceAccountName"):
-        if at(item, "spec", field):
-            yield "note", f"spec.{field} has no effect, as it had none"
+    for notice in notices.of_predictor(item):
+        yield "note", notice
     yield from _model(item, PREDICTOR, runtimes)
 
 

@@ -26,7 +26,8 @@ class Informer:
 
     Attributes:
         items: the objects by where they are, without what only servers and clients use.
-        synced: set when all of them are known; of a kind that the server does not have, there are none.
+        synced: set when all of them are known; of a kind that the server does not have, there are none. One that it
+            does not have any more has those that it had.
     """
 
     def __init__(
@@ -74,12 +75,12 @@ class Informer:
                     version = ""
                     continue
                 if error.missing:
-                    self._take([])
-                    self.synced.set()
+                    # A server that has just started may not know its custom resources yet. What was there is taken to
+                    # be there: else all models would be let go, and all pods.
                     version = ""
-                log.log(
-                    logging.DEBUG if error.missing else logging.WARNING, "cannot follow %s: %s", self.kind.plural, error
-                )
+                    self.synced.set()
+                quiet = error.missing and not self.items
+                log.log(logging.DEBUG if quiet else logging.WARNING, "cannot follow %s: %s", self.kind.plural, error)
             await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
             pause = min(pause * 2, _LONGEST_PAUSE_S)
 

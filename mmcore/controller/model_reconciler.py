@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final
 
-from mmcore.controller import pods
+from mmcore.controller import notices, pods
 from mmcore.controller.api import Api, ApiError
 from mmcore.controller.deployment import deployment_name, pod_selector
 from mmcore.controller.events import Events
@@ -23,6 +23,7 @@ from mmcore.controller.objects import (
     Kind,
     Object,
     Ref,
+    at,
     covers,
     deleting,
     labels_of,
@@ -290,6 +291,9 @@ class ModelReconciler:
 
     def _tell(self, source: Source, item: Object, status: ModelStatus) -> None:
         before = source.read(item)
+        if at(item, "status", "observedGeneration") != item["metadata"].get("generation"):
+            for notice in notices.of_predictor(item):
+                self._events.warn(item, "WithoutEffect", notice)
         if status.failure is not None:
             self._events.warn(item, status.failure.reason, status.failure.told)
         elif status.active == "Loaded" and (before.active != "Loaded" or before.target):

@@ -12,7 +12,7 @@ from typing import Final
 import orjson
 
 from mmcore.controller import mesh_manifests as manifests
-from mmcore.controller import pods
+from mmcore.controller import notices, pods
 from mmcore.controller.api import Api, ApiError
 from mmcore.controller.deployment import CONSTRAINTS_MAP, Place, claims_of, deployment, deployment_name
 from mmcore.controller.events import Events
@@ -161,6 +161,8 @@ class NamespaceReconciler:
         if found:
             self._events.warn(item, "InvalidSpec", condition["message"])
         if not covers(before, conditions):
+            for notice in notices.of_runtime(runtime):
+                self._events.warn(item, "WithoutEffect", notice)
             version = item["metadata"]["resourceVersion"]
             change = {"metadata": {"resourceVersion": version}, "status": {"conditions": conditions}}
             try:

@@ -99,8 +99,9 @@ async def test_what_cannot_be_served_is_told(cluster: Cluster) -> None:
         assert status["lastFailureInfo"]["message"] == message
         assert "location" not in status["lastFailureInfo"]
     # They stand in nobody's way.
-    await cluster.apply(predictor("good", "scale-2"))
+    await cluster.apply(predictor("good", "scale-2", gpu="required"))
     await cluster.until(PREDICTOR, "good", state("Loaded"))
+    assert ("WithoutEffect", "spec.gpu has no effect, as it had none") in await cluster.events("good")
 
 
 async def test_a_spec_that_contradicts_itself_is_refused_or_told(cluster: Cluster) -> None:
@@ -279,6 +280,9 @@ async def test_a_cluster_of_several_namespaces(kubernetes: ApiServer, tmp_path: 
         own["metadata"]["namespace"] = team
         await cluster.apply(own)
         await cluster.until_gone(DEPLOYMENT, f"modelmesh-serving-{name}", team)
+        again = await cluster.get(SECRET, "model-serving-etcd", team)
+        # The copy is written once, and not each time that the namespace is looked at.
+        assert again is not None and again["metadata"]["resourceVersion"] == copied["metadata"]["resourceVersion"]
         disabled = lambda one: failed("RuntimeDisabled")(one) and not one["status"]["available"]  # noqa: E731
         await cluster.until(PREDICTOR, "m", disabled, team)
         await cluster.delete(SERVING_RUNTIME, name, team)

@@ -30,6 +30,7 @@ from mmcore.controller.objects import (
     NETWORK_POLICY,
     POD,
     PREDICTOR,
+    SECRET,
     SERVICE,
     SERVING_RUNTIME,
     Object,
@@ -171,10 +172,21 @@ def wipe(etcd: str, prefix: str) -> None:
         assert int(json.loads(answer.read())["deleted"]) > 0
 
 
-async def test_an_etcd_secret_that_changes_is_followed(cluster: Cluster, tmp_path: Path) -> None:
+async def test_an_etcd_secret_that_is_missing_or_changes_is_followed(cluster: Cluster, tmp_path: Path) -> None:
+    first = await cluster.get(SECRET, "model-serving-etcd")
+    assert first is not None
+    await cluster.delete(SECRET, "model-serving-etcd")
     await cluster.apply(runtime())
     await cluster.apply(predictor("m", "scale-2"))
+
+    async def missed() -> bool:
+        return "EtcdSecretMissing" in [reason for reason, _ in await cluster.events("own")]
+
+    await until(missed)
+    # One that is made later is taken, and stays.
+    await cluster.apply(secret(cluster.namespace, "model-serving-etcd", etcd_connection=connection_of(first)))
     await cluster.until(PREDICTOR, "m", state("Loaded"))
+    assert await cluster.get(SECRET, "model-serving-etcd") is not None
 
     async def change(prefix: str) -> None:
         connection = {"endpoints": etcd.url, "root_prefix": prefix}
@@ -187,6 +199,11 @@ async def test_an_etcd_secret_that_changes_is_followed(cluster: Cluster, tmp_pat
         get = ("--endpoints", etcd.endpoint, "get", "--prefix", f"{prefix}/models/", "--keys-only")
         return bool(await asyncio.to_thread(etcdctl, *get))
 
+    async def alone() -> bool:
+        return len(await pods()) == 1
+
+    # The one that waited for the secret has gone.
+    await until(alone)
     etcd = Etcd(tmp_path / "other-etcd").start()
     try:
         before = await pods()
@@ -211,6 +228,11 @@ async def test_an_etcd_secret_that_changes_is_followed(cluster: Cluster, tmp_pat
     finally:
         await cluster.stop_controller()
         etcd.kill()
+
+
+def connection_of(found: Object) -> Any:
+    """What the secret of etcd holds."""
+    return json.loads(base64.b64decode(found["data"]["etcd_connection"]))
 
 
 async def test_what_happens_while_no_controller_works_is_made_up_for(cluster: Cluster) -> None:

@@ -78,6 +78,14 @@ def test_a_load_that_failed_is_told_with_place_and_time() -> None:
     )
 
 
+def test_what_an_error_says_decides_nothing() -> None:
+    # By this sentence the archived controller told a missing runtime from a failed load.
+    text = "There are no running instances that meet the label requirements of type rt:x: [_no_runtime]"
+    found = observe(vmodel(active=model("LOADING_FAILED", text)), "a", NEW, None)
+    assert found.failure is not None
+    assert (found.active, found.failure.reason, found.failure.message) == ("FailedToLoad", "ModelLoadFailed", text)
+
+
 def test_a_new_model_that_cannot_be_loaded_leaves_the_old_one_serving() -> None:
     failed = model("LOADING_FAILED", "bad path", copies=("LOADING_FAILED",))
     found = observe(vmodel("TRANSITION_FAILED", target=failed), "b", NEW, None)

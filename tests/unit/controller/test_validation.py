@@ -64,6 +64,12 @@ async def test_a_runtime_is_told_valid_or_what_is_wrong_with_it() -> None:
     assert events == [f"InvalidSpec: {condition['message']}"]
 
 
+async def test_what_a_runtime_states_in_vain_is_told() -> None:
+    [condition], events = await validated(None, httpDataEndpoint="port:8002")
+    assert condition["status"] == "True"
+    assert events == ["WithoutEffect: httpDataEndpoint has no effect: instances pull models and serve REST themselves"]
+
+
 async def test_a_runtime_of_a_kind_without_status_is_told_by_events_alone() -> None:
     _, events = await validated(ApiError(404, "the server could not find the requested resource"), grpcEndpoint="x")
     assert len(events) == 1
