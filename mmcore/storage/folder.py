@@ -36,6 +36,8 @@ SETTLED_AGE_S: Final = 2.0
 #: A scan takes at most this share of one core.
 _SCAN_SHARE: Final = 0.1
 _NOT_MODELS: Final = frozenset({"__pycache__", "lost+found"})
+#: What a model's own folder has, and the folder above it has not.
+_OF_ONE_MODEL: Final = ("config.pbtxt", "model-settings.json", "saved_model.pb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +232,12 @@ class ModelFolder:
         """
         if not self.root.is_dir():
             raise NotFound(f"the folder of models {self.root} does not exist")
+        for name in _OF_ONE_MODEL:
+            if (self.root / name).is_file():
+                log.warning(
+                    "the folder of models %s holds %s, as a model's own folder does: if it is one, give the folder "
+                    "above it, whose entries are models each", self.root, name,
+                )  # fmt: skip
         changes = await self._in_thread(0.0, SETTLED_AGE_S)
         return changes + await self._settled()
 

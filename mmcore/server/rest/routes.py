@@ -145,7 +145,7 @@ class Routes:
             return
         methods, names = _find(segments)
         if methods is None and page is None:
-            request.fail(404, f"no such path: {path}")
+            request.fail(404, f"no such path: {path}; /docs has a list of those that there are")
         elif methods is None or wanted not in methods:
             allowed = ", ".join(methods or ("GET",))
             request.fail(405, f"{path} takes {allowed}, got {request.method}", ((b"allow", allowed.encode()),))

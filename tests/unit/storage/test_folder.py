@@ -326,3 +326,14 @@ def test_files_of_its_own_go_with_their_origin(tmp_path: Path) -> None:
     assert not (tmp_path / "own").exists()
     with pytest.raises((InvalidModel, OSError)):
         origin.source("m", "1")
+
+
+async def test_a_folder_that_is_a_model_itself_is_told_of(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    watched.put("m/config.pbtxt")
+    await watched.folder.start()
+    assert caplog.records == []
+    own = ModelFolder(watched.root / "m")
+    await own.start()
+    own.close()
+    assert "holds config.pbtxt" in caplog.text
+    assert "the folder above it" in caplog.text
