@@ -271,11 +271,13 @@ class Forwarding(Forwards):
         first: Sequence[bytes] = (),
         mode: Mode = Mode.HIT,
         resolved: bool = False,
+        tried: tuple[str, ...] = (),
     ) -> list[bytes] | None:
         """Pass a whole stream on, message by message, as fast as the slower side takes them.
 
         Args:
             first: messages that were taken from ``call`` already.
+            tried: ids of the instances that the holders are not to ask.
 
         Returns:
             None when it was answered to its end; the messages taken from ``call`` when no holder would have it.
@@ -287,7 +289,8 @@ class Forwarding(Forwards):
         if arrival is not None and not arrival.goes_on:
             not_here(call, self.instance)
             return None
-        tried = arrival.tried if arrival is not None else ()
+        if arrival is not None:
+            tried = (*arrival.tried, *tried)
         taken: list[bytes] | None = list(first)
         while taken is not None:
             peer: Peer | None = self.one([one for one in holders if one.instance not in tried])
@@ -311,7 +314,11 @@ class Forwarding(Forwards):
                 await passing.run()
                 return None
             except RpcError:
-                nothing_done = self._has_done_nothing(model, peer, out.call)
+                answer = out.call
+                if mode is Mode.LOAD and answer.lost and not answer.refused and self.on_lost is not None:
+                    self.on_lost(model, peer.instance)
+                nothing_done = self._has_done_nothing(model, peer, answer)
+                nothing_done |= mode is Mode.LOAD and answer.status in _NOT_LOADED
                 taken = passing.taken
                 if taken is None or not nothing_done:
                     call.end_like(out)

@@ -31,6 +31,7 @@ from mmcore.routing.peers import Peer
 from mmcore.routing.registered import Loads, Registered, wall_ms
 from mmcore.routing.router import Router
 from mmcore.routing.upkeep import INTERVAL_S, Upkeep
+from mmcore.transport import StreamCall
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,54 @@ class Mesh(Loads):
             return True
         # One that was sent here without a copy anywhere is to be answered here: the sender has decided so.
         return arrival is None and self._place(asked, ())
+
+    async def pass_stream_on(self, call: StreamCall, model: str, first: bytes, *, away: bool) -> list[bytes] | None:
+        """Have another instance answer a stream for a model that is not loaded here, or cannot be asked (``away``).
+
+        ``first`` is the message that was taken from it. None: it has been answered to its end; else the messages that
+        were taken from it, and this instance is to answer.
+
+        Raises:
+            Overloaded, LoadFailed: there is no place for the model.
+            RpcError: what the instance that was asked ended it with.
+        """
+        own, arrival = self._registry.instance, arrival_of(call)
+        taken: list[bytes] | None = [first]
+        if arrival is not None and (away or (arrival.mode is Mode.HIT and not self._has(model))):
+            not_here(call, own)
+            return None
+        tried = arrival.tried if arrival is not None else ()
+        if away:
+            tried = (*tried, own)
+        while taken is not None:
+            record = self._registry.models.get(model)
+            if record is None or (own not in tried and self._has(model)):
+                return taken
+            record = self._registered.told(model, record)
+            others = replace(record, copies={one: copy for one, copy in record.copies.items() if one not in tried})
+            peers, mode = (
+                self._heard(placement.serving(self.members.cluster, model_of(model, others, self._clock_ms()))),
+                Mode.HIT,
+            )
+            if not peers:
+                if arrival is not None:
+                    # Who has sent it here to be loaded has decided so.
+                    return taken
+                try:
+                    target = self._target(model, record, tried)
+                except (LoadFailed, Overloaded):
+                    if away or (own not in tried and self._is_left_alone(record)):
+                        return taken
+                    raise
+                if target == own:
+                    return taken
+                peers, mode = self._heard((target,)), Mode.LOAD
+                if not peers:
+                    tried = (*tried, target)
+                    continue
+            taken = await self._forwarding.stream(call, model, peers, first=taken, mode=mode, tried=tried)
+            tried = (*tried, *(peer.instance for peer in peers))
+        return None
 
     def share(
         self, call: Any, body: bytes, model: str, here: Callable[[], object], *, path: str, resolved: bool = False

@@ -357,9 +357,12 @@ class PassThrough(Passing):
             break
         if first is None:
             raise InvalidRequest("half-closed without a request")
+        taken = await self._stream_elsewhere(call, described, kind, first)
+        if taken is None:
+            return
         leases: dict[str, Copy] = {}
         try:
-            copy, first = await self._lease(call, described, kind, first, leases)
+            copy, first = await self._lease(call, described, kind, taken[0], leases)
             await self._external.decided()
             connection = self._external.channel.pick()
             if connection is None:
@@ -377,20 +380,37 @@ class PassThrough(Passing):
 
             if trace is not None:
                 trace.note(model=copy.name, version=copy.version)
-            await _Stream(call, out, first, prepared, trace).run()
+            await _Stream(
+                call, out, [first, *[await prepared(message) for message in taken[1:]]], prepared, trace
+            ).run()
         finally:
             for copy in leases.values():
                 copy.release()
+
+    async def _stream_elsewhere(self, call: StreamCall, method: Way, kind: Kind, first: bytes) -> list[bytes] | None:
+        """Have another instance answer a stream whose model is there; else the messages that were taken from it."""
+        if self._mesh is None:
+            return [first]
+        name, kind = self._name_in(call, method, kind, first)
+        model = await self._names.find(name, kind)
+        away = not self._external.up
+        if self._router.in_folder(model) or (self._router.lookup_model(model) is not None and not away):
+            return [first]
+        return await self._mesh.pass_stream_on(call, model, first, away=away)
+
+    @staticmethod
+    def _name_in(call: StreamCall, method: Way, kind: Kind, message: bytes) -> tuple[str, Kind]:
+        """What a message, or else the metadata, calls the model."""
+        name = find_string(message, method.extraction) if method.extraction else ""
+        return (name, kind) if name else named_by_metadata(call)
 
     async def _lease(
         self, call: StreamCall, method: Way, kind: Kind, message: bytes, leases: dict[str, Copy]
     ) -> tuple[Copy, bytes]:
         """The copy that a message is for, with a lease that is kept in ``leases``, and the message for the runtime."""
-        name = find_string(message, method.extraction) if method.extraction else ""
-        if not name:
-            if leases and not method.extraction:
-                return next(iter(leases.values())), message
-            name, kind = named_by_metadata(call)
+        if leases and not method.extraction:
+            return next(iter(leases.values())), message
+        name, kind = self._name_in(call, method, kind, message)
         copy = leases.get(name)
         if copy is None:
             model = await self._names.find(name, kind)
@@ -404,13 +424,16 @@ class PassThrough(Passing):
 
 
 class _Stream:
-    """One stream between its client and the runtime; ``prepare`` makes of a message what the runtime is to get."""
+    """One stream between its client and the runtime; ``prepare`` makes of a message what the runtime is to get.
+
+    ``first`` are messages that were taken from it, as the runtime is to get them.
+    """
 
     def __init__(
         self,
         call: StreamCall,
         out: ClientStream,
-        first: bytes,
+        first: list[bytes],
         prepare: Callable[[bytes], Awaitable[bytes]],
         trace: RequestTrace | None,
     ) -> None:
@@ -440,7 +463,8 @@ class _Stream:
     async def _send(self) -> None:
         call, out = self._call, self._out
         try:
-            await out.send(self._first)
+            for message in self._first:
+                await out.send(message)
             async for message in call:
                 await out.send(await self._prepare(message))
             await out.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 from bench.peers.served import free_ports
 from mmcore.adapters import External, open_runtime
 from mmcore.errors import RpcError, Status
+from mmcore.pb import inference_pb2
 from tests.cutting import CuttingProxy
 from tests.serving import Serve
 from tests.toy_processes import Front, Runtime, refused, request
@@ -242,9 +244,60 @@ def test_two_instances_with_a_runtime_each_answer_for_each_others_models(
     for number in range(8):
         holders = [f"load m{number}" in runtime.journal for runtime in runtimes[:2]]
         assert holders.count(True) == 1, (number, holders)
-    # Any method goes to where the model is.
-    assert two[1].call("toy.Toy/Ask", b"what?", mm_model_id="m0") == b"m0 what?"
-    assert two[0].call("toy.Toy/Ask", b"what?", mm_model_id="m7") == b"m7 what?"
+    # Any method goes to where the model is, and so do streams.
+    for number in range(8):
+        for mesh in two:
+            assert mesh.call("toy.Toy/Ask", b"what?", mm_model_id=f"m{number}") == f"m{number} what?".encode()
+            assert Talk(mesh, f"m{number}").say(b"1") == [b"1", b"1"]
+    for number in range(8):
+        assert [f"load m{number}" in runtime.journal for runtime in runtimes[:2]].count(True) == 1
+
+
+class Talk:
+    """A stream that goes on as long as both sides will."""
+
+    def __init__(self, mesh: Front, model: str) -> None:
+        self._model = model
+        self._requests = queue.SimpleQueue[bytes]()
+        stream = mesh.channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        self._answers = stream(iter(self._requests.get, b""), timeout=30)
+
+    def say(self, value: bytes) -> list[bytes]:
+        """The two answers of the toy to this; RpcError where the stream has ended."""
+        self._requests.put(request(self._model, value))
+        answers = [inference_pb2.ModelStreamInferResponse.FromString(next(self._answers)) for _ in range(2)]
+        assert [answer.error_message for answer in answers] == ["", ""]
+        return [answer.infer_response.raw_output_contents[0] for answer in answers]
+
+    def ended(self) -> grpc.StatusCode:
+        """How it has ended."""
+        with pytest.raises(grpc.RpcError) as error:
+            next(self._answers)
+        code: grpc.StatusCode = error.value.code()
+        return code
+
+
+@pytest.mark.parametrize("killed", ["runtime", "instance"])
+def test_streams_end_at_once_with_the_runtime_or_instance_that_answers_them_and_go_on_elsewhere_when_begun_anew(
+    two: tuple[Front, Front], runtimes: list[Runtime], killed: str
+) -> None:
+    two[0].register("m", load=True)
+    for mesh in two:
+        wait_until_loaded(mesh, "m")
+    at = ["load m" in runtime.journal for runtime in runtimes[:2]].index(True)
+    holder, other = two[at], two[1 - at]
+    talks = [Talk(mesh, "m") for mesh in two]
+    for number in range(20):
+        for talk in talks:
+            assert talk.say(b"%d" % number) == [b"%d" % number] * 2
+    if killed == "runtime":
+        runtimes[at].kill()
+    else:
+        holder.instance.process.kill()
+    assert [talk.ended() for talk in talks] == [grpc.StatusCode.UNAVAILABLE] * 2
+    for mesh in two if killed == "runtime" else [other]:
+        assert Talk(mesh, "m").say(b"again") == [b"again"] * 2
+    assert "load m" in runtimes[1 - at].journal
 
 
 def test_what_a_lost_runtime_held_is_answered_by_the_other_instances_runtime(
