@@ -107,7 +107,8 @@ def _run(console: Console, name: str, plan: Plan, out: Path) -> int:
         return 1
     if isinstance(result, list):
         show(console, name, result)
-    console.print(f"{write(out, name, result)}, {time.monotonic() - began:.0f} s\n")
+    path = write(out, name, result, adds=bool(plan.cases))
+    console.print(f"{path}, {time.monotonic() - began:.0f} s\n")
     return 0
 
 

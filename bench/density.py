@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import os
 import re
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,6 +73,10 @@ STREAMS: Final = 16
 CALLS: Final = 400_000
 SEED: Final = 1
 AT_ONCE: Final = 16
+AT_ONCE_MADE: Final = 256
+#: Where files lie while it runs, and what they take there at most.
+MEMORY: Final = Path("/dev/shm")
+SCRATCH_BYTES: Final = 2 * 2**30
 _STAGE: Final = re.compile(r"(queue|find|room|open|publish) (\d+\.\d+)")
 #: struct's code of a float, by V2 datatype: the last values of answers may round otherwise among others.
 _CODES: Final = {"FP32": "f", "FP64": "d"}
@@ -75,11 +84,10 @@ _CODES: Final = {"FP32": "f", "FP64": "d"}
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model to be registered: its type, its files by path, a request, and a look at the answer's numbers."""
+    """A model to be registered: its type, a request, and a look at the answer's numbers."""
 
     name: str
     type: str
-    files: dict[str, bytes]
     request: bytes
     right: Callable[[inference_pb2.ModelInferResponse], bool]
 
@@ -103,10 +111,10 @@ def _registered(console: Console, count: int) -> dict[str, float]:
 
     They are in its registry before: over the API it would take minutes, whose rate is measured with some more of them.
     """
-    with _running(console, ()) as running:
+    with _running(console) as running:
         empty = running.rss()
     console.print(f"writing {count} models into a registry")
-    with _running(console, (), prepared=lambda database: register(SqliteStore(database), count)) as running:
+    with _running(console, prepared=lambda database: register(SqliteStore(database), count)) as running:
         started = running.rss()
         per_s = running.register(MORE)
         # By now the allocator has given back what starting took for a while.
@@ -121,10 +129,9 @@ def _registered(console: Console, count: int) -> dict[str, float]:
 
 
 def _zoo(console: Console, plan: Plan, count: int) -> dict[str, float]:
-    zoo = Zoo(SEED)
-    console.print(f"making {count + COLD} models and asking their frameworks")
-    models = [_of_zoo(zoo, number) for number in range(count + COLD)]
-    with _running(console, models) as running:
+    with _running(console) as running:
+        console.print(f"making {count + COLD} models, storing their files and asking their frameworks")
+        models = _make_zoo(running.endpoint, count + COLD)
         resident, cold = models[:count], models[count:]
         summary = running.fill(resident)
         mix = running.mix(resident)
@@ -136,29 +143,56 @@ def _zoo(console: Console, plan: Plan, count: int) -> dict[str, float]:
 
 def _strings(console: Console, plan: Plan, count: int) -> dict[str, float]:
     files = {path.relative_to(STRING_MODEL).as_posix(): path.read_bytes() for path in _files(STRING_MODEL)}
-    models = [_string_model(number, files) for number in range(count)]
-    with _running(console, models) as running:
+    models = [_string_model(number) for number in range(count)]
+    with _running(console) as running:
+        console.print(f"storing the files of {count} models")
+        _store(running.endpoint, [(model.name, files) for model in models])
         summary = running.fill(models)
         summary |= running.ask(running.mix(models), plan)
     _tell(console, "simple-string", summary)
     return summary
 
 
-def _of_zoo(zoo: Zoo, number: int) -> Served:
-    kind, question = zoo.kind(number), zoo.question(number)
-    row = question.array[:1]
-    expected = question.expected[:1]
+@dataclass(frozen=True, slots=True)
+class _Near:
+    """Whether an answer is what the framework says, but for rounding."""
 
-    def right(answer: inference_pb2.ModelInferResponse) -> bool:
+    expected: NDArray[Any]
+
+    def __call__(self, answer: inference_pb2.ModelInferResponse) -> bool:
         dtype = np.float32 if answer.outputs[0].datatype == "FP32" else np.float64
         found = np.frombuffer(answer.raw_output_contents[0], dtype)
-        return bool(np.allclose(found, expected.ravel(), rtol=1e-4, atol=1e-5))
-
-    request = infer_request(zoo.name(number), question.input, question.datatype, row)
-    return Served(zoo.name(number), kind.format, {kind.file: zoo.content(number)}, request, right)
+        return bool(np.allclose(found, self.expected.ravel(), rtol=1e-4, atol=1e-5))
 
 
-def _string_model(number: int, files: dict[str, bytes]) -> Served:
+def _make_zoo(endpoint: str, count: int) -> list[Served]:
+    """So many models of the zoo, their files in S3; made by a process for each core."""
+    _client(endpoint).create_bucket(Bucket=BUCKET)
+    parts = [range(start, min(start + AT_ONCE_MADE, count)) for start in range(0, count, AT_ONCE_MADE)]
+    with ProcessPoolExecutor(len(set(cores())), multiprocessing.get_context("spawn")) as makers:
+        made = makers.map(partial(_make_some, endpoint), parts)
+        return [model for models in made for model in models]
+
+
+def _make_some(endpoint: str, numbers: range) -> list[Served]:
+    """In a process of its own, which trains the templates once."""
+    zoo = _zoo_here()
+    _put_all(endpoint, [(zoo.name(number), {zoo.kind(number).file: zoo.content(number)}) for number in numbers])
+    return [_of_zoo(zoo, number) for number in numbers]
+
+
+@cache
+def _zoo_here() -> Zoo:
+    return Zoo(SEED)
+
+
+def _of_zoo(zoo: Zoo, number: int) -> Served:
+    question = zoo.question(number)
+    request = infer_request(zoo.name(number), question.input, question.datatype, question.array[:1])
+    return Served(zoo.name(number), zoo.kind(number).format, request, _Near(question.expected[:1]))
+
+
+def _string_model(number: int) -> Served:
     name = f"simple-string-{number:05}"
     request = inference_pb2.ModelInferRequest(model_name=name)
     for tensor, values in (("INPUT0", range(16)), ("INPUT1", [1] * 16)):
@@ -170,7 +204,7 @@ def _string_model(number: int, files: dict[str, bytes]) -> Served:
         sums = b"".join(len(str(n + 1)).to_bytes(4, "little") + str(n + 1).encode() for n in range(16))
         return sums in list(answer.raw_output_contents)
 
-    return Served(name, "tensorflow", files, request.SerializeToString(), right)
+    return Served(name, "tensorflow", request.SerializeToString(), right)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -181,12 +215,21 @@ class _Running:
     """An instance with an S3 server behind it, the generator, and what was learned of the models.
 
     Attributes:
-        start_s, start_cpu_s: until it was ready, by the clock and of CPU.
+        endpoint: of the S3 server.
+        start_s, start_cpu_s: until the instance was ready, by the clock and of CPU.
     """
 
     def __init__(
-        self, console: Console, server: Process, generator: Generator, log: Path, folder: Path, start_s: float
+        self,
+        console: Console,
+        endpoint: str,
+        server: Process,
+        generator: Generator,
+        log: Path,
+        folder: Path,
+        start_s: float,
     ) -> None:
+        self.endpoint = endpoint
         self._console = console
         self._server = server
         self._generator = generator
@@ -200,7 +243,7 @@ class _Running:
     def register(self, count: int) -> float:
         """Register so many models by the names and keys that the zoo's have; how many a second."""
         began = time.perf_counter()
-        models = (Served(f"model-{number:07}", "sklearn", {}, b"", lambda answer: True) for number in range(count))
+        models = (Served(f"model-{number:07}", "sklearn", b"", lambda answer: True) for number in range(count))
         asyncio.run(self._with_channel(self._register_all, models))
         return count / (time.perf_counter() - began)
 
@@ -366,10 +409,8 @@ def _rounding(answer: bytes) -> tuple[int, str]:
 
 
 @contextmanager
-def _running(
-    console: Console, models: Sequence[Served], *, prepared: Callable[[Path], None] = lambda database: None
-) -> Iterator[_Running]:
-    """The models' files in S3, and an instance that has nothing yet but what its ``prepared`` registry has."""
+def _running(console: Console, *, prepared: Callable[[Path], None] = lambda database: None) -> Iterator[_Running]:
+    """An S3 server, and an instance that has nothing yet but what its ``prepared`` registry has."""
     server_core, load_core = cores()
     with ExitStack() as running, tempfile.TemporaryDirectory(dir=_scratch()) as scratch:
         folder = Path(scratch)
@@ -377,8 +418,6 @@ def _running(
             Process("rclone", [sys.executable, "-m", "bench.peers.rclone_s3"], core=load_core)
         )
         endpoint = str(storage.ready["s3"])
-        console.print(f"storing the files of {len(models)} models")
-        _store(endpoint, models)
         entries = folder / "storage-config"
         entries.mkdir()
         entry = {"type": "s3", "access_key_id": KEY, "secret_access_key": SECRET, "endpoint_url": endpoint,
@@ -396,26 +435,37 @@ def _running(
         server = running.enter_context(Process("mmcore", argv, core=server_core, ready_s=START_WITHIN_S))
         start_s = time.perf_counter() - began
         generator = running.enter_context(Generator(load_core))
-        yield _Running(console, server, generator, log, folder, start_s)
+        yield _Running(console, endpoint, server, generator, log, folder, start_s)
 
 
 def _scratch() -> Path:
+    """In memory where there is room: a disk's own pace, and what it forgot a minute ago, is not what is measured."""
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > SCRATCH_BYTES:
+        return MEMORY
     FOLDER.mkdir(parents=True, exist_ok=True)
     return FOLDER
 
 
-def _store(endpoint: str, models: Sequence[Served]) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    client = boto3.client(
+def _client(endpoint: str) -> Any:
+    return boto3.client(
         "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id=KEY, aws_secret_access_key=SECRET,
         config=Config(s3={"addressing_style": "path"}, max_pool_connections=AT_ONCE),
     )  # fmt: skip
-    client.create_bucket(Bucket=BUCKET)
 
-    def put(model: Served) -> None:
-        for path, content in model.files.items():
-            client.put_object(Bucket=BUCKET, Key=f"{model.name}/{path}", Body=content)
+
+def _store(endpoint: str, models: Sequence[tuple[str, dict[str, bytes]]]) -> None:
+    """A bucket with the files of models, by name and path."""
+    _client(endpoint).create_bucket(Bucket=BUCKET)
+    _put_all(endpoint, models)
+
+
+def _put_all(endpoint: str, models: Sequence[tuple[str, dict[str, bytes]]]) -> None:
+    client = _client(endpoint)
+
+    def put(model: tuple[str, dict[str, bytes]]) -> None:
+        name, files = model
+        for path, content in files.items():
+            client.put_object(Bucket=BUCKET, Key=f"{name}/{path}", Body=content)
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
         list(threads.map(put, models))

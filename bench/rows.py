@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -67,14 +67,31 @@ def compare(
     return Row(case, metric, ours, peer, peer_value, ratio, UNITS[metric], limited_by_load)
 
 
-def write(folder: Path, suite: str, result: Sequence[Row] | Mapping[str, object]) -> Path:
-    """``SUITE.json``, the list of rows or the object, and ``SUITE.machine.json``, what they were taken on."""
+def write(folder: Path, suite: str, result: Sequence[Row] | Mapping[str, object], *, adds: bool = False) -> Path:
+    """``SUITE.json``, the list of rows or the object, and ``SUITE.machine.json``, what they were taken on.
+
+    With ``adds`` what an object in the file says under other keys stays; of each key the second file then tells apart
+    when it was taken.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{suite}.json"
-    content = result if isinstance(result, Mapping) else [asdict(row) for row in result]
+    path, machine = folder / f"{suite}.json", folder / f"{suite}.machine.json"
+    content: Any = result if isinstance(result, Mapping) else [asdict(row) for row in result]
+    taken: Any = card()
+    if isinstance(result, Mapping) and adds:
+        content = {**_object(path), **result}
+        taken["parts"] = {**_object(machine).get("parts", {}), **dict.fromkeys(result, card())}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{suite}.machine.json").write_text(json.dumps(card(), indent=1) + "\n", encoding="utf-8")
+    machine.write_text(json.dumps(taken, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """What an earlier run has left in a file; nothing where it left none, or no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def show(console: Console, suite: str, rows: Sequence[Row]) -> None:

@@ -27,6 +27,25 @@ def test_rows_are_written_as_a_list_of_objects(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "transport.machine.json").read_text())["cores"] >= 1
 
 
+def test_a_case_that_is_run_alone_leaves_the_figures_of_the_others(tmp_path: Path) -> None:
+    """``--case``: its figures replace its own earlier ones, and each case tells when it was taken."""
+    write(tmp_path, "density", {"summary": {"resident": 10}, "registered": {"start_s": 1.0}}, adds=True)
+    path = write(tmp_path, "density", {"registered": {"start_s": 2.0}}, adds=True)
+    assert json.loads(path.read_text()) == {"summary": {"resident": 10}, "registered": {"start_s": 2.0}}
+    parts = json.loads((tmp_path / "density.machine.json").read_text())["parts"]
+    assert set(parts) == {"summary", "registered"}
+    assert all(part["taken"] for part in parts.values())
+    write(tmp_path, "density", {"summary": {"resident": 20}})
+    assert json.loads(path.read_text()) == {"summary": {"resident": 20}}
+
+
+@pytest.mark.parametrize("left", ["", "[1]", "{"])
+def test_what_is_no_object_is_not_added_to(tmp_path: Path, left: str) -> None:
+    (tmp_path / "density.json").write_text(left)
+    path = write(tmp_path, "density", {"summary": {}}, adds=True)
+    assert json.loads(path.read_text()) == {"summary": {}}
+
+
 def test_the_table_puts_peers_side_by_side_and_marks_the_generator_s_limit() -> None:
     console = Console(width=160, record=True)
     limited = compare("small", "throughput", 200_000.0, "raw-c", 210_000.0, ("peer",))
