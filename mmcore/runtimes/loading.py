@@ -48,8 +48,9 @@ _FORMATS: Final[dict[str, _Format]] = {
 #: The values of ``ModelSource.format`` that can be loaded.
 FORMATS: Final[tuple[str, ...]] = tuple(_FORMATS)
 
-#: What a loaded model takes of our own: its copy, signature, lane, statistics and entries in tables.
-OWN_BYTES: Final = 6 * 1024
+#: What a loaded model takes beyond its load: its copy, signature, lane, statistics, its entries in tables, the disk
+#: cache and the registry, and the pages that all of it does not fill.
+OWN_BYTES: Final = 10 * 1024
 
 _import_lock = threading.Lock()
 #: Modules of ours that are there whole.
