@@ -29,7 +29,7 @@ from tests.stores import BUCKET, SECRET, Bucket, Proxy, Stall, cut_after, flip, 
 
 pytestmark = pytest.mark.slow
 
-LIMITS = PullLimits(connect_s=2, silence_s=0.5, tries=3, pause_s=0.01, total_s=20)
+LIMITS = PullLimits(connect_s=2, silence_s=0.8, tries=3, pause_s=0.01, total_s=60)
 MIB = 2**20
 
 
@@ -492,15 +492,15 @@ def give_up(pulling: Pulling, path: str, stall: Stall, *, of_object: bool = True
 
     thread = threading.Thread(target=pull)
     thread.start()
-    assert stall.begun.wait(10)
-    deadline = time.monotonic() + 10
+    assert stall.begun.wait(30)
+    deadline = time.monotonic() + 30
     while of_object and pulling.progress.count < (stall.count or 0):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     cancelled.set()
-    thread.join(10)
+    thread.join(30)
     assert len(errors) == 1
-    assert not leaves or stall.left.wait(10)
+    assert not leaves or stall.left.wait(30)
 
 
 @pytest.mark.parametrize("upload", ["whole", "parts"])

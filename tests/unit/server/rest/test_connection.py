@@ -16,7 +16,7 @@ from mmcore.server.rest.connection import Connection
 EVERY_LOOP = True
 
 SETTINGS = TransportSettings(
-    max_message_bytes=1000, max_header_bytes=2000, handshake_timeout_s=0.2, send_stall_timeout_s=0.2
+    max_message_bytes=1000, max_header_bytes=2000, handshake_timeout_s=0.5, send_stall_timeout_s=0.5
 )
 
 
