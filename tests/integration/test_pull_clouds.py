@@ -32,7 +32,7 @@ from tests.stores import BUCKET, Site
 
 pytestmark = pytest.mark.slow
 
-LIMITS = PullLimits(connect_s=2, silence_s=2, tries=2, pause_s=0.01, total_s=60)
+LIMITS = PullLimits(connect_s=2, silence_s=20, tries=2, pause_s=0.01, total_s=60)
 
 
 @pytest.fixture

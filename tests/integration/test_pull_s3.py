@@ -29,7 +29,8 @@ from tests.stores import BUCKET, SECRET, Bucket, Proxy, Stall, cut_after, flip, 
 
 pytestmark = pytest.mark.slow
 
-LIMITS = PullLimits(connect_s=2, silence_s=0.8, tries=3, pause_s=0.01, total_s=60)
+#: A store may fall silent for longer than a test may take.
+LIMITS = PullLimits(connect_s=2, silence_s=60, tries=3, pause_s=0.01, total_s=60)
 MIB = 2**20
 
 
@@ -114,10 +115,10 @@ def spoiled(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Iterator[Pulling]:
 
 
 @pytest.fixture
-def patient(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Iterator[Pulling]:
-    """As ``spoiled``, in whose store an answer may stop for longer than a test may take."""
+def impatient(tmp_path: Path, bucket: Bucket, proxy: Proxy) -> Iterator[Pulling]:
+    """As ``spoiled``, whose store is given up soon."""
     entry = {**bucket.entry, "endpoint_url": proxy.address}
-    made = Pulling(tmp_path / "patient", entry, limits=replace(LIMITS, silence_s=60))
+    made = Pulling(tmp_path, entry, limits=replace(LIMITS, silence_s=0.5))
     yield made
     made.puller.close()
 
@@ -354,11 +355,11 @@ def test_what_no_second_try_can_heal_fails_at_once_and_nothing_is_kept(
     spoiled("m")
 
 
-def test_wrong_part_of_a_large_upload_is_noticed(bucket: Bucket, proxy: Proxy, patient: Pulling) -> None:
+def test_wrong_part_of_a_large_upload_is_noticed(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
     bucket.put_in_parts("m/model.onnx", [os.urandom(5 * MIB), b"rest"])
     proxy.faults = [flip]
     with pytest.raises(LoadFailed, match=r"has the checksum \w+-2, the store says \w+-2"):
-        patient("m")
+        spoiled("m")
 
 
 PARTS = [*(os.urandom(5 * MIB) for _ in range(4)), b"rest"]
@@ -369,22 +370,22 @@ PARTS = [*(os.urandom(5 * MIB) for _ in range(4)), b"rest"]
     [("CRC32", "COMPOSITE", 8), ("CRC32", "FULL_OBJECT", 8), ("SHA256", "COMPOSITE", 64), ("SHA1", "COMPOSITE", 40)],
 )
 def test_uploads_in_parts_are_checked_by_the_checksum_beside_their_tag(
-    bucket: Bucket, proxy: Proxy, patient: Pulling, algorithm: str, kind: str, digits: int
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, algorithm: str, kind: str, digits: int
 ) -> None:
     bucket.put_in_parts("m/model.onnx", PARTS, ChecksumAlgorithm=algorithm, ChecksumType=kind)
     proxy.faults = [flip]
     pieces = "-5" if kind == "COMPOSITE" else ""
     text = f"what came has the checksum [0-9a-f]{{{digits}}}{pieces}, the store says [0-9a-f]{{{digits}}}{pieces}$"
     with pytest.raises(LoadFailed, match=text):
-        patient("m")
-    assert tree(patient("m").path) == {"model.onnx": b"".join(PARTS)}
+        spoiled("m")
+    assert tree(spoiled("m").path) == {"model.onnx": b"".join(PARTS)}
 
 
 @pytest.mark.parametrize(
     ("algorithm", "digits"), [("CRC32", 8), ("CRC32C", 8), ("CRC64NVME", 16), ("SHA256", 64), ("SHA1", 40)]
 )
 def test_large_objects_are_checked_by_the_checksum_beside_their_tag(
-    bucket: Bucket, proxy: Proxy, patient: Pulling, algorithm: str, digits: int
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, algorithm: str, digits: int
 ) -> None:
     body = b"".join(PARTS)
     whole = begin(algorithm.lower())
@@ -393,24 +394,24 @@ def test_large_objects_are_checked_by_the_checksum_beside_their_tag(
     bucket.client.put_object(Bucket=BUCKET, Key="m/model.onnx", Body=body, **told)
     proxy.faults = [flip]
     with pytest.raises(LoadFailed, match=rf"has the checksum [0-9a-f]{{{digits}}}, the store says \w{{{digits}}}$"):
-        patient("m")
-    assert tree(patient("m").path) == {"model.onnx": body}
+        spoiled("m")
+    assert tree(spoiled("m").path) == {"model.onnx": body}
     assert len([line for line in proxy.requests if line.startswith("HEAD")]) == 2
     # A small one is sooner summed up than asked for.
     bucket.put("small/model.onnx", b"x" * 1000)
-    patient("small")
+    spoiled("small")
     assert len([line for line in proxy.requests if line.startswith("HEAD")]) == 2
 
 
-def test_parts_of_different_sizes_are_asked_for_one_by_one(bucket: Bucket, proxy: Proxy, patient: Pulling) -> None:
+def test_parts_of_different_sizes_are_asked_for_one_by_one(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
     # As many as there would be if all were as large as the first.
     parts = [os.urandom(5 * MIB), os.urandom(6 * MIB), os.urandom(8 * MIB), b"rest"]
     bucket.put_in_parts("m/model.onnx", parts)
-    assert tree(patient("m").path) == {"model.onnx": b"".join(parts)}
+    assert tree(spoiled("m").path) == {"model.onnx": b"".join(parts)}
     bucket.put_in_parts("n/model.onnx", parts[::-1][1:])
     proxy.faults = [flip]
     with pytest.raises(LoadFailed, match=r"has the checksum \w+-3, the store says \w+-3"):
-        patient("n")
+        spoiled("n")
 
 
 def test_server_that_tells_nothing_of_parts_is_no_reason_to_fail(bucket: Bucket, server: str, tmp_path: Path) -> None:
@@ -425,18 +426,18 @@ def test_server_that_tells_nothing_of_parts_is_no_reason_to_fail(bucket: Bucket,
     proxy.close()
 
 
-def test_trickle_is_a_timeout(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+def test_trickle_is_a_timeout(bucket: Bucket, proxy: Proxy, impatient: Pulling) -> None:
     bucket.put("m/model.onnx", b"x" * 1000)
     proxy.faults = [trickle(0.02)] * 3
     with pytest.raises(LoadFailed, match="timeout: the store sends next to nothing; tried 3 times"):
-        spoiled("m")
+        impatient("m")
 
 
-def test_silent_store_is_a_timeout(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
+def test_silent_store_is_a_timeout(bucket: Bucket, proxy: Proxy, impatient: Pulling) -> None:
     bucket.put("m/model.onnx", b"x" * 1000)
     proxy.faults = [trickle(2)] * 3
     with pytest.raises(LoadFailed, match="timeout: the store is silent; tried 3 times"):
-        spoiled("m")
+        impatient("m")
 
 
 def test_object_replaced_while_it_comes_is_pulled_anew(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
@@ -505,7 +506,7 @@ def give_up(pulling: Pulling, path: str, stall: Stall, *, of_object: bool = True
 
 @pytest.mark.parametrize("upload", ["whole", "parts"])
 def test_pull_given_up_ends_in_a_silent_store_and_the_next_goes_on_from_there(
-    bucket: Bucket, proxy: Proxy, patient: Pulling, upload: str
+    bucket: Bucket, proxy: Proxy, spoiled: Pulling, upload: str
 ) -> None:
     # Little enough to be asked for in one request.
     parts = [os.urandom(5 * MIB), os.urandom(5 * MIB), b"rest"]
@@ -515,12 +516,12 @@ def test_pull_given_up_ends_in_a_silent_store_and_the_next_goes_on_from_there(
         bucket.put_in_parts("m/model.onnx", parts)
     for count in (MIB, 6 * MIB):
         proxy.faults = [stall := Stall(count)]
-        give_up(patient, "m", stall)
-    assert list((patient.cache.folder / "entries").iterdir()) == []
-    assert tree(patient("m").path) == {"model.onnx": b"".join(parts)}
+        give_up(spoiled, "m", stall)
+    assert list((spoiled.cache.folder / "entries").iterdir()) == []
+    assert tree(spoiled("m").path) == {"model.onnx": b"".join(parts)}
     # Hardly a byte was asked for twice.
-    assert patient.puller.received_bytes == pytest.approx(sum(map(len, parts)), abs=MIB)
-    assert patient.left() == []
+    assert spoiled.puller.received_bytes == pytest.approx(sum(map(len, parts)), abs=MIB)
+    assert spoiled.left() == []
 
 
 @pytest.mark.parametrize("count", [None, 100])
@@ -531,7 +532,7 @@ def test_pull_given_up_while_the_store_lists_ends(
     bucket.put("m/model.onnx", b"one")
     proxy = Proxy(server.removeprefix("http://"), lambda line: "list-type" in line)
     entry = {**bucket.entry, "endpoint_url": proxy.address}
-    pulling = Pulling(tmp_path, entry, limits=replace(LIMITS, silence_s=60))
+    pulling = Pulling(tmp_path, entry)
     if listing == "ours":
         pulling("m")
     proxy.faults = [stall := Stall(count)]
@@ -541,11 +542,11 @@ def test_pull_given_up_while_the_store_lists_ends(
     pulling.puller.close()
 
 
-def test_pull_given_up_before_the_store_sends_anything_ends(bucket: Bucket, proxy: Proxy, patient: Pulling) -> None:
+def test_pull_given_up_before_the_store_sends_anything_ends(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
     bucket.put("m/model.onnx", b"one")
     proxy.faults = [stall := Stall(None)]
-    give_up(patient, "m", stall)
-    assert tree(patient("m").path) == {"model.onnx": b"one"}
+    give_up(spoiled, "m", stall)
+    assert tree(spoiled("m").path) == {"model.onnx": b"one"}
 
 
 def test_files_that_were_whole_when_a_pull_was_given_up_are_kept(bucket: Bucket, server: str, tmp_path: Path) -> None:
@@ -555,7 +556,7 @@ def test_files_that_were_whole_when_a_pull_was_given_up_are_kept(bucket: Bucket,
     proxy = Proxy(server.removeprefix("http://"), lambda line: "/m/large" in line)
     entry = {**bucket.entry, "endpoint_url": proxy.address}
     # One after the other; the large one comes last.
-    pulling = Pulling(tmp_path, entry, limits=replace(LIMITS, silence_s=60, threads=1))
+    pulling = Pulling(tmp_path, entry, limits=replace(LIMITS, threads=1))
     bucket.put("m/a", b"first")
     proxy.faults = [stall := Stall(MIB)]
     give_up(pulling, "m", stall)
@@ -565,18 +566,18 @@ def test_files_that_were_whole_when_a_pull_was_given_up_are_kept(bucket: Bucket,
     proxy.close()
 
 
-def test_what_is_left_of_a_pull_is_checked_with_the_rest(bucket: Bucket, proxy: Proxy, patient: Pulling) -> None:
+def test_what_is_left_of_a_pull_is_checked_with_the_rest(bucket: Bucket, proxy: Proxy, spoiled: Pulling) -> None:
     body = os.urandom(2 * MIB)
     bucket.put("m/model.onnx", body)
     proxy.faults = [stall := Stall(MIB)]
-    give_up(patient, "m", stall)
-    (half,) = (patient.cache.folder / "making").glob("*/files/model/model.onnx")
+    give_up(spoiled, "m", stall)
+    (half,) = (spoiled.cache.folder / "making").glob("*/files/model/model.onnx")
     with half.open("r+b") as file:
         file.write(bytes([body[0] ^ 1]))
     with pytest.raises(LoadFailed, match="has the checksum"):
-        patient("m")
-    assert patient.left() == []
-    assert tree(patient("m").path) == {"model.onnx": body}
+        spoiled("m")
+    assert spoiled.left() == []
+    assert tree(spoiled("m").path) == {"model.onnx": body}
 
 
 def test_missing_things_are_named(bucket: Bucket, pulling: Pulling) -> None:

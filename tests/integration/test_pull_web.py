@@ -22,7 +22,7 @@ from tests.stores import Proxy, Site, cut_after
 
 pytestmark = pytest.mark.slow
 
-LIMITS = PullLimits(connect_s=2, silence_s=0.8, tries=3, pause_s=0.01, total_s=60)
+LIMITS = PullLimits(connect_s=2, silence_s=20, tries=3, pause_s=0.01, total_s=60)
 
 
 @pytest.fixture
