@@ -299,6 +299,11 @@ class Load:
         wanted = self.answered + answers
         await until(lambda: _now(self.answered >= wanted))
 
+    def p99_s(self, *windows: tuple[float, float]) -> float:
+        """99 of a hundred of the answers in these windows (of the monotonic clock) took no longer."""
+        times = sorted(took for took, at in self.times if any(begins <= at < ends for begins, ends in windows))
+        return times[len(times) * 99 // 100]
+
     def slowest_s(self, since: float = 0.0) -> float:
         """Of the answers since then (of the monotonic clock)."""
         return max(took for took, at in self.times if at >= since)

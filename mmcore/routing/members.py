@@ -164,7 +164,8 @@ def model_of(name: str, record: ModelRecord, now_ms: int, demand: placement.Dema
         failures={
             instance: failure.at_ms
             for instance, failure in record.failures.items()
-            if now_ms - failure.at_ms < FAILURE_MS
+            # By a clock that is ahead it would stand for as long as that is.
+            if abs(now_ms - failure.at_ms) < FAILURE_MS
         },
         last_used_ms=record.last_used_ms,
         demand=demand or placement.Demand(),

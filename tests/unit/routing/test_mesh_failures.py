@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mmcore.errors import LoadFailed, Status
-from mmcore.registry import CopyRecord, InstanceRecord, MemoryStore, ModelRecord, Registry
+from mmcore.registry import CopyRecord, FailureRecord, InstanceRecord, MemoryStore, ModelRecord, Registry
 from mmcore.routing import losses, reports
 from mmcore.routing.actions import Haste
 from mmcore.routing.hops import Mode, not_here
@@ -397,6 +397,29 @@ async def test_each_instance_is_tried_once_although_its_failure_is_in_no_record(
     await until(lambda: call.outcome)
     assert sorted(others.asked) == ["other0", "other1", "other2"]
     assert call.outcome == ["no room"]
+
+
+@no_room_here
+async def test_a_failure_by_a_clock_that_is_ahead_stands_no_longer_than_others(
+    member: MeshMember, others: Others
+) -> None:
+    await others.add("other", lambda call, server: b"")
+    await until(lambda: "other" in member.mesh.forwarding.peers)
+    for ahead_ms, outcome in ((0, str(FAILED)), (20 * 60_000, "answered elsewhere")):
+        failure = FailureRecord(member.now_ms() + ahead_ms, str(FAILED))
+        await member.registry.models.update(
+            "m",
+            lambda record, failure=failure: replace(record or ModelRecord(), copies={}, failures={"other": failure}),
+        )
+        await member.registry.instances.update("dead", lambda _: None)
+        await until(lambda: member.mesh.members.cluster.get("dead") is None)
+        call = Call()
+        try:
+            assert member.mesh.pass_on(call, b"", "m", call.here, path=PATH)
+            await until(lambda call=call: call.outcome)
+        except LoadFailed as failed:
+            call.outcome.append(str(failed))
+        assert call.outcome == [outcome]
 
 
 @no_room_here
