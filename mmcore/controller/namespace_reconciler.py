@@ -88,6 +88,8 @@ class NamespaceReconciler:
         self._known = known
         self._events = events
         self._refused = refused
+        #: Of each namespace the kinds and names of the objects that the server failed to take the last time.
+        self._failed: dict[str, set[tuple[str, str]]] = {}
 
     async def reconcile(self, namespace: str, mesh: Mesh) -> float | None:
         """Bring a namespace to where it is to be; the seconds after which to look again."""
@@ -95,6 +97,7 @@ class NamespaceReconciler:
         mesh.set_addresses(self._addresses(namespace))
         if known.ending(namespace):
             known.refused.pop(namespace, None)
+            self._failed.pop(namespace, None)
             return None
         plan = await self._plan(namespace) if known.enabled(namespace) else _Plan()
         # Before the pods that mount it.
@@ -110,16 +113,22 @@ class NamespaceReconciler:
 
     def _tell_refused(self, namespace: str, plan: _Plan, refused: Iterable[_Refused]) -> None:
         """Events on the runtimes that lack something, and word to the models that are to be served by them."""
-        found = []
+        found, failed = [], set()
         for kind, name, error in refused:
             # One that was changed meanwhile, or a server with too much to do, takes it the next time.
-            if error.conflict or error.code == 429 or error.code >= 500:
+            if error.conflict or error.code == 429 or error.code > 500:
                 continue
+            if error.code == 500:
+                # The server's own failure, for once; and what older ones say of an object with a value of a wrong type.
+                failed.add((kind.name, name))
+                if (kind.name, name) not in self._failed.get(namespace, ()):
+                    continue
             told = f"The API server refuses the {kind.name} {name}: {error}"
             runtime = plan.runtimes.get(name)
             for one in [runtime] if runtime is not None else plan.runtimes.values():
                 self._events.warn(one, "Refused", told)
             found.append(Refusal(runtime["metadata"]["name"] if runtime is not None else "", told))
+        self._failed[namespace] = failed
         if found != self._known.refused.pop(namespace, []):
             self._refused(namespace)
         if found:

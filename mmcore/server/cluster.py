@@ -12,7 +12,7 @@ from mmcore.pb import cluster_pb2 as pb
 from mmcore.pb import model_mesh_pb2
 from mmcore.registry import InstanceRecord, Registry
 from mmcore.routing import Forwarding, IndexRow, ModelState, Registered, Router, VModels
-from mmcore.server.calls import Waiting, immediate
+from mmcore.server.calls import Waiting
 from mmcore.server.management import model_status, vmodel_status
 from mmcore.transport import Server
 
@@ -23,8 +23,8 @@ _LIST_INSTANCES: Final = f"/{SERVICE}/ListInstances"
 _TELL_WAIT_S: Final = 1.0
 _MOST_ASKED: Final = 64
 
-#: Models listed between two looks at the loop's other work.
-_AT_ONCE: Final = 500
+#: Rows made between two looks at the loop's other work, some milliseconds each time.
+_AT_ONCE: Final = 100
 
 
 class _Names(Protocol):
@@ -59,7 +59,7 @@ class Cluster:
     def register(self, server: Server) -> None:
         """Add every method to ``server``."""
         server.add_unary(f"/{SERVICE}/ListModels", Waiting().handler(pb.ListRequest, self._list_models))
-        server.add_unary(f"/{SERVICE}/ListVModels", immediate(pb.ListRequest, self._list_vmodels))
+        server.add_unary(f"/{SERVICE}/ListVModels", Waiting().handler(pb.ListRequest, self._list_vmodels))
         server.add_unary(_LIST_INSTANCES, Waiting().handler(pb.ListRequest, self._list_instances))
 
     async def _list_models(self, request: pb.ListRequest) -> pb.ListModelsResponse:
@@ -96,10 +96,12 @@ class Cluster:
             last_used=record.last_used_ms,
         )
 
-    def _list_vmodels(self, request: pb.ListRequest) -> pb.ListVModelsResponse:
+    async def _list_vmodels(self, request: pb.ListRequest) -> pb.ListVModelsResponse:
         names, total = _chosen(self._registry.vmodels, request)
         response = pb.ListVModelsResponse(total=total)
-        for name in names:
+        for number, name in enumerate(names):
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
             status = self._vmodels.status(name)
             if status is not None:
                 response.vmodels.add(name=name, status=vmodel_status(status))

@@ -160,3 +160,20 @@ def test_every_runtime_is_in_the_overlay_and_in_the_chart() -> None:
     kinds = [one["kind"] for one in kustomized("runtimes/cluster")]
     assert kinds == ["ClusterServingRuntime"] * len(files)
     assert [one["kind"] for one in kustomized("runtimes/namespace")] == ["ServingRuntime"] * len(files)
+
+
+@pytest.mark.parametrize(
+    ("name", "short", "columns"),
+    [
+        ("predictors", [], ["Type", "Available", "ActiveModel", "TargetModel", "Transition", "Age"]),
+        ("inferenceservices", ["isvc"], ["URL", "Ready", "Model", "Age"]),
+        ("servingruntimes", [], ["Disabled", "ModelType", "Containers", "Valid", "Age"]),
+        ("clusterservingruntimes", [], ["Disabled", "ModelType", "Containers", "Valid", "Age"]),
+    ],
+)
+def test_lists_show_what_users_look_for(name: str, short: list[str], columns: list[str]) -> None:
+    spec = yaml.safe_load((ROOT / f"deploy/crds/{name}.yaml").read_text())["spec"]
+    [version] = spec["versions"]
+    assert [one["name"] for one in version["additionalPrinterColumns"]] == columns
+    assert spec["names"].get("shortNames", []) == short
+    assert version["subresources"] == {"status": {}}
