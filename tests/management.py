@@ -12,7 +12,7 @@ import grpc
 from mmcore.pb import model_mesh_pb2 as pb
 from tests.serving import write_model
 
-WITHIN_S = 15.0
+WITHIN_S = 30.0
 States = pb.ModelStatusInfo.ModelStatus
 VStates = pb.VModelStatusInfo.VModelStatus
 

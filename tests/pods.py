@@ -20,7 +20,7 @@ from mmcore.controller.objects import Object
 from tests.guardian import guarded
 from tests.serving import command, environment
 
-READY_WITHIN_S: Final = 30.0
+READY_WITHIN_S: Final = 60.0
 OWN: Final = "mmcore"
 
 

@@ -21,7 +21,7 @@ from hyperframe.frame import (
 )
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-WITHIN_S = 10.0
+WITHIN_S = 20.0
 
 
 def headers(path: str = "/test.Service/Unary", **changes: str | None) -> list[tuple[str, str]]:

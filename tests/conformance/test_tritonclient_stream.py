@@ -15,7 +15,7 @@ from tests.serving import Instance
 
 pytestmark = pytest.mark.slow
 
-WITHIN_S = 10
+WITHIN_S = 20
 
 
 class Stream:

@@ -21,7 +21,7 @@ from mmcore.transport import Channel, Metadata, Server, ServerCall, StreamCall
 from tests.echoing import EchoService
 
 EVERY_LOOP = True
-WITHIN_S = 10.0
+WITHIN_S = 20.0
 UNARY = "/echo.Echo/Unary"
 METHODS = ("Unary", "Fail", "Hold", "Size", "Compressed", "Where")
 STREAMS = ("Bidi", "Count", "Sum", "HoldStream")
