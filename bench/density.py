@@ -412,7 +412,8 @@ def _rounding(answer: bytes) -> tuple[int, str]:
 def _running(console: Console, *, prepared: Callable[[Path], None] = lambda database: None) -> Iterator[_Running]:
     """An S3 server, and an instance that has nothing yet but what its ``prepared`` registry has."""
     server_core, load_core = cores()
-    with ExitStack() as running, tempfile.TemporaryDirectory(dir=_scratch()) as scratch:
+    # The folder goes last: the instance would make its registry's anew.
+    with tempfile.TemporaryDirectory(dir=_scratch(), prefix="mmcore-bench-") as scratch, ExitStack() as running:
         folder = Path(scratch)
         storage = running.enter_context(
             Process("rclone", [sys.executable, "-m", "bench.peers.rclone_s3"], core=load_core)
