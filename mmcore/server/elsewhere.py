@@ -16,7 +16,7 @@ from mmcore.routing.hops import arrival_of
 from mmcore.server.calls import Answer, Body, Waiting
 from mmcore.server.dataplane import DataplaneConfig
 from mmcore.server.headers import asked, names_models
-from mmcore.transport import Server
+from mmcore.transport import Server, StreamCall
 from mmcore.transport.server import UnaryHandler
 
 
@@ -42,9 +42,10 @@ class Elsewhere:
         self._config = config or DataplaneConfig
 
     def register(self, server: Server, methods: list[str]) -> None:
-        """Serve well-known methods, of which this instance answers none itself."""
+        """Serve well-known methods, and all that nobody has described; this instance answers none of them itself."""
         for method in methods:
             server.add_unary(f"/{method}", self._handler(method))
+        server.serve_others(self.stream)
 
     def _handler(self, method: str) -> UnaryHandler:
         return lambda call, body: self.answer(call, body, method)
@@ -71,6 +72,22 @@ class Elsewhere:
             self._waiting.start(call, self._find(call, body, name, kind, method, stated), method)
         else:
             self._pass_on(call, body, model, method, stated)
+
+    async def stream(self, call: StreamCall) -> None:
+        """Have another instance answer by a method that nobody has described, for the model that the metadata name.
+
+        Raises:
+            Unimplemented: none is asked by this method for the model.
+        """
+        if arrival_of(call) is None and names_models(call.metadata):
+            name, kind = named_by_metadata(call)
+            model = await self._names.find(name, kind)
+            if self._router.lookup_model(model, "") is None and not self._router.in_folder(model):
+                async for message in call:
+                    if await self._mesh.pass_stream_on(call, model, message, away=True) is None:
+                        return
+                    break
+        raise Unimplemented(f"Method not found or not permitted: {call.method.removeprefix('/')}")
 
     async def _find(self, call: Any, body: bytes, name: str, kind: Kind, method: str, stated: str) -> Body | None:
         self._pass_on(call, body, await self._names.find(name, kind), method, stated)

@@ -350,7 +350,13 @@ class PassThrough(Passing):
         trace.end(Status.OK, "")
 
     async def _stream(self, call: StreamCall, method: str, trace: RequestTrace | None) -> None:
-        described, kind = self._way_of(method)
+        try:
+            described, kind = self._way_of(method)
+        except Unimplemented:
+            if self._elsewhere is None:
+                raise
+            await self._elsewhere.stream(call)
+            return
         first: bytes | None = None
         async for message in call:
             first = message

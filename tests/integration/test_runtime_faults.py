@@ -253,6 +253,35 @@ def test_two_instances_with_a_runtime_each_answer_for_each_others_models(
         assert [f"load m{number}" in runtime.journal for runtime in runtimes[:2]].count(True) == 1
 
 
+def test_a_method_of_one_runtime_alone_is_answered_by_it_at_whatever_instance_it_arrives(
+    front: Start, runtimes: list[Runtime], serve: Serve, tmp_path: Path
+) -> None:
+    shared = ("--registry", f"sqlite:{tmp_path}/registry.db", "--peer-port", "0")
+    holder = front(runtimes[0], *shared)
+    holder.register("m", load=True)
+    strict = front(runtimes[1], *shared, methods={"inference.GRPCInferenceService/ModelInfer": [1]})
+    built_in = Front(serve(None, *shared), tmp_path)
+    try:
+        for mesh in (strict, built_in):
+            wait_until_loaded(mesh, "m")
+            assert mesh.call("toy.Toy/Ask", b"what?", mm_model_id="m") == b"m what?"
+            for method, metadata in (
+                ("toy.Toy/Ask", {}),
+                ("toy.Toy/Nothing", {"mm_model_id": "m"}),
+                ("mmesh.ModelRuntime/unloadModel", {"mm_model_id": "m"}),
+            ):
+                code, _ = refused(
+                    lambda method=method, metadata=metadata, mesh=mesh: mesh.call(method, b"", **metadata)
+                )
+                assert code is grpc.StatusCode.UNIMPLEMENTED
+            assert refused(lambda mesh=mesh: mesh.call("toy.Toy/Ask", b"", mm_model_id="none"))[0] in (
+                grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED
+            )  # fmt: skip
+    finally:
+        built_in.close()
+    assert "load m" not in runtimes[1].journal
+
+
 class Talk:
     """A stream that goes on as long as both sides will."""
 
