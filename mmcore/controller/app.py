@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from mmcore.controller.api import Api
 from mmcore.controller.events import Events
@@ -67,6 +67,9 @@ class Controller:
         self._models = ModelReconciler(api, self._known, self._mesh, self._events)
         self._namespaces = NamespaceReconciler(api, self._known, self._events, self._look_at_models)
         self._sources = {source.kind.name: source for source in SOURCES}
+        #: What starts tasks that end with the lead, and the one that follows the secrets of stores.
+        self._start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] | None = None
+        self._following_stores: asyncio.Task[None] | None = None
 
     @property
     def requests(self) -> Mapping[tuple[str, str], int]:
@@ -121,10 +124,15 @@ class Controller:
     async def _lead(self) -> None:
         informers = await self._known.informers()
         async with asyncio.TaskGroup() as group:
-            for informer in informers:
-                group.create_task(informer.run(), name=f"follow {informer.kind.plural}")
+            stores = self._known.storage_secrets
+            tasks = {
+                informer: group.create_task(informer.run(), name=f"follow {informer.kind.plural}")
+                for informer in informers
+            }
             for informer in informers:
                 await informer.synced.wait()
+            self._following_stores = tasks[stores]
+            self._start = group.create_task
             self._read_config()
             self._look_at_all()
             group.create_task(self.queue.run(_WORKERS), name="work")
@@ -291,6 +299,10 @@ class Controller:
         changed, known.config = config != known.config, config
         if changed:
             known.forget_selections()
+        if config.storage_secret != known.storage_secret and self._start is not None:
+            if self._following_stores is not None:
+                self._following_stores.cancel()
+            self._following_stores = self._start(known.follow_stores(config.storage_secret).run())
         return changed
 
     async def _let_orphans_go(self, namespace: str) -> None:

@@ -83,7 +83,7 @@ class Known:
 
     Attributes:
         config: the configuration that counts.
-        storage_secret: the name of the secrets of stores, as the configuration said it at the start.
+        storage_secret: the name of the secrets of stores.
         refused: what the API server did not take of what a namespace is to have, by namespace.
     """
 
@@ -131,8 +131,7 @@ class Known:
 
     async def informers(self) -> list[Informer]:
         """Those to run; of kinds that servers may lack or have in older versions, those that this server has."""
-        self.storage_secret = await self._configured_storage_secret()
-        self.storage_secrets = self._one(SECRET, self.storage_secret)
+        self.follow_stores(await self._configured_storage_secret())
         found = [
             self.predictors,
             self.inference_services,
@@ -156,6 +155,12 @@ class Known:
                 self._optional[kind.name] = informer
                 found.append(informer)
         return found
+
+    def follow_stores(self, name: str) -> Informer:
+        """Have the secrets of this name be those of stores; the informer, to be run, knows none at first."""
+        self.storage_secret = name
+        self.storage_secrets = self._one(SECRET, name)
+        return self.storage_secrets
 
     async def _configured_storage_secret(self) -> str:
         texts = []

@@ -27,7 +27,7 @@ from mmcore.controller.objects import (
     Object,
     Ref,
 )
-from tests.api_servers import ApiServer, OwnApiServer, secret
+from tests.api_servers import CONTROLLER, ApiServer, OwnApiServer, secret
 from tests.clusters import Cluster, failed, infer, inference_service, predictor, running, runtime, state
 from tests.management import SCALE
 from tests.serving import write_model
@@ -238,6 +238,20 @@ async def test_the_configuration_is_taken_over_while_running(cluster: Cluster) -
     await cluster.configure(podsPerRuntime=2, scaleToZero={"enabled": False}, headlessService=False)
     await cluster.until(DEPLOYMENT, name, lambda one: one["spec"]["replicas"] == 2)
     await cluster.until(SERVICE, "modelmesh-serving", lambda one: one["spec"]["clusterIP"] != "None")
+    # Another secret of stores is followed from then on, where the controller may read it.
+    rules = [{"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["others"], "verbs": ["list", "watch"]}]
+    to = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "others"}
+    users = [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": CONTROLLER}]
+    for kind, content in (("Role", {"rules": rules}), ("RoleBinding", {"roleRef": to, "subjects": users})):
+        version = "rbac.authorization.k8s.io/v1"
+        path = f"/apis/{version}/namespaces/{cluster.namespace}/{kind.lower()}s"
+        item = {"apiVersion": version, "kind": kind, "metadata": {"name": "others"}, **content}
+        await asyncio.to_thread(cluster.server.ask, "POST", path, item)
+    await cluster.configure(storageSecretName="others")
+    await cluster.apply(secret(cluster.namespace, "others", broken="{no JSON"))
+    async with asyncio.timeout(20):
+        while ("InvalidEntry", "no JSON object: broken") not in await cluster.events("others"):
+            await asyncio.sleep(0.05)
 
 
 async def test_an_instance_that_dies_is_replaced_in_the_status(cluster: Cluster) -> None:
