@@ -80,7 +80,7 @@ class Controller:
         """What it counts, as Prometheus reads it."""
         told, prefix = Exposition(), "mmcore_controller_"
         working = int(self.ready.is_set())
-        told.value(f"{prefix}working", "gauge", "1 while this process leads and knows all objects.", working)
+        told.value(f"{prefix}working", "gauge", "Whether this process leads and knows all objects.", working)
         requests = [
             ({"method": method, "resource": plural}, count) for (method, plural), count in self.requests.items()
         ]
@@ -271,7 +271,7 @@ class Controller:
     def _look_at_models(self, namespace: str) -> None:
         for informer in self._known.models:
             for item in informer.of(namespace):
-                self.queue.add((informer.kind.name, ref(item)))
+                self.queue.add_later((informer.kind.name, ref(item)))
 
     def _read_config(self) -> bool:
         """Take the configuration over; one that cannot be used leaves the last one in force."""

@@ -1,4 +1,7 @@
-"""What is to be looked at: each thing once however often it changes, failures with growing pauses of their own."""
+"""What is to be looked at: each thing once however often it changes, failures with growing pauses of their own.
+
+What has changed itself goes before what is only looked at because something else has.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ class WorkQueue(Generic[KeyT]):
     def __init__(self, work: Callable[[KeyT], Awaitable[float | None]]) -> None:
         self._work = work
         self._waiting: dict[KeyT, None] = {}
+        #: Those that let the others go before.
+        self._later: dict[KeyT, None] = {}
         self._running: set[KeyT] = set()
         self._timers: dict[KeyT, asyncio.TimerHandle] = {}
         self._failures: dict[KeyT, int] = {}
@@ -34,12 +39,19 @@ class WorkQueue(Generic[KeyT]):
 
     def __len__(self) -> int:
         """How many keys wait for a turn."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._later)
 
     def add(self, key: KeyT) -> None:
         """Look at it as soon as possible."""
+        self._later.pop(key, None)
         self._waiting[key] = None
         self._arrived.set()
+
+    def add_later(self, key: KeyT) -> None:
+        """Look at it when nothing else is to be looked at."""
+        if key not in self._waiting:
+            self._later[key] = None
+            self._arrived.set()
 
     def add_after(self, key: KeyT, seconds: float) -> None:
         """Look at it in a while; the earlier of two such times counts."""
@@ -55,7 +67,7 @@ class WorkQueue(Generic[KeyT]):
     @property
     def idle(self) -> bool:
         """Whether nothing is to be done now."""
-        return not self._waiting and not self._running
+        return not self._waiting and not self._later and not self._running
 
     async def run(self, workers: int) -> None:
         """Work until cancelled."""
@@ -69,12 +81,11 @@ class WorkQueue(Generic[KeyT]):
 
     async def _worker(self) -> None:
         while True:
-            key = next((one for one in self._waiting if one not in self._running), None)
+            key = self._next()
             if key is None:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            del self._waiting[key]
             self._running.add(key)
             self.turns += 1
             try:
@@ -93,3 +104,14 @@ class WorkQueue(Generic[KeyT]):
             finally:
                 self._running.discard(key)
                 self._arrived.set()
+            # Where nothing differs a turn asks for nothing: ten thousand of them would keep the lease and the probes
+            # waiting for seconds.
+            await asyncio.sleep(0)
+
+    def _next(self) -> KeyT | None:
+        for waiting in (self._waiting, self._later):
+            key = next((one for one in waiting if one not in self._running), None)
+            if key is not None:
+                del waiting[key]
+                return key
+        return None

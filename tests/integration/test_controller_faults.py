@@ -354,7 +354,7 @@ async def test_a_controllers_process_answers_probes_and_tells_what_it_does(clust
             return 0, ""
 
     async def works() -> bool:
-        return "mmcore_controller_working 1" in (await asyncio.to_thread(ask, "/metrics"))[1]
+        return "\nmmcore_controller_working 1\n" in (await asyncio.to_thread(ask, "/metrics"))[1]
 
     with (cluster.folder / "controller.log").open("wb") as log:
         process = subprocess.Popen(line, stdout=log, stderr=log, env=environment())
