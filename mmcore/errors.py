@@ -67,6 +67,13 @@ class Overloaded(MmcoreError):
     status = Status.RESOURCE_EXHAUSTED
 
 
+def no_thread(error: BaseException) -> Overloaded | None:
+    """The error to answer where the system has refused a new thread: the interpreter has no class of its own for it."""
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return Overloaded("the system lets this instance start no thread for this request; try again later")
+    return None
+
+
 class MessageTooLong(Overloaded):
     """A message, or what it decompresses to, is above the limit."""
 

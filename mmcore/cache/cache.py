@@ -30,7 +30,7 @@ from mmcore.cache.loads import Load, LoadQueue, Priority
 from mmcore.cache.room import NOTHING, Footprint, Room
 from mmcore.cache.sizes import Files, Sizes
 from mmcore.cache.threads import LoaderThreads
-from mmcore.errors import Cancelled, LoadFailed, MmcoreError, Overloaded, Unavailable
+from mmcore.errors import Cancelled, LoadFailed, MmcoreError, Overloaded, Unavailable, no_thread
 from mmcore.log import event
 from mmcore.model import ModelSource
 from mmcore.runtimes import LoadedModel, load_model
@@ -356,8 +356,10 @@ class Cache:
             raise
         except Exception as failure:
             log.exception("loading model %s version %s", load.name, load.version)
-            error = LoadFailed(f"{type(failure).__name__}: {failure}")
-            self._failed(load.name, load.version, error)
+            error = no_thread(failure)
+            if error is None:
+                error = LoadFailed(f"{type(failure).__name__}: {failure}")
+                self._failed(load.name, load.version, error)
         finally:
             if self._loads.get((load.name, load.version)) is load:
                 del self._loads[load.name, load.version]

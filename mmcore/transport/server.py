@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from mmcore._ext.h2 import Method
 from mmcore._ext.h2server import ServerCall, ServerSession, Working
 from mmcore.config import TransportSettings
-from mmcore.errors import MmcoreError, RpcError, Status
+from mmcore.errors import MmcoreError, RpcError, Status, no_thread
 from mmcore.transport.connection import TICK_S, Connection, Message, loop_buffers, require_h2
 from mmcore.transport.listening import address_of, listen
 from mmcore.transport.streams import StreamCall
@@ -30,8 +30,6 @@ INTERNAL_STREAMS = 2**20
 
 #: Methods that are served without having been added and are remembered.
 OTHERS_KEPT = 256
-#: The interpreter's words, which have no class of their own.
-_NO_THREAD = "can't start new thread"
 _METHOD = re.compile(rb"/[A-Za-z_][\w.]*/[A-Za-z_]\w*")
 
 #: Answers a unary call at once with its message, or returns None and calls ``call.reply`` or ``call.fail`` later.
@@ -50,8 +48,8 @@ def status_of(error: BaseException) -> tuple[Status, str]:
         return error.status, error.details
     if isinstance(error, MemoryError):
         return Status.RESOURCE_EXHAUSTED, "there is no memory for this request"
-    if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
-        return Status.RESOURCE_EXHAUSTED, "the system lets this instance start no thread for this request"
+    if (refused := no_thread(error)) is not None:
+        return refused.status, str(refused)
     return Status.INTERNAL, f"{type(error).__name__}: {error}"
 
 

@@ -87,6 +87,17 @@ async def test_a_pull_ends_with_its_last_waiter_and_begins_anew_for_who_comes_th
     assert (await one_loader.load("a")).name == "a"
 
 
+async def test_a_load_that_the_system_allows_no_thread_for_is_no_failure_of_the_model(one_loader: Fixture) -> None:
+    before = threading.stack_size(2**46)  # larger than all memory: the system refuses
+    try:
+        with pytest.raises(Overloaded, match="no thread"):
+            await one_loader.load("a")
+    finally:
+        threading.stack_size(before)
+    assert one_loader.cache.failures.last("a", "1") == ""
+    assert (await one_loader.load("a")).name == "a"
+
+
 async def test_dropping_a_load_ends_its_pull(one_loader: Fixture) -> None:
     cache, origin = one_loader.cache, one_loader.origin
     origin.pulling = begun = threading.Semaphore(0)
