@@ -17,6 +17,7 @@ import joblib
 import numpy as np
 import sklearn
 from sklearn.exceptions import InconsistentVersionWarning
+from sklearn.utils.validation import check_array
 from threadpoolctl import threadpool_limits
 
 from mmcore.errors import InvalidRequest, LoadFailed
@@ -83,6 +84,8 @@ class SklearnModel(BuiltinModel):
             try:
                 datatype, array = _answer(method(features))
             except Exception as error:
+                if _refuses_inputs(error):
+                    raise InvalidRequest(f"model {self.name!r}: {describe(error)}") from error
                 raise self._failures.failed(error) from error
             answer.append((name, datatype, array))
         return answer
@@ -98,6 +101,18 @@ class SklearnModel(BuiltinModel):
             raise InvalidRequest(f"input {self._input!r}: the model takes text, but an element is not UTF-8") from error
         # A vectorizer takes a list of documents; a request's rows are [n] or, in MLServer's habit, [n, 1].
         return text.ravel() if text.ndim == 2 and text.shape[1] == 1 else text
+
+
+def _refuses_inputs(error: Exception) -> bool:
+    """Whether it is scikit-learn's check of the values that it is given: no NaN, no infinity, at least one row."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return (
+        isinstance(error, ValueError)
+        and trace is not None
+        and trace.tb_frame.f_globals.get("__name__") == check_array.__module__
+    )
 
 
 def load(source: ModelSource) -> LoadedModel:

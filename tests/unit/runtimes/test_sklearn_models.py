@@ -267,15 +267,21 @@ def test_settings_that_contradict_the_model_are_refused(tmp_path: Path, settings
 
 def test_what_the_estimator_refuses_reaches_the_caller(tmp_path: Path) -> None:
     model = load(tmp_path, LogisticRegression().fit(ROWS, LABELS))
-    with pytest.raises(InferenceFailed, match="model 'm': ValueError: Input X contains NaN"):
+    with pytest.raises(InvalidRequest, match="model 'm': ValueError: Input X contains NaN"):
         model.infer({"predict": np.full((1, 4), np.nan)}, ())
     with pytest.raises(InvalidRequest, match="has no output 'score'; it has 'predict', 'predict_proba'"):
         model.infer({"predict": ASKED}, ("score",))
 
 
+def test_what_else_it_raises_is_the_models_failure(tmp_path: Path) -> None:
+    model = load(tmp_path, OneHotEncoder(handle_unknown="error").fit(LABELS[:, None]))
+    with pytest.raises(InferenceFailed, match="model 'm': ValueError: Found unknown categories"):
+        model.infer({"predict": np.full((1, 1), 7)}, ())
+
+
 def test_a_batch_of_no_rows_does_not_end_the_server(tmp_path: Path) -> None:
     model = load(tmp_path, LogisticRegression().fit(ROWS, LABELS))
-    with pytest.raises(InferenceFailed, match="minimum of 1 is required"):
+    with pytest.raises(InvalidRequest, match="minimum of 1 is required"):
         model.infer({"predict": ASKED[:0]}, ())
 
 
