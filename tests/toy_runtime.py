@@ -177,6 +177,8 @@ class Toy:
     def ask(self, body: bytes, context: Context) -> bytes:
         """A service of its own: the message is the answer, behind the id that the metadata tells."""
         name: str = dict(context.invocation_metadata())["mm-model-id"]
+        if name not in self.models:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no model {name}")
         return name.encode() + b" " + body
 
 

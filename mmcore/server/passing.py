@@ -367,31 +367,55 @@ class PassThrough(Passing):
         if taken is None:
             return
         leases: dict[str, Copy] = {}
-        try:
-            copy, first = await self._lease(call, described, kind, taken[0], leases)
-            await self._external.decided()
-            connection = self._external.channel.pick()
-            if connection is None:
-                await self._external.channel.connect()
-                connection = self._external.channel.pick()
-            if connection is None:
-                raise RpcError(Status.UNAVAILABLE, "the runtime is away")
+        for sent in range(1, _SENT_AT_MOST + 1):
             try:
-                out = call.pass_through(connection, target_of(copy), described.path, _encoded(trace))
-            except (ConnectionError, ValueError) as error:
-                raise RpcError(Status.UNAVAILABLE, str(error)) from error
+                stream, copy = await self._started(call, described, kind, taken, leases, trace)
+                if await stream.run():
+                    return
+            finally:
+                for leased in leases.values():
+                    leased.release()
+                leases.clear()
+            failure = stream.out.call
+            forgotten = has_forgotten(failure.status, failure.details)
+            # One that may have run is not sent again: what the method does is not known.
+            again = stream.can_be_repeated and sent < _SENT_AT_MOST and (failure.refused or forgotten)
+            if not again or (forgotten and not self._may_reload(copy)):
+                call.end_like(stream.out)
+                raise RpcError(Status(failure.status), failure.details, failure.trailers)
+            await self._external.decided()
 
-            async def prepared(message: bytes) -> bytes:
-                return (await self._lease(call, described, kind, message, leases))[1]
+    async def _started(
+        self,
+        call: StreamCall,
+        method: Way,
+        kind: Kind,
+        taken: list[bytes],
+        leases: dict[str, Copy],
+        trace: RequestTrace | None,
+    ) -> tuple[_Stream, Copy]:
+        """A stream that is started at the runtime, and the copy that its first message is for."""
 
-            if trace is not None:
-                trace.note(model=copy.name, version=copy.version)
-            await _Stream(
-                call, out, [first, *[await prepared(message) for message in taken[1:]]], prepared, trace
-            ).run()
-        finally:
-            for copy in leases.values():
-                copy.release()
+        async def prepared(message: bytes) -> bytes:
+            return (await self._lease(call, method, kind, message, leases))[1]
+
+        copy, first = await self._lease(call, method, kind, taken[0], leases)
+        messages = [first, *[await prepared(message) for message in taken[1:]]]
+        await self._external.decided()
+        connection = self._external.channel.pick()
+        if connection is None:
+            await self._external.channel.connect()
+            connection = self._external.channel.pick()
+        if connection is None:
+            raise RpcError(Status.UNAVAILABLE, "the runtime is away")
+        try:
+            out = call.pass_through(connection, target_of(copy), method.path, _encoded(trace))
+        except (ConnectionError, ValueError) as error:
+            raise RpcError(Status.UNAVAILABLE, str(error)) from error
+
+        if trace is not None:
+            trace.note(model=copy.name, version=copy.version)
+        return _Stream(call, out, messages, prepared, trace), copy
 
     async def _stream_elsewhere(self, call: StreamCall, method: Way, kind: Kind, first: bytes) -> list[bytes] | None:
         """Have another instance answer a stream whose model is there; else the messages that were taken from it."""
@@ -433,6 +457,10 @@ class _Stream:
     """One stream between its client and the runtime; ``prepare`` makes of a message what the runtime is to get.
 
     ``first`` are messages that were taken from it, as the runtime is to get them.
+
+    Attributes:
+        out: the stream at the runtime.
+        can_be_repeated: no others were taken from the client, and nothing was sent to it.
     """
 
     def __init__(
@@ -443,38 +471,42 @@ class _Stream:
         prepare: Callable[[bytes], Awaitable[bytes]],
         trace: RequestTrace | None,
     ) -> None:
+        self.out: Final = out
+        self.can_be_repeated = True
         self._call = call
-        self._out = out
         self._first = first
         self._prepare = prepare
         self._trace = trace
 
-    async def run(self) -> None:
-        """Pass messages both ways until the runtime ends the stream; RpcError where its status is not OK."""
-        call, out = self._call, self._out
+    async def run(self) -> bool:
+        """Pass messages both ways until the runtime ends the stream; whether its status is OK."""
+        call, out = self._call, self.out
         sending = asyncio.get_running_loop().create_task(self._send(), name=f"pass {call.method} through")
         try:
             async for message in out:
+                self.can_be_repeated = False
                 call.begin_like(out)
                 await call.send(message)
             call.end_like(out)
         except RpcError:
-            call.end_like(out)
-            raise
+            return False
         finally:
             sending.cancel()
             out.cancel()
             await asyncio.wait([sending])
+        return True
 
     async def _send(self) -> None:
-        call, out = self._call, self._out
+        call, out = self._call, self.out
         try:
             for message in self._first:
                 await out.send(message)
             async for message in call:
+                self.can_be_repeated = False
                 await out.send(await self._prepare(message))
             await out.end()
         except (RpcError, MmcoreError) as error:  # what the client sends cannot be taken
+            self.can_be_repeated = False
             status, text = status_of(error)
             if self._trace is not None:
                 self._trace.end(status, text)

@@ -152,6 +152,13 @@ class Front:
         assert response.model_name == name
         return response
 
+    @staticmethod
+    def have_forgotten(server: Server, name: str) -> None:
+        """Have the server lose a model that this instance has loaded."""
+        with grpc.insecure_channel(server.address) as channel:
+            unload = channel.unary_unary("/inference.GRPCInferenceService/RepositoryModelUnload")
+            unload(inference_pb2.RepositoryModelUnloadRequest(model_name=name).SerializeToString(), timeout=20)
+
     def states(self, *names: str) -> list[str]:
         return [self.manager.state(name) for name in names]
 
@@ -247,6 +254,8 @@ def test_mlserver_answers_for_three_formats_is_evicted_from_and_comes_back(
         with pytest.raises(grpc.RpcError) as error:
             front.infer("broken")
         assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        front.have_forgotten(server, "sk")
+        assert predicted(front.infer("sk")) == [0, 1, 1, 0]
         server.kill()
         server.start()
         assert predicted(front.infer("sk")) == [0, 1, 1, 0]
@@ -275,6 +284,8 @@ def test_triton_answers_is_evicted_from_and_comes_back(
         with pytest.raises(grpc.RpcError) as error:
             front.infer("a", input_name="WRONG")
         assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        front.have_forgotten(server, "a")
+        assert predicted(front.infer("a")) == DOUBLED
         server.kill()
         began = time.monotonic()
         server.start()

@@ -236,6 +236,19 @@ def test_a_forgotten_model_is_loaded_again_and_the_request_answered(front: Start
     assert runtime.journal.count("load m") == 2
 
 
+def test_a_request_of_its_own_service_is_sent_again_when_its_model_was_forgotten(
+    front: Start, runtime: Runtime
+) -> None:
+    mesh = front()
+    mesh.register("m", load=True)
+    runtime.call("Forget")
+    assert mesh.call("toy.Toy/Ask", b"a", mm_model_id="m") == b"m a"
+    assert runtime.journal.count("load m") == 2
+    # What says so at once again says it of something else.
+    runtime.call("Forget")
+    assert refused(lambda: mesh.call("toy.Toy/Ask", b"a", mm_model_id="m")) == (grpc.StatusCode.NOT_FOUND, "no model m")
+
+
 def test_a_runtime_that_is_killed_under_load_gets_its_models_back_and_requests_are_answered(
     front: Start, runtime: Runtime
 ) -> None:
