@@ -329,7 +329,7 @@ def test_it_is_killed_under_load_and_started_again_and_every_request_is_answered
         try:
             held.kill()
             held.start()
-            ends_at = time.monotonic() + 20
+            ends_at = time.monotonic() + 60
             while [front.manager.state(name) for name in FORMATS] != ["LOADED"] * len(FORMATS):
                 assert time.monotonic() < ends_at, front.instance.log_text()
                 time.sleep(0.05)
