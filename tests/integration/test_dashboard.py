@@ -433,12 +433,18 @@ def test_the_keyboard_is_enough(opened: Callable[[str], Chrome]) -> None:
 
 
 @needs_browser
-def test_a_phone_shows_it_without_scrolling_sideways(opened: Callable[[str], Chrome]) -> None:
+def test_a_phone_shows_it_without_scrolling_sideways(instance: Instance, opened: Callable[[str], Chrome]) -> None:
+    infer(instance, "echo")
     browser = opened("")
     resize(browser, 390, 844)
-    for page in ("#/models", "#/models/echo", "#/instances", "#/activity"):
+    for page, place, words in (
+        ("#/models", "#where", f"of {REGISTERED + 3:,}"),
+        ("#/models/echo", "h1", "loaded"),
+        ("#/instances", "tbody", instance.ready["instance"]),
+        ("#/activity", "main", "echo"),
+    ):
         browser.execute_script(f"location.hash = '{page}'")
-        awaited(browser, lambda one: not text(one, "main").startswith("Loading"))
+        awaited(browser, lambda one, place=place, words=words: words in text(one, place))
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, page
         inner = "return [...document.querySelectorAll('.scroll')].map((box) => box.scrollWidth - box.clientWidth)"
         assert max(browser.execute_script(inner), default=0) <= 0, page

@@ -299,7 +299,7 @@ function lifeLine(event, named = false) {
 
 function instancesPage() {
   const body = el("tbody");
-  const heads = [["Instance", ""], ["State", ""], ["Memory", ""], ["Models", "num"], ["Loading", "num optional"], ["Req/min", "num"], ["In flight", "num optional"], ["Zone", "optional"], ["Labels", "optional"], ["Up", "num"]];
+  const heads = [["Instance", ""], ["State", ""], ["Memory", ""], ["Models", "num"], ["Loading", "num optional"], ["Req/min", "num"], ["In flight", "num optional"], ["Zone", "optional"], ["Labels", "optional"], ["Up", "num optional"]];
   const more = el("div", { class: "pager" });
   $("main").replaceChildren(el("section", { class: "card", "aria-label": "Instances" },
     el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads.map(([text, kind]) => el("th", { scope: "col", class: kind }, text)))), body)), more));
@@ -314,7 +314,7 @@ function instancesPage() {
           el("td", {}, `${bytes(one.used_bytes)} of ${bytes(one.capacity_bytes)}`, meter(one.capacity_bytes ? one.used_bytes / one.capacity_bytes : 0)),
           ...[one.models, one.loading, one.requests_per_minute, one.in_flight].map((value, at) => el("td", { class: heads[3 + at][1] }, count(value))),
           el("td", { class: "optional" }, one.zone || "–"), el("td", { class: "optional" }, one.labels.join(", ") || "–"),
-          el("td", { class: "num" }, ago(one.started_ms).replace(" ago", "")));
+          el("td", { class: "num optional" }, ago(one.started_ms).replace(" ago", "")));
       }));
       more.textContent = `${count(news.instances.length)} of ${count(news.total)} instances`;
     },
