@@ -27,7 +27,7 @@ STEPS = st.lists(
 
 
 class Run:
-    def __init__(self) -> None:
+    def __init__(self, room_wait_s: float = 0.02) -> None:
         self.broken: set[str] = set()
         self.models: list[FakeModel] = []
         self.leases: list[Copy] = []
@@ -37,7 +37,7 @@ class Run:
             capacity_bytes=CAPACITY,
             load=self.open,
             bind=lambda model: None,  # type: ignore[arg-type,return-value]  # nothing is bound here
-            room_wait_s=0.02,
+            room_wait_s=room_wait_s,
             residency_s=0.0,
         )
 
@@ -106,7 +106,7 @@ def test_any_order_of_events_keeps_the_books(steps: list[tuple[str, str]]) -> No
 
 @pytest.mark.slow
 async def test_objects_stay_the_same_over_many_cycles() -> None:
-    run = Run()
+    run = Run(room_wait_s=30.0)
     run.origin.settings = ModelSettings(size_bytes=45)
 
     async def cycles(count: int) -> None:
