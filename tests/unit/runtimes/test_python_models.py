@@ -226,8 +226,8 @@ def test_closing_calls_the_model_and_forgets_its_modules(tmp_path: Path, caplog:
         + HEAD
         + "    def predict(self, inputs): ...\n    def close(self): raise OSError('stuck')\n"
     )
-    model = load(tmp_path, text, name="leaving")
-    assert {name.rpartition("_")[2] for name in sys.modules if "leaving" in name} == {"leaving", "leaving.part"}
+    model = load(tmp_path, text, name="parting")
+    assert {name.rpartition("_")[2] for name in sys.modules if "parting" in name} == {"parting", "parting.part"}
     model.close()
-    assert not [name for name in sys.modules if "leaving" in name]
-    assert "model 'leaving' failed to close" in caplog.text
+    assert not [name for name in sys.modules if "parting" in name]
+    assert "model 'parting' failed to close" in caplog.text
