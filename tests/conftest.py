@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import pytest
 import uvloop
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 
+from mmcore import log
 from tests.serving import Instances, Serve
 
 # As mmcore.runtimes.loading does, for the tests that import OpenVINO themselves.
@@ -56,3 +58,15 @@ def serve_for_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     instances = Instances(tmp_path_factory.mktemp("instances"))
     yield instances
     instances.end()
+
+
+@pytest.fixture
+def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take back what a command that runs in this process does to its logging: its lines go to this test's stderr."""
+    monkeypatch.setattr(log, "switches", log.LogSwitches())
+    root, package = logging.getLogger(), logging.getLogger("mmcore")
+    handlers, level = list(root.handlers), package.level
+    yield
+    root.handlers[:] = handlers
+    package.setLevel(level)
+    logging.captureWarnings(False)

@@ -3,22 +3,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
 
 import pytest
 
 from mmcore import log
 
-
-@pytest.fixture(autouse=True)
-def _keep_logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(log, "switches", log.LogSwitches())
-    root, package = logging.getLogger(), logging.getLogger("mmcore")
-    handlers, level = list(root.handlers), package.level
-    yield
-    root.handlers[:] = handlers
-    package.setLevel(level)
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:

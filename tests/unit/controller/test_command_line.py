@@ -102,6 +102,7 @@ def test_every_variable_is_an_option(name: str) -> None:
     assert stated - options == {"POD_IP"}
 
 
+@pytest.mark.usefixtures("logging_as_it_was")
 def test_a_controller_without_its_client_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
