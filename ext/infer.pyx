@@ -122,7 +122,8 @@ cdef class Prepared:
     cdef int untried                # requests since gathering was tried
     cdef int pause
     cdef int64_t ended              # the last inference
-    cdef double share               # of the requests' time alone that merged ones take
+    cdef double merged_ns           # what merged inferences took of late, and their requests would have taken alone
+    cdef double alone_ns
     cdef double[SIZE_CLASSES] cost  # of a request alone, in ns by its size class; 0: not known
     cdef Signature signature
     cdef object infer
@@ -148,7 +149,7 @@ cdef class Prepared:
         self.most_rows = most_rows
         self.most_merged_rows = merging.most_rows if merging is not None else 0
         self.most_requests = merging.most_requests if merging is not None else 0
-        self.share = 0.5
+        self.merged_ns = self.alone_ns = 0
         self.signature = copy.signature
         self.infer = copy.model.infer
         self.record = copy.statistics.record
@@ -239,11 +240,16 @@ cdef class Prepared:
             if cost == 0:
                 return
             expected += cost
-        # No single one tells: the processor may have been taken away in the middle.
-        self.share += (min(1.5, (elapsed + GATHERING_NS * <double> len(group)) / expected) - self.share) / 8
-        if self.share > 0.95:
+        if self.alone_ns == 0:
+            self.alone_ns = 8 * expected
+            self.merged_ns = self.alone_ns / 2
+        # No single one tells: the processor may have been taken away in the middle. And those of two or three, which
+        # gain the least, tell less than those of many.
+        self.merged_ns += min(1.5 * expected, elapsed + GATHERING_NS * <double> len(group)) - self.merged_ns / 8
+        self.alone_ns += expected - self.alone_ns / 8
+        if self.merged_ns > 0.95 * self.alone_ns:
             self.pause = NOT_GAINED_PAUSE
-            self.share = 0.5
+            self.merged_ns = self.alone_ns = 0
             self.turns_left = 0
 
 

@@ -208,6 +208,20 @@ async def test_where_rows_cost_as_much_as_calls_nothing_is_merged_for_long() -> 
     await bench.router.close()
 
 
+async def test_many_that_gain_outweigh_a_few_that_do_not(bench: Bench) -> None:
+    many = [[value] for value in range(64)]
+    for _ in range(30):
+        bench.model.before = lambda: None
+        await bench.turn(*many)
+        # As where the processor is taken away: a call for two takes as long as three.
+        bench.model.before = lambda: time.sleep(2 * CALL_S)
+        for _ in range(6):
+            await bench.turn([1], [2])
+    bench.model.asked.clear()
+    await bench.turn(*many)
+    assert [len(values) for values in bench.model.asked] == [64]
+
+
 async def test_a_model_that_is_not_to_be_merged_is_asked_one_by_one() -> None:
     bench = Bench(ModelSettings(execution="inline", merges=False), CALL_S, ROW_S)
     await bench.router.load("m")
