@@ -60,6 +60,8 @@ QUICK_REGISTERED: Final = 20_000
 MORE: Final = 5_000
 START_WITHIN_S: Final = 120.0
 STRING_MODEL: Final = Path("tests/data/simple_string")
+#: What shares the generator's core lets it have that at once: the S3 server lists 20,000 models in turns of 4 ms.
+YIELDING: Final = ("chrt", "--idle", "0")
 #: Models that are registered beside and loaded only while the hot ones are asked.
 COLD: Final = 120
 HOT: Final = 200
@@ -376,7 +378,7 @@ class _Running:
         """Inside the block a process asks cold models one after the other; gives the seconds of each in the end."""
         requests = self._folder / "cold"
         requests.write_text("\n".join(model.request.hex() for model in models))
-        argv = [sys.executable, "-m", "bench.peers.cold_caller", self._server.target, str(requests)]
+        argv = [*YIELDING, sys.executable, "-m", "bench.peers.cold_caller", self._server.target, str(requests)]
         took: list[float] = []
         with Process("cold caller", argv, core=cores()[1]) as caller:
             yield took
@@ -416,7 +418,7 @@ def _running(console: Console, *, prepared: Callable[[Path], None] = lambda data
     with tempfile.TemporaryDirectory(dir=_scratch(), prefix="mmcore-bench-") as scratch, ExitStack() as running:
         folder = Path(scratch)
         storage = running.enter_context(
-            Process("rclone", [sys.executable, "-m", "bench.peers.rclone_s3"], core=load_core)
+            Process("rclone", [*YIELDING, sys.executable, "-m", "bench.peers.rclone_s3"], core=load_core)
         )
         endpoint = str(storage.ready["s3"])
         entries = folder / "storage-config"
