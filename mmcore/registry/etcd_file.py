@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Final
 
+from mmcore.file_stamp import file_stamp
 from mmcore.registry.etcd_address import EtcdAddress, read_connection
 
 log = logging.getLogger(__name__)
@@ -44,14 +45,5 @@ class EtcdFile:
             log.error("%s: another root_prefix takes effect at the next start", self._file)
         return self._address
 
-    def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
-        return tuple(map(_stamp, self._address.files))
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """What tells a file from another that took its place; None where there is none."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    def _look(self) -> tuple[tuple[int, int, int, int] | None, ...]:
+        return tuple(map(file_stamp, self._address.files))

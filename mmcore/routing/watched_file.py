@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, Generic, TypeVar
 
 from mmcore.errors import InvalidSetting
+from mmcore.file_stamp import file_stamp
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +44,14 @@ class WatchedFile(Generic[ValueT]):
         self._path = path
         self._parse = parse
         self._interval_s = interval_s
-        self._stamp = self._look()
+        self._stamp = file_stamp(self._path)
         self.value: ValueT = self._read()
 
     async def watch(self) -> None:
         """Follow the file until cancelled."""
         while True:
             await asyncio.sleep(self._interval_s)
-            stamp = self._look()
+            stamp = file_stamp(self._path)
             # A file that is away for a moment while it is replaced has not changed yet.
             if stamp is None or stamp == self._stamp:
                 continue
@@ -62,13 +63,6 @@ class WatchedFile(Generic[ValueT]):
                 continue
             log.info("%s has changed", self._path)
             self.on_change(self.value)
-
-    def _look(self) -> tuple[int, int, int, int] | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def _read(self) -> ValueT:
         try:

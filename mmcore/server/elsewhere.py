@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from mmcore._ext.pbwire import find_string
-from mmcore.errors import InvalidRequest, NotFound, Unimplemented
+from mmcore.errors import NotFound, Unimplemented
 from mmcore.routing import Kind, Mesh, Names, Router
 from mmcore.routing.hops import arrival_of
-from mmcore.server.calls import Answer, Body, Waiting
+from mmcore.server.calls import Body, Waiting
 from mmcore.server.dataplane import DataplaneConfig
-from mmcore.server.headers import asked, names_models
+from mmcore.server.headers import names_models, the_one_asked
 from mmcore.transport import Server, StreamCall
 from mmcore.transport.server import UnaryHandler
 
@@ -65,7 +65,7 @@ class Elsewhere:
         if arrival is not None and arrival.model:
             name, kind = arrival.model, Kind.MODEL
         elif not name:
-            name, kind = named_by_metadata(call)
+            name, kind = the_one_asked(call.metadata)
         try:
             model = self._names.model(name, kind)
         except NotFound:
@@ -80,7 +80,7 @@ class Elsewhere:
             Unimplemented: none is asked by this method for the model.
         """
         if arrival_of(call) is None and names_models(call.metadata):
-            name, kind = named_by_metadata(call)
+            name, kind = the_one_asked(call.metadata)
             model = await self._names.find(name, kind)
             if self._router.lookup_model(model, "") is None and not self._router.in_folder(model):
                 async for message in call:
@@ -107,18 +107,3 @@ class Elsewhere:
 
 async def _refuse(method: str) -> Body | None:
     raise Unimplemented(f"Method not found or not permitted: {method}")
-
-
-def named_by_metadata(call: Answer | Any) -> tuple[str, Kind]:
-    """The model that a request's metadata name, and how.
-
-    Raises:
-        InvalidRequest: they name none, or several.
-    """
-    metadata = call.metadata
-    if not names_models(metadata):
-        raise InvalidRequest("the request names no model: must include mm-model-id header, or a name in its message")
-    models = asked(metadata)
-    if len(models.ids) > 1:
-        raise InvalidRequest("only an inference of the built-in formats can be for several models")
-    return models.ids[0], models.kind

@@ -49,6 +49,18 @@ def asked(metadata: Metadata) -> Asked:
     return Asked(ids, Kind.MODEL if models else Kind.VMODEL, bool(required) and required[-1] == "all")
 
 
+def the_one_asked(metadata: Metadata) -> tuple[str, Kind]:
+    """The model that the headers name where a request can be for one alone, and how it is named.
+
+    Raises:
+        InvalidRequest: as :func:`asked` does, or they name several.
+    """
+    models = asked(metadata)
+    if len(models.ids) > 1:
+        raise InvalidRequest("only an inference of the built-in formats can be for several models")
+    return models.ids[0], models.kind
+
+
 def names_models(metadata: Metadata) -> bool:
     """Whether any header names a model or vmodel."""
     return any(name.removesuffix("-bin") in _ID_HEADERS for name, _ in metadata)

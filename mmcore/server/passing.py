@@ -26,8 +26,8 @@ from mmcore.routing.hops import arrival_of
 from mmcore.routing.mesh import SHARED_FROM
 from mmcore.server.calls import Body, Waiting
 from mmcore.server.dataplane import DataplaneConfig
-from mmcore.server.elsewhere import Elsewhere, named_by_metadata
-from mmcore.server.headers import balanced
+from mmcore.server.elsewhere import Elsewhere
+from mmcore.server.headers import balanced, the_one_asked
 from mmcore.tracing import RequestTrace, Tracer
 from mmcore.transport import ClientStream, Server, StreamCall
 from mmcore.transport.server import UnaryHandler, status_of
@@ -168,7 +168,7 @@ class PassThrough(Passing):
         if arrival is not None and arrival.model:
             name, kind = arrival.model, Kind.MODEL
         elif not name:
-            name, kind = named_by_metadata(call)
+            name, kind = the_one_asked(call.metadata)
         try:
             model = self._names.model(name, kind)
         except NotFound:
@@ -432,7 +432,7 @@ class PassThrough(Passing):
     def _name_in(call: StreamCall, method: Way, kind: Kind, message: bytes) -> tuple[str, Kind]:
         """What a message, or else the metadata, calls the model."""
         name = find_string(message, method.extraction) if method.extraction else ""
-        return (name, kind) if name else named_by_metadata(call)
+        return (name, kind) if name else the_one_asked(call.metadata)
 
     async def _lease(
         self, call: StreamCall, method: Way, kind: Kind, message: bytes, leases: dict[str, Copy]

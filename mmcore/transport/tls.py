@@ -16,6 +16,7 @@ from typing import Final
 
 from mmcore.config import TlsFiles
 from mmcore.errors import InvalidSetting
+from mmcore.file_stamp import file_stamp
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,9 @@ class _Kept:
                 log.info("TLS: read again: %s", ", ".join(map(str, self._files)))
         return self._context
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
+    def _look(self) -> list[tuple[int, int, int, int] | None]:
         files = [one for file in self._files for one in (file, *sorted(file.glob(_AUTHORITIES)))]
-        return [_stamp(file) for file in files]
+        return [file_stamp(file) for file in files]
 
     def _named(self, error: Exception) -> str:
         """OpenSSL does not say which file it stumbled over."""
@@ -170,14 +171,6 @@ def _trust(context: ssl.SSLContext, authorities: Path) -> None:
 
 def _existing(files: TlsFiles) -> list[Path]:
     return [file for file in (files.certificate, files.key, files.client_ca) if file is not None]
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _no_password() -> str:
